@@ -1,0 +1,158 @@
+"""One Python child per risky job: a JSON request on stdin, JSON lines on stdout, and it never outlives its parent.
+
+Compilers crash, hold devices until exit and can be killed for memory, so they run in a child. It is started as
+`python -m MODULE`, never forked and never through multiprocessing, which would run the user's script again. The child
+leads its own process group; it ends that whole group when its stdin closes, which happens however the parent dies.
+
+Knows nothing of compiling or checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nanogpt_buckets.errors import BucketsError
+
+Event = dict[str, Any]
+
+# What would change generated code, or point a compiler at somebody else's cache. A child gets none of it.
+_SCRUBBED_PREFIXES = ("TORCHINDUCTOR_", "TRITON_", "TORCH_COMPILE", "TORCH_LOGS", "AOT_INDUCTOR_", "INDUCTOR_")
+_SCRUBBED_NAMES = ("ATEN_CPU_CAPABILITY", "PYTHONSTARTUP", "PYTHONINSPECT", "CXXFLAGS", "CFLAGS", "CPPFLAGS", "LDFLAGS")
+_LOG_TAIL_BYTES = 4000
+
+
+class ChildFailed(BucketsError):
+    """The child ended without a result.
+
+    `log` holds the end of what it wrote on stderr.
+    """
+
+    log: str = ""
+
+
+def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment less what would steer a compiler, plus `extra`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _SCRUBBED_NAMES and not name.startswith(_SCRUBBED_PREFIXES)
+    }
+    # The child must import this very package, also when it was found through sys.path and not installed.
+    package_parent = str(Path(__file__).resolve().parents[1])
+    search = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(search), "PYTHONSAFEPATH": "1"} | dict(extra or {})
+
+
+def run(
+    module: str,
+    request: Mapping[str, Any],
+    *,
+    workdir: Path,
+    on_event: Callable[[Event], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Event:
+    """Run `python -m module` on one request and return its last event.
+
+    Args:
+        module: a module that calls `serve`.
+        request: plain JSON.
+        workdir: the child's working directory; its stderr is kept there in child.log.
+        on_event: called with each event as it comes, the last one included.
+        environment: added to the cleaned environment.
+
+    Raises:
+        ChildFailed: it ended, or was killed, without a result.
+    """
+    log_path = workdir / "child.log"
+    last: Event = {}
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=workdir,
+            env=clean_environment(environment),
+            start_new_session=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            for line in process.stdout:
+                last = json.loads(line)
+                if on_event is not None:
+                    on_event(last)
+            status = process.wait()
+        finally:
+            _end(process)
+    if status != 0 or last.get("event") != "done":
+        raise _failure(last, status, log_path)
+    return last
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Close the pipes and leave nothing of the child's process group behind."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):
+            if stream is not None:
+                stream.close()
+
+
+def _failure(last: Event, status: int, log_path: Path) -> ChildFailed:
+    if last.get("event") == "error":
+        reason = str(last.get("message"))
+    elif status < 0:
+        reason = f"the child was killed by {signal.Signals(-status).name}"
+        if status == -signal.SIGKILL:
+            reason += ", most likely for want of memory"
+    else:
+        reason = f"the child ended with status {status} and no result"
+    failure = ChildFailed(reason, hint=last.get("hint"))
+    failure.log = log_path.read_bytes()[-_LOG_TAIL_BYTES:].decode("utf-8", "replace")
+    return failure
+
+
+def serve(handler: Callable[[dict[str, Any], Callable[..., None]], Mapping[str, Any]]) -> None:
+    """Be the child: read the request, call `handler(request, emit)`, and print its result as the `done` event.
+
+    Args:
+        handler: returns plain JSON; `emit(event, **fields)` reports progress. What it raises becomes an `error` event.
+    """
+    # Only events may reach the pipe: libraries and compilers that print do so on stderr.
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def emit(event: str, **fields: Any) -> None:
+        events.write(json.dumps({"event": event, **fields}) + "\n")
+        events.flush()
+
+    request = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        result = handler(request, emit)
+    except BucketsError as error:
+        emit("error", message=error.message, hint=error.hint)
+        sys.exit(1)
+    except BaseException as error:
+        emit("error", message=f"{type(error).__name__}: {error}".strip().splitlines()[0])
+        raise
+    emit("done", **result)
+
+
+def _die_with_parent() -> None:
+    sys.stdin.buffer.read()  # returns when the parent, the only writer, is gone
+    os.killpg(0, signal.SIGKILL)

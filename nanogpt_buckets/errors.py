@@ -1,0 +1,134 @@
+"""Every error a user can meet, with the hint that gets them out of it and the exit code the command line returns.
+
+    BucketsError                 1   something known went wrong
+    ├── UsageError               2   an argument that cannot be right (ValueError)
+    │   └── PlanError            2   a bucket or plan this model cannot have
+    ├── ModelError               1   the model cannot be used
+    │   ├── ModelNotFound        1   no such model, file or weights (FileNotFoundError)
+    │   ├── UnsupportedModel     1   readable, but not an architecture we compute exactly
+    │   └── CheckpointDamaged    1   truncated, not a checkpoint, or holds forbidden pickles
+    ├── TokenizerError           1   no tokenizer, or not the model's (ValueError)
+    │   └── UnknownCharacter     1   text outside a character-level vocabulary
+    ├── BackendUnavailable       1   the backend asked for cannot run or compile here
+    ├── NonFiniteLogits          1   a bucket returned NaN or infinity (ArithmeticError)
+    ├── CompileFailed            5   one or more buckets could not be compiled or failed the gate
+    └── CacheError               1   the cache directory cannot be used
+        ├── TransientError       1   it could not be read this time; nothing was changed
+        ├── CacheMiss            3   no compiled bucket reaches the request
+        ├── CorruptEntry         4   stored bytes are not what their digest says
+        ├── UntrustedStore       6   others could have written the code we would run
+        └── IncompatibleEntry    7   made for another machine, or by a newer release
+
+Knows nothing of how errors are shown: only `cli/` prints. Imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class BucketsError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: one sentence, without a full stop, holding the user's own value.
+        hint: what to do, preferably a command that can be pasted.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.hint)
+
+
+def _rebuild(kind: type[BucketsError], message: str, hint: str | None) -> BucketsError:
+    # keyword-only arguments do not survive the default pickling of exceptions
+    return kind(message, hint=hint)
+
+
+class UsageError(BucketsError, ValueError):
+    """An argument that cannot be right, whatever the state of the machine."""
+
+    exit_code = 2
+
+
+class PlanError(UsageError):
+    """A bucket or plan that this model cannot have."""
+
+
+class ModelError(BucketsError):
+    """The model cannot be used."""
+
+
+class ModelNotFound(ModelError, FileNotFoundError):
+    """No such model, file, or local copy of the weights."""
+
+
+class UnsupportedModel(ModelError):
+    """A model we could read but would not compute exactly."""
+
+
+class CheckpointDamaged(ModelError):
+    """A checkpoint that is truncated, is something else, or holds pickled objects we refuse."""
+
+
+class TokenizerError(BucketsError, ValueError):
+    """There is no tokenizer, or it is not the one this model was trained with."""
+
+
+class UnknownCharacter(TokenizerError):
+    """Text outside a character-level vocabulary."""
+
+
+class BackendUnavailable(BucketsError):
+    """The backend or target asked for cannot be used on this machine."""
+
+
+class NonFiniteLogits(BucketsError, ArithmeticError):
+    """A bucket returned NaN or infinity, so there is nothing to sample from."""
+
+
+class CompileFailed(BucketsError):
+    """At least one bucket could not be compiled or did not pass the gate."""
+
+    exit_code = 5
+
+
+class CacheError(BucketsError):
+    """The cache directory cannot be used."""
+
+
+class TransientError(CacheError):
+    """The cache could not be read or written this time; nothing stored was changed."""
+
+
+class CacheMiss(CacheError):
+    """No compiled bucket reaches the request, and compiling was not allowed."""
+
+    exit_code = 3
+
+
+class CorruptEntry(CacheError):
+    """Stored bytes are not what their digest says they are."""
+
+    exit_code = 4
+
+
+class UntrustedStore(CacheError):
+    """Someone else could have written the native code that would be run."""
+
+    exit_code = 6
+
+
+class IncompatibleEntry(CacheError):
+    """Made for another machine or by a newer release; left alone."""
+
+    exit_code = 7

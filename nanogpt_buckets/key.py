@@ -1,0 +1,131 @@
+"""Names of compiled things: named parts -> canonical JSON -> sha256, and the difference of two keys in words.
+
+Two names are made. The *family* is what a machine that only loads can know; the *key* adds what only a compiling
+machine knows. Knows nothing of how a part is found out (backends do) nor of where entries are stored.
+
+Source: named key parts after jax's cache_key.py (Apache-2.0); canonical JSON instead of its running hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Parts = Mapping[str, Any]
+
+_PREFIX = b"nanogpt-buckets v1\n"
+_PACKAGE = Path(__file__).parent
+
+# What defines the graph, whatever the backend; a backend adds its own file.
+_GRAPH_SOURCES = ("model/architecture.py", "model/gpt.py", "steps.py")
+
+
+def canonical_json(value: Any) -> bytes:
+    """Encode plain JSON in the one way that is hashed: sorted keys, no spaces, UTF-8.
+
+    Raises:
+        TypeError: a float, or anything else whose text could differ between machines, is inside.
+    """
+    _refuse_ambiguous(value)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def _refuse_ambiguous(value: Any) -> None:
+    if value is None or isinstance(value, str | int):
+        return
+    if isinstance(value, list | tuple):
+        for item in value:
+            _refuse_ambiguous(item)
+    elif isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        for item in value.values():
+            _refuse_ambiguous(item)
+    else:
+        raise TypeError(f"{type(value).__name__} has no canonical form: {value!r}")
+
+
+def digest(parts: Parts) -> str:
+    """Return the 64 hex digits that name these parts."""
+    return hashlib.sha256(_PREFIX + canonical_json(parts)).hexdigest()
+
+
+def source_digest(*backend_sources: str) -> str:
+    """Digest the raw bytes of the files that define the graph and its compilation.
+
+    Args:
+        backend_sources: further files, relative to the package, such as "backends/inductor.py".
+    """
+    hasher = hashlib.sha256()
+    for name in (*_GRAPH_SOURCES, *backend_sources):
+        content = (_PACKAGE / name).read_bytes()
+        hasher.update(f"{name} {len(content)}\n".encode() + content)
+    return hasher.hexdigest()
+
+
+def family_parts(
+    *,
+    architecture: Parts,
+    dtype: str,
+    backend: str,
+    runtime: Parts,
+    source: str,
+    lowering: Parts,
+    flags: list[str],
+    weights: str | None,
+) -> dict[str, Any]:
+    """Name what a machine that only loads knows.
+
+    Args:
+        architecture: `Architecture.to_json()`.
+        dtype: "float32" or "bfloat16".
+        backend: "inductor", ...
+        runtime: library versions that must match to load at all.
+        source: `source_digest(...)`.
+        lowering: how the graph is written for this backend.
+        flags: canonical compiler flags chosen by the user.
+        weights: digest of the weights where they are compiled in, else None.
+    """
+    return {
+        "architecture": dict(architecture),
+        "backend": backend,
+        "dtype": dtype,
+        "flags": list(flags),
+        "lowering": dict(lowering),
+        "runtime": dict(runtime),
+        "source": source,
+        "weights": weights,
+    }
+
+
+def key_parts(family: Parts, *, bucket: Parts, target: str, compiler: Parts) -> dict[str, Any]:
+    """Add to a family what names one compiled entry.
+
+    Args:
+        family: `family_parts(...)`.
+        bucket: step, batch_size and seq_len.
+        target: the instruction-set level or device compiled for.
+        compiler: versions of everything that turns the graph into code.
+    """
+    return {"family": dict(family), "bucket": dict(bucket), "target": target, "compiler": dict(compiler)}
+
+
+def difference(wanted: Parts, found: Parts) -> list[str]:
+    """Say in words how two sets of parts differ, one line per leaf: `family.dtype: bfloat16, not float32`."""
+    lines = []
+    ours, theirs = _leaves(wanted), _leaves(found)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            lines.append(f"{name}: {theirs.get(name, 'nothing')}, not {ours.get(name, 'nothing')}")
+    return lines
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    leaves: dict[str, Any] = {}
+    for key, item in value.items():
+        leaves |= _leaves(item, f"{name}.{key}" if name else key)
+    return leaves

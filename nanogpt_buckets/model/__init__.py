@@ -1,0 +1,1 @@
+"""Where models come from: architecture, network, checkpoints and tokenizers."""
