@@ -1,1 +1,62 @@
-"""nanogpt-buckets."""
+"""nanogpt-buckets: static-shape compilation that feels dynamic.
+
+    from nanogpt_buckets import Plan, build, generate
+
+    build(Plan.grid(seq=[32, 64, 128]), model="demo")
+    print(generate("ROMEO:", model="demo"))
+
+Names are resolved on first use, so importing the package costs nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nanogpt_buckets.build import BuildReport, build
+    from nanogpt_buckets.engine import Engine, Generation, Token, generate
+    from nanogpt_buckets.errors import BucketsError
+    from nanogpt_buckets.plan.bucket import Bucket, Plan
+    from nanogpt_buckets.report import Report
+
+_HOME = {
+    "Bucket": "plan.bucket",
+    "BucketsError": "errors",
+    "BuildReport": "build",
+    "Engine": "engine",
+    "Generation": "engine",
+    "Plan": "plan.bucket",
+    "Report": "report",
+    "Token": "engine",
+    "build": "build",
+    "generate": "engine",
+}
+
+__all__ = [
+    "Bucket",
+    "BucketsError",
+    "BuildReport",
+    "Engine",
+    "Generation",
+    "Plan",
+    "Report",
+    "Token",
+    "__version__",
+    "build",
+    "generate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ Event = dict[str, Any]
 _SCRUBBED_PREFIXES = ("TORCHINDUCTOR_", "TRITON_", "TORCH_COMPILE", "TORCH_LOGS", "AOT_INDUCTOR_", "INDUCTOR_")
 _SCRUBBED_NAMES = ("ATEN_CPU_CAPABILITY", "PYTHONSTARTUP", "PYTHONINSPECT", "CXXFLAGS", "CFLAGS", "CPPFLAGS", "LDFLAGS")
 _LOG_TAIL_BYTES = 4000
+
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 class ChildFailed(BucketsError):
@@ -46,9 +49,11 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in _SCRUBBED_NAMES and not name.startswith(_SCRUBBED_PREFIXES)
     }
+    search = [entry for entry in [os.environ.get("PYTHONPATH")] if entry]
     # The child must import this very package, also when it was found through sys.path and not installed.
-    package_parent = str(Path(__file__).resolve().parents[1])
-    search = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    package_parent = Path(__file__).resolve().parents[1]
+    if package_parent != Path(sysconfig.get_path("purelib")).resolve():
+        search.append(str(package_parent))
     return kept | {"PYTHONPATH": os.pathsep.join(search), "PYTHONSAFEPATH": "1"} | dict(extra or {})
 
 
@@ -85,6 +90,7 @@ def run(
             start_new_session=True,
         )
         assert process.stdin is not None and process.stdout is not None
+        _running.add(process)
         try:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -101,11 +107,22 @@ def run(
     return last
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Close the pipes and leave nothing of the child's process group behind."""
+def end_all() -> None:
+    """Kill every child of this process, from whichever thread it was started; `run` then raises ChildFailed."""
+    for process in list(_running):
+        _kill_group(process)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Close the pipes and leave nothing of the child's process group behind."""
+    _kill_group(process)
     process.wait()
+    _running.discard(process)
     for stream in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):
             if stream is not None:
@@ -154,5 +171,7 @@ def serve(handler: Callable[[dict[str, Any], Callable[..., None]], Mapping[str, 
 
 
 def _die_with_parent() -> None:
-    sys.stdin.buffer.read()  # returns when the parent, the only writer, is gone
+    # not sys.stdin, whose lock a daemon thread would still hold at interpreter shutdown
+    while os.read(0, 4096):
+        pass  # the end comes when the parent, the only writer, is gone
     os.killpg(0, signal.SIGKILL)

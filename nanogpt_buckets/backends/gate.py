@@ -1,0 +1,165 @@
+"""The equivalence gate: a compiled bucket is published only if it computes what the eager model computes.
+
+One eager float32 forward of a full row gives, by causality, the reference for every length. The bucket is fed the same
+row cut and padded at awkward lengths, a different one in each row. Then padding, future tokens and neighbouring rows
+are changed, and not one bit may move.
+
+Knows nothing of compilers or files: it takes any callable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_buckets.errors import CompileFailed
+from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.model.gpt import GPT, from_weights
+from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.steps import NeuronStep
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+# Measured: float32 noise is 5e-7..1e-6 of the largest logit, the mildest planted fault (erf for tanh GELU) 2e-4.
+FLOAT32_TOLERANCE = 2e-5
+# bfloat16 is judged by its own noise: eager bfloat16 against float32.
+BFLOAT16_FACTOR = 2.0
+
+
+class GateFailed(CompileFailed):
+    """A compiled bucket does not compute what the eager model computes."""
+
+
+def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229) -> dict[str, Tensor]:
+    """Return weights under which every part of the network matters: N(0, 0.05), LayerNorm gains around 1.
+
+    At the usual initialisation biases are 0 and gains 1, so a dropped bias or a swapped gain would not show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(arch).named_parameters()}
+    weights = {}
+    for name, shape in sorted(shapes.items()):
+        values = torch.empty(shape).normal_(0.0, 0.05, generator=generator)
+        if name.split(".")[-2].startswith("ln_") and name.endswith("weight"):
+            values += 1.0
+        weights[name] = values.to(dtype)
+    return weights
+
+
+def check(step: Step, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Compare a loaded step with the eager model and return what was measured, in whole numbers.
+
+    Args:
+        step: int32 (B, S), int32 (B,) -> float32 (B, V); loaded with `weights`.
+        arch: the architecture it was compiled from.
+        bucket: its shape.
+        weights: canonical tensors, all of one dtype, whose rounding the reference shares.
+
+    Raises:
+        GateFailed: logits differ by more than the tolerance, or a bit moved that must not.
+    """
+    generator = torch.Generator().manual_seed(bucket.batch_size * 100_003 + bucket.seq_len)
+    rows = torch.randint(arch.vocab_size, (bucket.batch_size, bucket.seq_len), generator=generator, dtype=torch.int32)
+    lengths = awkward_lengths(bucket.seq_len)
+    with torch.inference_mode():
+        error, tolerance = _worst_error(step, arch, weights, rows, lengths)
+        if not error <= tolerance:  # NaN fails too
+            raise GateFailed(f"bucket {bucket} differs from the eager model by {error:.1e} of the largest logit")
+        _check_bits(step, arch.vocab_size, rows, lengths, bucket)
+    return {
+        "lengths": lengths,
+        "relative_error_e9": math.ceil(error * 1e9),
+        "tolerance_e9": math.ceil(tolerance * 1e9),
+        "bit_tests": ["repeat", "padding", "future", *(["neighbours"] if bucket.batch_size > 1 else [])],
+    }
+
+
+def awkward_lengths(seq_len: int) -> list[int]:
+    """Return the lengths worth testing in a bucket: its edges and its middle."""
+    return sorted({max(1, n) for n in (1, seq_len // 2, seq_len // 2 + 1, seq_len - 1, seq_len) if n <= seq_len})
+
+
+def _worst_error(
+    step: Step, arch: Architecture, weights: Mapping[str, Tensor], rows: Tensor, lengths: list[int]
+) -> tuple[float, float]:
+    """Return the largest error, relative to the largest reference logit, and what is allowed."""
+    reference = _logits_at({name: w.float() for name, w in weights.items()}, arch, rows, lengths)  # (B, n, V)
+    scale = reference.abs().max().item()
+    worst = 0.0
+    for shift in range(len(lengths)):
+        own = [(row + shift) % len(lengths) for row in range(len(rows))]
+        logits = step(*_cut(rows, [lengths[n] for n in own], pad=0))  # (B, V)
+        expected = torch.stack([reference[row, n] for row, n in enumerate(own)])  # (B, V)
+        worst = max(worst, _error(logits, expected, scale))
+    if all(w.dtype == torch.float32 for w in weights.values()):
+        return worst, FLOAT32_TOLERANCE
+    eager = _logits_at(weights, arch, rows, lengths)
+    return worst, BFLOAT16_FACTOR * _error(eager, reference, scale)
+
+
+def _error(found: Tensor, expected: Tensor, scale: float) -> float:
+    error = ((found - expected).abs().max() / scale).item()
+    return error if math.isfinite(error) else math.inf
+
+
+def _logits_at(weights: Mapping[str, Tensor], arch: Architecture, rows: Tensor, lengths: list[int]) -> Tensor:
+    """Return eager logits (B, n, V) after each length, from one forward of the full rows."""
+    gpt = from_weights(arch, weights)
+    hidden = gpt.hidden(rows)[:, [n - 1 for n in lengths]]  # (B, S, C) -> (B, n, C)
+    return gpt.head(hidden)
+
+
+def _cut(rows: Tensor, lengths: list[int], pad: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Return step inputs that keep `lengths[b]` tokens of row b and pad the rest."""
+    last_index = torch.tensor(lengths, dtype=torch.int32) - 1  # (B)
+    keep = torch.arange(rows.shape[1]).unsqueeze(0) <= last_index.unsqueeze(1)  # (B, S)
+    padding = torch.as_tensor(pad, dtype=torch.int32)
+    return torch.where(keep, rows, padding).contiguous(), last_index
+
+
+def _check_bits(step: Step, vocab_size: int, rows: Tensor, lengths: list[int], bucket: Bucket) -> None:
+    """Change what a row's logits may not depend on; the same bits must come back."""
+    own = [lengths[row % len(lengths)] for row in range(len(rows))]
+    ids, last_index = _cut(rows, own, pad=0)
+    before = step(ids, last_index)
+    _expect_same(before, step(ids, last_index), "a second run", bucket)
+    _expect_same(before, step(*_cut(rows, own, pad=vocab_size - 1)), "other padding", bucket)
+    others = (rows + 1) % vocab_size
+    _expect_same(before, step(*_cut(rows, own, pad=others)), "other future tokens", bucket)
+    if len(rows) > 1:
+        swapped = ids.clone()
+        swapped[1:] = others[1:]
+        _expect_same(before[:1], step(swapped, last_index)[:1], "other neighbours", bucket)
+
+
+def _expect_same(before: Tensor, after: Tensor, cause: str, bucket: Bucket) -> None:
+    if not torch.equal(before, after):
+        raise GateFailed(f"bucket {bucket} returns other logits after {cause}")
+
+
+def canary(step: Step, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor]) -> None:
+    """Run one short row on a user's weights and compare it with the eager model: the pair fits together.
+
+    Raises:
+        GateFailed: the logits are not those weights' logits.
+    """
+    length = min(8, bucket.seq_len)
+    generator = torch.Generator().manual_seed(length)
+    rows = torch.randint(arch.vocab_size, (bucket.batch_size, length), generator=generator, dtype=torch.int32)
+    padded = torch.nn.functional.pad(rows, (0, bucket.seq_len - length))  # (B, length) -> (B, S)
+    last_index = torch.full((bucket.batch_size,), length - 1, dtype=torch.int32)
+    with torch.inference_mode():
+        expected = NeuronStep(from_weights(arch, weights))(rows, last_index)
+        error = _error(step(padded, last_index), expected, expected.abs().max().item())
+    # bfloat16 rounds to 8 bits, and two shapes round differently
+    tolerance = 10 * FLOAT32_TOLERANCE if all(w.dtype == torch.float32 for w in weights.values()) else 0.1
+    if not error <= tolerance:
+        raise GateFailed(
+            f"bucket {bucket} with these weights differs from the eager model by {error:.1e} of the largest logit",
+            hint="run nanogpt-buckets cache verify, then build again",
+        )

@@ -1,0 +1,176 @@
+"""What this machine's CPU and C libraries can run, and whether an artifact's requirements are met here.
+
+Requirements are checked as "this host has at least that", never as equality of two descriptions. Knows nothing of any
+compiler. Imports no torch.
+
+Source: the x86-64 levels are those of the System V psABI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanogpt_buckets.errors import BackendUnavailable
+
+_V2 = frozenset({"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"})
+_V3 = _V2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+LEVELS: Mapping[str, frozenset[str]] = {"x86-64-v4": _V4, "x86-64-v3": _V3, "x86-64-v2": _V2}  # highest first
+NATIVE = "native"
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Return the CPU's feature names as Linux spells them; empty where that cannot be read."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(match.group(1).split()) if match else frozenset()
+
+
+def choose_level(requested: str | None) -> str:
+    """Return the instruction-set level to build for: the one asked for, or the highest this host has.
+
+    Raises:
+        BackendUnavailable: unknown, or the host could not run (so not check) what would be built.
+    """
+    supported = [level for level, flags in LEVELS.items() if flags <= cpu_flags()]
+    if requested is None:
+        return supported[0] if supported else NATIVE
+    if requested == NATIVE or requested in supported:
+        return requested
+    known = ", ".join([*LEVELS, NATIVE])
+    if requested in LEVELS:
+        raise BackendUnavailable(
+            f"this CPU cannot run {requested}, and a bucket is only published after it ran",
+            hint=f"this CPU has: {', '.join([*supported, NATIVE])}",
+        )
+    raise BackendUnavailable(f"target {requested!r} is unknown", hint=f"targets of this machine's backend: {known}")
+
+
+def level_rank(target: str) -> int:
+    """Order targets from most to least specialised: 0 is best."""
+    order = [NATIVE, *LEVELS]
+    return order.index(target) if target in order else len(order)
+
+
+def flags_of_compile_line(line: str) -> list[str]:
+    """Return the CPU features that code compiled with this g++ command may use, as Linux spells them.
+
+    Args:
+        line: the compiler's command line, with its -march and -mFEATURE options.
+    """
+    needed: set[str] = set()
+    for option in re.findall(r"\s-m([a-z0-9=_.+-]+)", line):
+        if option == "arch=native":
+            needed |= cpu_flags()
+        elif option.startswith("arch="):
+            needed |= LEVELS.get(option.removeprefix("arch="), frozenset())
+        else:
+            feature = option.replace("-", "_")
+            needed.add(re.sub(r"^avx512(vnni|bf16|fp16)$", r"avx512_\1", feature))
+    return sorted(needed)
+
+
+def symbol_versions(library: bytes) -> dict[str, str]:
+    """Return the highest GLIBC and GLIBCXX symbol versions a shared library names."""
+    found = {}
+    for name in ("GLIBC", "GLIBCXX"):
+        versions = re.findall(rb"\x00" + name.encode() + rb"_(\d+(?:\.\d+)+)(?=\x00)", library)
+        if versions:
+            found[name.lower()] = max((v.decode() for v in versions), key=version_tuple)
+    return found
+
+
+@functools.cache
+def own_versions() -> dict[str, str]:
+    """Return what this host's C and C++ libraries provide, under the names `symbol_versions` uses."""
+    found = {}
+    libc_name, libc_version = platform.libc_ver()
+    if libc_name == "glibc":
+        found["glibc"] = libc_version
+    cxx = _loaded_library("libstdc++.so.6")
+    if cxx is not None:
+        versions = re.findall(rb"GLIBCXX_(\d+(?:\.\d+)+)(?=\x00)", cxx.read_bytes())
+        if versions:
+            found["glibcxx"] = max((v.decode() for v in versions), key=version_tuple)
+    return found
+
+
+def _loaded_library(name: str) -> Path | None:
+    try:
+        ctypes.CDLL(name)
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    match = re.search(rf"(/\S*{re.escape(name.split('.so')[0])}\.so\S*)", maps)
+    return Path(match.group(1)) if match else None
+
+
+def requirements(library: bytes, compile_line: str) -> dict[str, Any]:
+    """Say what a machine must have to run this library.
+
+    Args:
+        library: the shared library's bytes.
+        compile_line: the command that compiled it.
+    """
+    return {
+        "os": platform.system(),
+        "machine": platform.machine(),
+        "cpu_flags": flags_of_compile_line(compile_line),
+        **symbol_versions(library),
+    }
+
+
+def unmet(requires: Mapping[str, Any]) -> str | None:
+    """Say in words what this host lacks of `requires`, or None if it meets all."""
+    for name, own in (("os", platform.system()), ("machine", platform.machine())):
+        if requires.get(name, own) != own:
+            return f"made for {requires[name]}, this is {own}"
+    lacking = sorted(set(requires.get("cpu_flags", ())) - cpu_flags())
+    if lacking:
+        return f"this CPU lacks {', '.join(lacking)}"
+    for name in ("glibc", "glibcxx"):
+        needed, own = requires.get(name), own_versions().get(name)
+        if needed is not None and (own is None or version_tuple(own) < version_tuple(needed)):
+            return f"needs {name.upper()} {needed}, this host has {own or 'none'}"
+    unknown = set(requires) - {"os", "machine", "cpu_flags", "glibc", "glibcxx"}
+    return f"has requirements unknown here: {', '.join(sorted(unknown))}" if unknown else None
+
+
+def version_tuple(text: str) -> tuple[int, ...]:
+    """Return a dotted version's numbers, for comparing; text that is no number counts as 0."""
+    return tuple(int(part) if part.isdigit() else 0 for part in re.split(r"[.+-]", text))
+
+
+def available_memory_bytes() -> int:
+    """Return the memory that could be used now, the container's limit included."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
+        free = int(match.group(1)) * 1024 if match else free
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        return min(free, int(limit) - used) if limit != "max" else free
+    except (OSError, ValueError):
+        return free
+
+
+def cpu_count() -> int:
+    """Return the processors this process may run on, the container's quota included."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(count, int(quota) // int(period))) if quota != "max" else count
+    except (OSError, ValueError):
+        return count

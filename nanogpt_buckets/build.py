@@ -1,0 +1,323 @@
+"""Plan -> what is missing -> children -> gate -> publish.
+
+Largest bucket first, so that an interrupted build can already serve everything. One failed bucket stops no other.
+Knows nothing of how a bucket is compiled or checked (children do), nor of the terminal. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanogpt_buckets import backends, child, key, settings
+from nanogpt_buckets.backends import host, worker
+from nanogpt_buckets.backends.base import DTYPES, Artifact, BuildRequest
+from nanogpt_buckets.catalog import Catalog
+from nanogpt_buckets.errors import BackendUnavailable, BucketsError, UsageError
+from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.model.checkpoint import open_model
+from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.store.local import LocalStore, Status
+from nanogpt_buckets.store.manifest import Blob, Manifest
+
+# How long to wait for another builder that holds the same key before compiling it as well.
+_LOCK_TIMEOUT_S = 600.0
+# A child's imports and compiler, and how many copies of the weights the gate holds at its peak.
+_CHILD_BASE_BYTES = 1_300_000_000
+_CHILD_WEIGHT_COPIES = 3
+
+
+@dataclass(frozen=True)
+class BuildRow:
+    """What became of one bucket.
+
+    `state` is "hit", "compiled" or "failed". `why` says what a hit replaced or why it failed. `seconds` is the time
+    this build spent on it, `size_bytes` what its blobs weigh.
+    """
+
+    bucket: Bucket
+    state: str
+    key: str = ""
+    seconds: float = 0.0
+    size_bytes: int = 0
+    why: str = ""
+    log: str = ""
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What `build` did.
+
+    Args:
+        model: name of the model, which is also the name of its default plan.
+        backend: which backend compiled.
+        target: what it generated code for.
+        cache_dir: where the entries are.
+        rows: one per bucket of the plan, in the plan's order.
+    """
+
+    model: str
+    backend: str
+    target: str
+    cache_dir: Path
+    rows: tuple[BuildRow, ...] = field(default_factory=tuple)
+
+    @property
+    def hits(self) -> int:
+        """Buckets that were there already."""
+        return sum(row.state == "hit" for row in self.rows)
+
+    @property
+    def compiled(self) -> int:
+        """Buckets compiled, checked and published by this build."""
+        return sum(row.state == "compiled" for row in self.rows)
+
+    @property
+    def failed(self) -> int:
+        """Buckets that could not be compiled or failed the gate."""
+        return sum(row.state == "failed" for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON."""
+        rows = [asdict(row) | {"bucket": row.bucket.to_json()} for row in self.rows]
+        counts = {"hits": self.hits, "compiled": self.compiled, "failed": self.failed}
+        names = {"model": self.model, "backend": self.backend, "target": self.target, "cache_dir": str(self.cache_dir)}
+        return {**counts, **names, "buckets": rows}
+
+
+Listener = Callable[[Bucket, str], None]
+
+
+def build(
+    plan: Plan | Iterable[Bucket],
+    *,
+    model: str | os.PathLike[str],
+    backend: str = "auto",
+    target: str | None = None,
+    dtype: str = "float32",
+    jobs: int | None = None,
+    executor: Executor | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    on_progress: Listener | None = None,
+) -> BuildReport:
+    """Compile what is missing of a plan and add the plan to the model's default one.
+
+    Neither weights nor network are needed: artifacts carry no weights.
+
+    Args:
+        plan: the buckets.
+        model: a name or path; see `open_model`.
+        backend: "auto" or a backend's name.
+        target: what to generate code for; None for this host's best.
+        dtype: "float32" or "bfloat16".
+        jobs: children at a time; None for as many as processors and memory allow.
+        executor: runs `compile_bucket(request)` instead of a child of this process; it may be on another machine.
+        cache_dir: the store; None for the default.
+        on_progress: called from worker threads with a bucket and its phase: "waiting", "compiling", "checking", "hit",
+            "compiled" or "failed".
+
+    Returns:
+        One row per bucket. Failed buckets are rows, not exceptions.
+
+    Raises:
+        PlanError: the plan is empty or has a bucket longer than the model's block_size.
+        UsageError: an unknown dtype, backend or number of jobs, or a backend that compiles nothing.
+        BackendUnavailable: there is something to compile and no compiler.
+    """
+    catalog = open_catalog(model, backend=backend, target=target, dtype=dtype, cache_dir=cache_dir)
+    return build_missing(catalog, plan, jobs=jobs, executor=executor, on_progress=on_progress)
+
+
+def build_missing(
+    catalog: Catalog,
+    plan: Plan | Iterable[Bucket],
+    *,
+    jobs: int | None = None,
+    executor: Executor | None = None,
+    on_progress: Listener | None = None,
+) -> BuildReport:
+    """Do what `build` says for a catalog that is open already."""
+    if not catalog.backend.compiles:
+        raise UsageError(
+            f"the {catalog.backend.name} backend compiles nothing, so there is nothing to build",
+            hint="leave --backend out",
+        )
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs is {jobs}; it must be at least 1")
+    plan = (plan if isinstance(plan, Plan) else Plan(plan)).check(catalog.model.architecture.block_size)
+    rows = _Builder(catalog, executor, on_progress or (lambda bucket, phase: None)).run(plan, jobs)
+    remember_plan(catalog, plan)
+    target = catalog.backend.target(catalog.target)
+    return BuildReport(catalog.model.name, catalog.backend.name, target, catalog.store.root, rows)
+
+
+def open_catalog(
+    model: str | os.PathLike[str],
+    *,
+    backend: str,
+    target: str | None,
+    dtype: str,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Catalog:
+    """Resolve what the user typed into one model, one backend and one store.
+
+    Raises:
+        UsageError: an unknown dtype or backend.
+        ModelError: the model cannot be used.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown", hint=f"dtypes: {', '.join(DTYPES)}")
+    chosen = backends.choose(backend, target)
+    if chosen.compiles:
+        chosen.target(target)  # refuse an impossible target before anything else is done
+    return Catalog(open_model(model), chosen, dtype, LocalStore(settings.cache_dir(cache_dir)), target)
+
+
+def default_plan(catalog: Catalog) -> Plan | None:
+    """Return the plan saved under the model's name, or None."""
+    saved = catalog.store.load_plan(catalog.model.name)
+    return None if saved is None else Plan.from_json(saved)
+
+
+def remember_plan(catalog: Catalog, plan: Plan) -> None:
+    """Add these buckets to the model's default plan."""
+    before = default_plan(catalog)
+    merged = plan if before is None else before | plan
+    if before is None or merged != before:
+        catalog.store.save_plan(catalog.model.name, merged.to_json(model=catalog.model.name, source="build"))
+
+
+def compile_bucket(request: dict[str, Any], on_event: Callable[[child.Event], None] | None = None) -> Artifact:
+    """Compile one bucket in a child of the process this runs in; arguments and result can be pickled.
+
+    Args:
+        request: `BuildRequest.to_json()`.
+        on_event: called with each of the child's events.
+
+    Raises:
+        ChildFailed: the child made no artifact.
+    """
+    with tempfile.TemporaryDirectory(prefix="nanogpt-buckets-") as directory:
+        workdir = Path(directory)
+        # nothing of the compiler's may land outside this directory, which goes when the child is done
+        environment = {"TMPDIR": directory}
+        result = child.run(worker.__name__, request, workdir=workdir, on_event=on_event, environment=environment)
+        return worker.artifact_from_json(result, workdir)
+
+
+def default_jobs(arch: Architecture, missing: int) -> int:
+    """Return how many children may run at once: bounded by buckets, processors and memory."""
+    child_bytes = _CHILD_BASE_BYTES + _CHILD_WEIGHT_COPIES * 4 * arch.n_params
+    return max(1, min(missing, host.cpu_count(), host.available_memory_bytes() // child_bytes))
+
+
+class _Builder:
+    """One run of `build`: finds what is missing, compiles it, publishes it."""
+
+    def __init__(self, catalog: Catalog, executor: Executor | None, on_progress: Listener) -> None:
+        self._catalog = catalog
+        self._executor = executor
+        self._tell = on_progress
+        self._stopped = False
+
+    def run(self, plan: Plan, jobs: int | None) -> tuple[BuildRow, ...]:
+        rows = {bucket: row for bucket in plan if (row := self._hit(bucket))}
+        missing = sorted((b for b in plan if b not in rows), key=lambda b: -b.batch_size * b.seq_len)
+        if missing and self._catalog.key_parts(missing[0]) is None:
+            raise BackendUnavailable(
+                f"{len(missing)} of {len(plan)} buckets are missing and there is no C++ compiler to build them with",
+                hint="install g++, or use a cache directory in which they are built",
+            )
+        count = jobs or default_jobs(self._catalog.model.architecture, len(missing))
+        if missing:
+            rows |= self._build_all(missing, count)
+        return tuple(rows[bucket] for bucket in plan)
+
+    def _hit(self, bucket: Bucket, waited_s: float = 0.0) -> BuildRow | None:
+        answer = self._catalog.own(bucket)
+        if answer.status in (Status.UNTRUSTED, Status.TRANSIENT):
+            self._catalog.store.require(answer)
+        if answer.status is not Status.WARM or answer.manifest is None:
+            self._tell(bucket, "waiting")
+            return None
+        self._tell(bucket, "hit")
+        return BuildRow(bucket, "hit", answer.key, waited_s, sum(blob.size for blob in answer.manifest.blobs))
+
+    def _build_all(self, missing: list[Bucket], jobs: int) -> dict[Bucket, BuildRow]:
+        rows = {}
+        pool = ThreadPoolExecutor(jobs, thread_name_prefix="build")
+        try:
+            futures: dict[Future[BuildRow], Bucket] = {pool.submit(self._build_one, b): b for b in missing}
+            for future in as_completed(futures):
+                rows[futures[future]] = future.result()
+        except BaseException:  # Ctrl-C above all: finished buckets stay, children go
+            self._stopped = True
+            child.end_all()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        return rows
+
+    def _build_one(self, bucket: Bucket) -> BuildRow:
+        start = time.monotonic()
+        parts = self._catalog.key_parts(bucket)
+        assert parts is not None
+        name = key.digest(parts)
+        try:
+            with self._catalog.store.compiling(name, _LOCK_TIMEOUT_S):
+                adopted = self._hit(bucket, time.monotonic() - start)
+                if adopted is not None:
+                    return adopted
+                artifact = self._compile(bucket)
+                manifest = self._catalog.store.publish(_manifest(name, parts, artifact), artifact.blobs)
+        except BucketsError as error:
+            self._tell(bucket, "failed")
+            log = getattr(error, "log", "")
+            return BuildRow(bucket, "failed", name, time.monotonic() - start, why=error.message, log=log)
+        self._tell(bucket, "compiled")
+        size = sum(blob.size for blob in manifest.blobs)
+        return BuildRow(bucket, "compiled", name, time.monotonic() - start, size)
+
+    def _compile(self, bucket: Bucket) -> Artifact:
+        if self._stopped:
+            raise child.ChildFailed("the build was interrupted")
+        catalog = self._catalog
+        request = BuildRequest(
+            backend=catalog.backend.name,
+            architecture=catalog.model.architecture,
+            bucket=bucket,
+            dtype=catalog.dtype,
+            target=catalog.backend.target(catalog.target),
+            lowering=catalog.backend.lowering(),
+        ).to_json()
+        if self._executor is not None:
+            self._tell(bucket, "compiling")
+            return self._executor.submit(compile_bucket, request).result()
+        return compile_bucket(request, lambda event: self._tell(bucket, event.get("phase", "checking")))
+
+
+def _manifest(name: str, parts: dict[str, Any], artifact: Artifact) -> Manifest:
+    blobs = tuple(
+        Blob(role, hashlib.sha256(content).hexdigest(), len(content))
+        for role, content in sorted(artifact.blobs.items())
+    )
+    return Manifest(
+        family=key.digest(parts["family"]),
+        key=name,
+        parts=parts,
+        blobs=blobs,
+        inputs=artifact.inputs,
+        outputs=artifact.outputs,
+        weights=artifact.weights,
+        requires=dict(artifact.requires),
+        contains_weights=False,
+        stats=dict(artifact.stats),
+        gate=dict(artifact.gate),
+    )

@@ -1,0 +1,135 @@
+"""One model on one backend, seen through one cache: what its family is, which entries this machine can use.
+
+Two questions are kept apart. A builder asks for *its own key*: exactly this compiler and target. A loader asks for
+*anything that runs here*: the best entry of the family whose bucket matches and whose requirements this host meets.
+
+Knows nothing of compiling or running. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt_buckets import key
+from nanogpt_buckets.backends import host
+from nanogpt_buckets.backends.base import Artifact, Backend
+from nanogpt_buckets.model.checkpoint import Model
+from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.store.local import Answer, LocalStore, Status
+from nanogpt_buckets.store.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The entries of one family.
+
+    Args:
+        model: what is compiled.
+        backend: what compiles and loads it.
+        dtype: "float32" or "bfloat16".
+        store: where entries are.
+        target: what to build for; None for the backend's choice. Loaders take any target that runs here.
+    """
+
+    model: Model
+    backend: Backend
+    dtype: str
+    store: LocalStore
+    target: str | None = None
+
+    @functools.cached_property
+    def family_parts(self) -> dict[str, Any]:
+        """Return the named parts of the family."""
+        return key.family_parts(
+            architecture=self.model.architecture.to_json(),
+            dtype=self.dtype,
+            backend=self.backend.name,
+            runtime=self.backend.runtime(),
+            source=key.source_digest(*self.backend.sources),
+            lowering=self.backend.lowering(),
+            flags=[],
+            weights=None,
+        )
+
+    @functools.cached_property
+    def family(self) -> str:
+        """Return the family's digest, which is also its directory."""
+        return key.digest(self.family_parts)
+
+    def key_parts(self, bucket: Bucket) -> dict[str, Any] | None:
+        """Return the parts of the key this machine would build under, or None if it has no compiler."""
+        compiler = self.backend.compiler()
+        if compiler is None:
+            return None
+        target = self.backend.target(self.target)
+        return key.key_parts(self.family_parts, bucket=bucket.to_json(), target=target, compiler=compiler)
+
+    def own(self, bucket: Bucket) -> Answer:
+        """Answer a builder: is this bucket here under this machine's own key, every byte in order?
+
+        Without a compiler no key can be named; then any entry that runs here counts.
+        """
+        parts = self.key_parts(bucket)
+        if parts is None:
+            return self.best(bucket)
+        return self.store.check(self.store.look(self.family, key.digest(parts), parts))
+
+    def best(self, bucket: Bucket) -> Answer:
+        """Answer a loader: the best intact entry of this bucket that runs here, or why there is none."""
+        answers = self._ranked().get(bucket, [])
+        for answer in answers:
+            checked = self.store.check(answer)
+            if checked.status is Status.WARM:
+                return checked
+        refused = [self.store.check(answer) for answer in answers] + self._unreadable()
+        return refused[0] if refused else Answer(Status.ABSENT, "", why="not built")
+
+    def usable(self) -> dict[Bucket, list[Answer]]:
+        """Return, for each bucket, the entries that say they run here, best first. Blobs are not read yet."""
+        warm = {b: [a for a in answers if a.status is Status.WARM] for b, answers in self._ranked().items()}
+        return {bucket: answers for bucket, answers in warm.items() if answers}
+
+    def artifact(self, manifest: Manifest) -> Artifact:
+        """Read and verify an entry's blobs.
+
+        Raises:
+            CorruptEntry: a blob is missing or its bytes are not what its name says.
+            TransientError: it could not be read this time.
+        """
+        return Artifact(
+            blobs={blob.role: self.store.read_blob(blob) for blob in manifest.blobs},
+            inputs=manifest.inputs,
+            outputs=manifest.outputs,
+            weights=manifest.weights,
+            requires=manifest.requires,
+            stats=manifest.stats,
+            gate=manifest.gate,
+        )
+
+    def _ranked(self) -> dict[Bucket, list[Answer]]:
+        found: dict[Bucket, list[Answer]] = {}
+        for answer in self.store.family(self.family):
+            if answer.manifest is not None and answer.manifest.parts["family"] == self.family_parts:
+                bucket = Bucket(**answer.manifest.parts["bucket"])
+                found.setdefault(bucket, []).append(self._fit(answer))
+        return {bucket: sorted(answers, key=self._preference) for bucket, answers in found.items()}
+
+    def _fit(self, answer: Answer) -> Answer:
+        assert answer.manifest is not None
+        lack = host.unmet(answer.manifest.requires)
+        return Answer(Status.INCOMPATIBLE, answer.key, answer.manifest, lack) if lack else answer
+
+    def _unreadable(self) -> list[Answer]:
+        return [answer for answer in self.store.family(self.family) if answer.manifest is None]
+
+    def _preference(self, answer: Answer) -> tuple[Any, ...]:
+        """Order entries: runs here, own compiler, highest level, newest compiler, then key."""
+        assert answer.manifest is not None
+        parts: Mapping[str, Any] = answer.manifest.parts
+        own_compiler = parts["compiler"] == self.backend.compiler()
+        newest = [tuple(-n for n in host.version_tuple(text)) for text in sorted(parts["compiler"].values())]
+        runs_here = answer.status is Status.WARM
+        return (not runs_here, not own_compiler, host.level_rank(parts["target"]), newest, answer.key)

@@ -1,0 +1,99 @@
+"""The command line: parses, calls the library, prints. One file per noun; nothing here decides anything.
+
+Exit codes: 0 ok, 1 a negative answer or a known failure, 2 usage, 3 a miss where compiling was not allowed, 4 damage,
+5 a bucket failed to compile, 6 untrusted, 7 incompatible, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import click
+
+from nanogpt_buckets import __version__
+from nanogpt_buckets.cli import output
+from nanogpt_buckets.errors import BucketsError
+
+_DEBUG_VARIABLE = "NANOGPT_BUCKETS_DEBUG"
+
+_COMMANDS = {
+    "build": ("nanogpt_buckets.cli.build", "Compile the buckets of a plan that are not built yet."),
+    "generate": ("nanogpt_buckets.cli.generate", "Continue a prompt."),
+    "status": ("nanogpt_buckets.cli.status", "Say which buckets of a plan are built."),
+    "cache": ("nanogpt_buckets.cli.cache", "Look at the cache: dir, ls, verify."),
+}
+
+
+class _Group(click.Group):
+    """Imports a command when it is called, so that none waits for another's imports."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        import importlib
+
+        command: click.Command = getattr(importlib.import_module(_COMMANDS[cmd_name][0]), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+def _dashes(name: str) -> str:
+    """Accept --max_new_tokens, as nanoGPT spells it, for --max-new-tokens."""
+    return name.replace("_", "-")
+
+
+_EPILOG = (
+    "Exit codes: 0 ok, 1 negative answer or known failure, 2 usage, 3 not built and compiling not allowed, "
+    "4 damage, 5 a bucket failed to compile, 6 untrusted, 7 incompatible, 130 interrupted."
+)
+
+
+@click.command(
+    cls=_Group,
+    context_settings={"token_normalize_func": _dashes, "help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_EPILOG,
+)
+@click.version_option(__version__, prog_name="nanogpt-buckets")
+def cli() -> None:
+    """Compile a nanoGPT/GPT-2 step once per shape bucket, and run the cheapest bucket that fits."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with a documented code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        result: Any = cli.main(arguments, prog_name="nanogpt-buckets", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        output.say("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader has gone; keep the interpreter from complaining about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except BucketsError as error:
+        if os.environ.get(_DEBUG_VARIABLE):
+            raise
+        output.error(error)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get(_DEBUG_VARIABLE):
+            raise
+        output.say(f"error: {type(error).__name__}: {error}".splitlines()[0])
+        output.say(f"hint: this is a bug in nanogpt-buckets; {_DEBUG_VARIABLE}=1 shows where")
+        sys.exit(1)
+    sys.exit(result if isinstance(result, int) else 0)

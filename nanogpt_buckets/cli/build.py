@@ -1,0 +1,73 @@
+"""`nanogpt-buckets build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nanogpt_buckets.build import BuildReport, build_missing, open_catalog
+from nanogpt_buckets.cli import output
+from nanogpt_buckets.cli.options import json_option, model_options, plan_options, read_plan
+from nanogpt_buckets.errors import CompileFailed
+from nanogpt_buckets.plan.bucket import Plan
+from nanogpt_buckets.plan.ladder import default_ladder
+
+
+@click.command()
+@plan_options
+@model_options
+@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Compiler processes at a time. Default: what fits.")
+@json_option
+def build(
+    seq: tuple[int, ...] | None,
+    batch: tuple[int, ...],
+    plan_file: Path | None,
+    model: str,
+    backend: str,
+    target: str | None,
+    dtype: str,
+    cache_dir: Path | None,
+    jobs: int | None,
+    as_json: bool,
+) -> int:
+    """Compile the buckets that are not built yet.
+
+    Without --seq or --plan: block_size/8, /4, /2 and block_size. Needs neither weights nor network. The buckets are
+    added to the model's default plan, which generate uses.
+
+    Example: nanogpt-buckets build --model demo --seq 32,64,128
+    """
+    plan = read_plan(seq, batch, plan_file)
+    catalog = open_catalog(model, backend=backend, target=target, dtype=dtype, cache_dir=cache_dir)
+    if plan is None:
+        plan = Plan.grid(batch=batch, seq=default_ladder(catalog.model.architecture.block_size))
+    with output.BuildProgress() as update:
+        report = build_missing(catalog, plan, jobs=jobs, on_progress=update)
+    if as_json:
+        output.document(report.to_json())
+    else:
+        _show(report)
+    for row in report.rows:
+        if row.log:
+            output.say(f"bucket {row.bucket}: end of the compiler's log:\n{row.log.rstrip()}")
+    return CompileFailed.exit_code if report.failed else 0
+
+
+def _show(report: BuildReport) -> None:
+    rows = [
+        (
+            str(r.bucket),
+            r.state,
+            f"{r.seconds:.1f} s" if r.state != "hit" else "",
+            output.size(r.size_bytes),
+            r.key[:12],
+        )
+        for r in report.rows
+    ]
+    output.table(("BUCKET", "STATE", "TIME", "SIZE", "KEY"), rows)
+    for row in report.rows:
+        if row.why:
+            output.say(f"bucket {row.bucket} failed: {row.why}")
+    counts = f"{report.hits} hits, {report.compiled} compiled, {report.failed} failed"
+    output.say(f"{report.model} on {report.backend} ({report.target}): {counts}, in {report.cache_dir}")

@@ -1,0 +1,114 @@
+"""`nanogpt-buckets generate`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nanogpt_buckets.cli import output
+from nanogpt_buckets.cli.options import json_option, model_options
+from nanogpt_buckets.errors import UsageError
+
+if TYPE_CHECKING:
+    from nanogpt_buckets.engine import Engine
+
+_PARTING = "---------------"
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("--start", metavar="TEXT", help="The prompt, as nanoGPT's sample.py names it.")
+@model_options
+@click.option("--init-from", metavar="resume|gpt2...", help="sample.py's name for --model; resume takes --out-dir.")
+@click.option("--out-dir", type=click.Path(path_type=Path), default="out", metavar="DIR", help="Where ckpt.pt is.")
+@click.option("-n", "--max-new-tokens", type=int, default=100, show_default=True)
+@click.option("-t", "--temperature", type=float, default=0.8, show_default=True, help="0 takes the likeliest token.")
+@click.option("-k", "--top-k", type=int, default=200, show_default=True, help="0 turns it off.")
+@click.option("-p", "--top-p", type=float, help="Keep the likeliest tokens up to this probability.")
+@click.option("-s", "--seed", type=int, help="Default: a new one each time, told on stderr.")
+@click.option("--num-samples", type=int, default=1, show_default=True)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text appears; may be repeated.")
+@click.option("--rng", type=click.Choice(["per-row", "nanogpt"]), default="per-row", show_default=True)
+@click.option("--plain-text", is_flag=True, help="<|endoftext|> in the prompt is ordinary text.")
+@click.option("--meta", "--tokenizer", "tokenizer", metavar="PATH", help="A meta.pkl, a tokenizer folder, or gpt2.")
+@click.option("--cached-only", is_flag=True, help="Never compile; exit 3 if nothing that is built reaches.")
+@click.option("--device", type=click.Choice(["cpu"]), default="cpu", help="sample.py's flag; only cpu.")
+@click.option("--compile", "compiled", type=bool, default=True, metavar="BOOL", help="False runs the eager backend.")
+@json_option
+def generate(
+    prompt: str | None, start: str | None, model: str, init_from: str | None, out_dir: Path, backend: str,
+    cached_only: bool, compiled: bool, as_json: bool, device: str, target: str | None, dtype: str,
+    tokenizer: str | None, cache_dir: Path | None, num_samples: int, stop: tuple[str, ...], **sampling: Any,
+) -> None:  # fmt: skip
+    """Continue PROMPT and print both. `FILE:prompt.txt` reads a file, `-` reads standard input.
+
+    Buckets this needs and that are not built are compiled first, unless --cached-only. sample.py's flags work in both
+    spellings.
+
+    Example: nanogpt-buckets generate "ROMEO:" --model demo --max-new-tokens 200 --seed 1337
+    """
+    text = _prompt(prompt, start)
+    if init_from is not None:
+        model = str(out_dir / "ckpt.pt") if init_from == "resume" else init_from
+    from nanogpt_buckets.engine import Engine
+
+    engine = Engine.load(
+        model, backend=backend if compiled else "eager", target=target, dtype=dtype, tokenizer=tokenizer,
+        on_miss="build", cached_only=cached_only, lazy=True, cache_dir=cache_dir,
+    )  # fmt: skip
+    with engine:
+        sampling["stop"] = list(stop) or None
+        if num_samples == 1 and not as_json and sys.stdout.isatty():
+            _stream(engine, text, sampling)
+        else:
+            _print_all(engine, text, num_samples, sampling, as_json)
+        _tell(engine)
+
+
+def _prompt(prompt: str | None, start: str | None) -> str:
+    if prompt is not None and start is not None:
+        raise UsageError("PROMPT and --start say the same thing twice", hint="give one of them")
+    text = prompt if prompt is not None else start if start is not None else ""
+    try:
+        if text == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        if text.startswith("FILE:"):
+            return Path(text.removeprefix("FILE:")).expanduser().read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"the prompt file {text.removeprefix('FILE:')} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError("the prompt is not UTF-8 text") from None
+    return text
+
+
+def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:
+    tokens = engine.stream(text, **sampling)
+    print(text, end="", flush=True)
+    for token in tokens:
+        print(token.text, end="", flush=True)
+    print(flush=True)
+
+
+def _print_all(engine: Engine, text: str, num_samples: int, sampling: dict[str, Any], as_json: bool) -> None:
+    generations = engine.generate([text], num_samples=num_samples, **sampling)
+    if as_json:
+        document = {"generations": [asdict(generation) for generation in generations]}
+        output.document(document | {"report": engine.report().to_json()})
+        return
+    for generation in generations:
+        output.data(generation.text or "")
+        if num_samples > 1:
+            output.data(_PARTING)
+
+
+def _tell(engine: Engine) -> None:
+    report = engine.report()
+    ran = ", ".join(f"{bucket} x{count.steps}" for bucket, count in sorted(report.buckets.items())) or "none"
+    output.say(
+        f"{report.new_tokens} tokens, {report.tokens_per_s:.1f} tokens/s on {report.backend}; "
+        f"steps per bucket: {ran}; padding {100 * report.waste:.0f} %; seed {report.seed}"
+    )

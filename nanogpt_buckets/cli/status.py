@@ -1,0 +1,56 @@
+"""`nanogpt-buckets status`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nanogpt_buckets.build import default_plan, open_catalog
+from nanogpt_buckets.cli import output
+from nanogpt_buckets.cli.options import json_option, model_options, plan_options, read_plan
+from nanogpt_buckets.errors import PlanError
+from nanogpt_buckets.store.local import Status
+
+
+@click.command()
+@plan_options
+@model_options
+@json_option
+def status(
+    seq: tuple[int, ...] | None,
+    batch: tuple[int, ...],
+    plan_file: Path | None,
+    model: str,
+    backend: str,
+    target: str | None,
+    dtype: str,
+    cache_dir: Path | None,
+    as_json: bool,
+) -> int:
+    """Say for each bucket whether this machine could run it now. Exit 0 if all are warm, 1 if not.
+
+    Without --seq or --plan: the model's default plan. Every byte is verified; nothing is changed or compiled.
+
+    Example: nanogpt-buckets status --model demo --seq 32,64,128
+    """
+    plan = read_plan(seq, batch, plan_file)
+    catalog = open_catalog(model, backend=backend, target=target, dtype=dtype, cache_dir=cache_dir)
+    if plan is None:
+        plan = default_plan(catalog)
+    if plan is None:
+        raise PlanError(f"model {catalog.model.name} has no default plan", hint="give --seq or --plan, or build first")
+    answers = {bucket: catalog.best(bucket) for bucket in plan.check(catalog.model.architecture.block_size)}
+    warm = sum(answer.status is Status.WARM for answer in answers.values())
+    if as_json:
+        rows = [
+            {"bucket": bucket.to_json(), "state": answer.status.value, "key": answer.key, "why": answer.why}
+            for bucket, answer in answers.items()
+        ]
+        document = {"model": catalog.model.name, "backend": catalog.backend.name, "family": catalog.family}
+        output.document({**document, "warm": warm, "total": len(answers), "buckets": rows})
+    else:
+        rows_for_people = [(str(bucket), a.status.value, a.key[:12], a.why) for bucket, a in answers.items()]
+        output.table(("BUCKET", "STATE", "KEY", "WHY"), rows_for_people)
+        output.say(f"{warm} of {len(answers)} buckets warm for {catalog.model.name} on {catalog.backend.name}")
+    return 0 if warm == len(answers) else 1

@@ -1,0 +1,1 @@
+"""Which buckets to build and what one step in each costs."""

@@ -1,0 +1,130 @@
+"""Bucket: one static shape. Plan: the set of them a model is built for. Plain data, no torch.
+
+Knows nothing of what is built already, of cost, or of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt_buckets.errors import PlanError
+
+STEPS = ("recompute",)
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """One static (batch_size, seq_len) shape that a step is compiled for.
+
+    Args:
+        batch_size: rows (B).
+        seq_len: tokens in a row (S).
+        step: "recompute".
+
+    Raises:
+        PlanError: a size is not a positive whole number, or the step is unknown.
+    """
+
+    batch_size: int
+    seq_len: int
+    step: str = "recompute"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(f"{name} is {value!r}; it must be a positive whole number")
+        if self.step not in STEPS:
+            raise PlanError(f"step {self.step!r} is unknown", hint=f"steps: {', '.join(STEPS)}")
+
+    def holds(self, batch_size: int, length: int) -> bool:
+        """Whether `batch_size` rows of up to `length` tokens fit; a length of exactly seq_len does."""
+        return batch_size <= self.batch_size and length <= self.seq_len
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the bucket as plain JSON."""
+        return {"step": self.step, "batch_size": self.batch_size, "seq_len": self.seq_len}
+
+    def __str__(self) -> str:
+        return f"{self.batch_size}x{self.seq_len}"
+
+
+@dataclass(frozen=True, init=False)
+class Plan(Sequence[Bucket]):
+    """Buckets to build, sorted and each once, whatever order they were given in.
+
+    Raises:
+        PlanError: no bucket at all.
+    """
+
+    buckets: tuple[Bucket, ...]
+
+    def __init__(self, buckets: Iterable[Bucket]) -> None:
+        ordered = tuple(sorted(set(buckets)))
+        if not ordered:
+            raise PlanError("a plan needs at least one bucket", hint="for example --seq 32,64,128")
+        object.__setattr__(self, "buckets", ordered)
+
+    @classmethod
+    def grid(cls, *, batch: Iterable[int] = (1,), seq: Iterable[int]) -> Plan:
+        """Return every pair of a batch size and a sequence length."""
+        lengths = list(seq)
+        return cls(Bucket(batch_size, seq_len) for batch_size in batch for seq_len in lengths)
+
+    def check(self, block_size: int) -> Plan:
+        """Return self if a model with this block_size can have every bucket.
+
+        Raises:
+            PlanError: a bucket is longer than the model's positions reach.
+        """
+        longest = max(bucket.seq_len for bucket in self.buckets)
+        if longest > block_size:
+            raise PlanError(
+                f"seq_len {longest} is longer than the model's block_size {block_size}",
+                hint="the longest bucket that can be of use is block_size; contexts are cropped to it",
+            )
+        return self
+
+    def __or__(self, other: Iterable[Bucket]) -> Plan:
+        return Plan((*self.buckets, *other))
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    def __iter__(self) -> Iterator[Bucket]:
+        return iter(self.buckets)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.buckets[index]
+
+    def to_json(self, *, model: str, source: str) -> dict[str, Any]:
+        """Return the content of a plan file.
+
+        Args:
+            model: name of the model the plan is for.
+            source: who made it, for example "build".
+        """
+        buckets = [bucket.to_json() for bucket in self.buckets]
+        return {"format": 1, "model": model, "buckets": buckets, "source": source}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Plan:
+        """Read the content of a plan file.
+
+        Raises:
+            PlanError: it is not a plan, has an unknown field, or was written by a newer release.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != 1:
+            raise PlanError("this is not a plan file of format 1")
+        rows = data.get("buckets")
+        if not isinstance(rows, list) or not set(data) <= {"format", "model", "buckets", "source"}:
+            raise PlanError("the plan file has unknown fields or no list of buckets")
+        return cls(_bucket_from_json(row) for row in rows)
+
+
+def _bucket_from_json(row: Any) -> Bucket:
+    if not isinstance(row, Mapping) or not {"batch_size", "seq_len"} <= set(row) <= {"step", "batch_size", "seq_len"}:
+        raise PlanError(f"{row!r} is not a bucket", hint='a bucket is {"step", "batch_size", "seq_len"}')
+    return Bucket(row["batch_size"], row["seq_len"], row.get("step", "recompute"))

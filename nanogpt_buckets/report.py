@@ -1,0 +1,94 @@
+"""What a run did, in counters: which buckets ran, what was padding, what was cropped or promoted.
+
+Pure bookkeeping. Imports no torch and measures nothing by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanogpt_buckets.plan.bucket import Bucket
+
+
+@dataclass
+class BucketCount:
+    """How often one bucket ran and what was in it.
+
+    Args:
+        steps: executions.
+        rows: real rows; the rest of steps * batch_size was padding.
+        tokens: real tokens; the rest of steps * batch_size * seq_len was padding.
+    """
+
+    steps: int = 0
+    rows: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Report:
+    """Counters of one engine since it was loaded.
+
+    Args:
+        backend: which backend ran.
+        model: name of the model.
+        buckets: per bucket.
+        new_tokens: tokens generated.
+        switches: steps that ran in another bucket than the step before.
+        crops: contexts cut to their last block_size tokens.
+        promotions: calls that ran longer buckets than planned because one was not built.
+        seconds: time spent in generate, stream and logits.
+        seed: seed of the last call, chosen here if the caller gave none.
+    """
+
+    backend: str
+    model: str
+    buckets: dict[Bucket, BucketCount] = field(default_factory=dict)
+    new_tokens: int = 0
+    switches: int = 0
+    crops: int = 0
+    promotions: int = 0
+    seconds: float = 0.0
+    seed: int | None = None
+    _last: Bucket | None = field(default=None, repr=False)
+
+    def count_step(self, bucket: Bucket, lengths: list[int]) -> None:
+        """Count one execution with these real row lengths."""
+        count = self.buckets.setdefault(bucket, BucketCount())
+        count.steps += 1
+        count.rows += len(lengths)
+        count.tokens += sum(lengths)
+        self.switches += self._last not in (None, bucket)
+        self._last = bucket
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of contexts that were computed."""
+        return sum(count.tokens for count in self.buckets.values())
+
+    @property
+    def padded_tokens(self) -> int:
+        """Positions computed in vain."""
+        return sum(c.steps * b.batch_size * b.seq_len for b, c in self.buckets.items()) - self.real_tokens
+
+    @property
+    def waste(self) -> float:
+        """Share of computed positions that was padding, 0 to 1."""
+        total = self.real_tokens + self.padded_tokens
+        return self.padded_tokens / total if total else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens per second."""
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON."""
+        rows = [
+            {**bucket.to_json(), "steps": count.steps, "rows": count.rows, "real_tokens": count.tokens}
+            for bucket, count in sorted(self.buckets.items())
+        ]
+        names = ("backend", "model", "new_tokens", "switches", "crops", "promotions", "seconds", "seed")
+        derived = ("real_tokens", "padded_tokens", "waste", "tokens_per_s")
+        return {name: getattr(self, name) for name in (*names, *derived)} | {"buckets": rows}

@@ -1,0 +1,147 @@
+"""Logits -> next token, on the host: temperature, top-k, top-p, softmax, then one draw.
+
+The compiled graph ends at logits, so every bucket shares this one sampler. Knows nothing of buckets, text or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanogpt_buckets.errors import UsageError
+
+RNGS = ("per-row", "nanogpt")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: divides the logits; 0 always takes the likeliest token, the lowest id among equals.
+        top_k: keep the k likeliest tokens and whatever equals the k-th; None or 0 keeps all.
+        top_p: keep the fewest likeliest tokens whose probabilities reach p; None keeps all.
+        seed: of all draws.
+        rng: "per-row" draws by (seed, prompt, sample, step) alone, whatever the batch, bucket or vocabulary padding;
+            "nanogpt" uses one torch generator and gives nanoGPT's own text.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = 200
+    top_p: float | None = None
+    seed: int = 0
+    rng: str = "per-row"
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature is {self.temperature!r}; it must be 0 or a positive number")
+        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 0):
+            raise UsageError(f"top_k is {self.top_k!r}; it must be a whole number, 0 or None to turn it off")
+        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
+            raise UsageError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+        if not _is_whole(self.seed):
+            raise UsageError(f"seed is {self.seed!r}; it must be a whole number")
+        if self.rng not in RNGS:
+            raise UsageError(f"rng {self.rng!r} is unknown", hint=f"generators: {', '.join(RNGS)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def mask_undecodable(logits: Tensor, n_vocab: int) -> Tensor:
+    """Return logits (..., V) in which ids from n_vocab on cannot be drawn."""
+    if n_vocab >= logits.shape[-1]:
+        return logits
+    masked = logits.clone()
+    masked[..., n_vocab:] = -math.inf
+    return masked
+
+
+def draw_per_row(logits: Tensor, sampling: Sampling, prompt: int, sample: int, step: int) -> int:
+    """Draw one token by inverse CDF; depends on nothing but its arguments.
+
+    Args:
+        logits: float32 (V); -inf cannot be drawn.
+        sampling: see `Sampling`.
+        prompt: index of the prompt.
+        sample: index of the sample of that prompt.
+        step: index of the new token.
+    """
+    if sampling.temperature == 0:
+        return greedy(logits)
+    values, ids = candidates(logits, sampling)  # (n), (n)
+    weights = torch.exp(values - values[0])  # (n)
+    cdf = weights.cumsum(0) / weights.sum()  # (n)
+    position = int(torch.searchsorted(cdf, uniform(sampling.seed, prompt, sample, step), right=True))
+    return int(ids[min(position, len(ids) - 1)])
+
+
+def greedy(logits: Tensor) -> int:
+    """Return the likeliest id of logits (V), the lowest among equals."""
+    return int((logits == logits.max()).nonzero()[0])
+
+
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Return what may be drawn, likeliest first and by id among equals.
+
+    Args:
+        logits: float32 (V).
+        sampling: temperature above 0, top_k, top_p.
+
+    Returns:
+        Scaled logits float64 (n) and their ids int64 (n).
+    """
+    if sampling.top_k and sampling.top_k < len(logits):
+        threshold = logits.topk(sampling.top_k).values[-1]
+        ids = (logits >= threshold).nonzero().squeeze(1)  # (n): ties with the k-th stay
+    else:
+        ids = torch.arange(len(logits))
+    ids = ids[logits[ids] > -math.inf]
+    values, order = torch.sort(logits[ids].double(), descending=True, stable=True)
+    values, ids = values / sampling.temperature, ids[order]
+    if sampling.top_p is not None and sampling.top_p < 1:
+        probabilities = torch.softmax(values, dim=0)
+        keep = probabilities.cumsum(0) - probabilities < sampling.top_p  # the mass before a token is short of p
+        values, ids = values[keep], ids[keep]
+    return values, ids
+
+
+def uniform(seed: int, prompt: int, sample: int, step: int) -> float:
+    """Return a number in [0, 1) that only these four decide."""
+    digest = hashlib.sha256(f"{seed}/{prompt}/{sample}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def draw_nanogpt(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draw one token as nanoGPT's GPT.generate does, consuming the generator in the same way.
+
+    Args:
+        logits: float32 (V).
+        sampling: see `Sampling`; top_p, which nanoGPT lacks, is applied after top_k.
+        generator: advanced by one multinomial draw over V probabilities.
+    """
+    if sampling.temperature == 0:
+        return greedy(logits)
+    scaled = logits / sampling.temperature  # (V)
+    if sampling.top_k:
+        threshold = scaled.topk(min(sampling.top_k, len(scaled))).values[-1]
+        scaled = scaled.masked_fill(scaled < threshold, -math.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        _, ids = candidates(logits, sampling)
+        kept = torch.full_like(scaled, -math.inf)
+        kept[ids] = scaled[ids]
+        scaled = kept
+    probabilities = torch.softmax(scaled, dim=-1).unsqueeze(0)  # (1, V)
+    return int(torch.multinomial(probabilities, num_samples=1, generator=generator))

@@ -1,0 +1,246 @@
+"""The buckets an engine can run: which are wanted, which are built, loading them, and what to do when one is missing.
+
+Coverage is settled before the first step of a call. Knows nothing of prompts or sampling.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from nanogpt_buckets import settings
+from nanogpt_buckets.backends.base import Executable
+from nanogpt_buckets.backends.eager import EagerBackend
+from nanogpt_buckets.build import build_missing, default_plan, remember_plan
+from nanogpt_buckets.catalog import Catalog
+from nanogpt_buckets.dispatch import cheapest, group
+from nanogpt_buckets.errors import CacheError, CacheMiss, CompileFailed, UsageError
+from nanogpt_buckets.model.checkpoint import Weights
+from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.plan.cost import step_flops
+from nanogpt_buckets.plan.ladder import default_ladder, rung_for
+from nanogpt_buckets.store.local import Answer
+
+log = logging.getLogger(__name__)
+
+ON_MISS = ("promote", "build")
+
+
+class Shelf:
+    """Loaded and loadable buckets of one model.
+
+    Args:
+        catalog: the model's entries.
+        plan: buckets to use; None for the model's default plan.
+        on_miss: "promote" or "build".
+
+    Raises:
+        UsageError: on_miss is unknown.
+        PlanError: the plan does not fit the model.
+        CacheMiss: nothing is built and nothing may be.
+    """
+
+    def __init__(self, catalog: Catalog, plan: Plan | Iterable[Bucket] | None, *, on_miss: str) -> None:
+        if on_miss not in ON_MISS:
+            raise UsageError(f"on_miss {on_miss!r} is unknown", hint=f"choices: {', '.join(ON_MISS)}")
+        self.catalog = catalog
+        self.promotions = 0
+        self._on_miss = on_miss
+        self._closed = False
+        self._executables: dict[Bucket, Executable] = {}
+        self._refused: dict[Bucket, CacheError] = {}
+        self._said: set[Bucket] = set()
+        self._plan = self._wanted(plan)
+        self._entries: dict[Bucket, list[Answer]] = catalog.usable() if catalog.backend.compiles else {}
+        if on_miss == "promote" and not self._available():
+            raise self._miss("no bucket is built")
+
+    def cost(self, bucket: Bucket) -> int:
+        """Return the cost of one step in a bucket."""
+        return step_flops(self.catalog.model.architecture, bucket)
+
+    def load_all(self) -> list[Bucket]:
+        """Load every available bucket of the plan and return those that could be loaded.
+
+        Raises:
+            CacheError: some were built and not one could be loaded.
+        """
+        for bucket in self._available():
+            self._load(bucket)
+        if not self._executables and self._refused:
+            raise next(iter(self._refused.values()))
+        return sorted(self._executables)
+
+    def executable(self, bucket: Bucket) -> Executable:
+        """Return what runs a bucket that `cover` returned."""
+        return self._executables[bucket]
+
+    def cover(self, lengths: list[int], more_tokens: int) -> list[Bucket]:
+        """Decide which buckets run rows that grow from `lengths` by `more_tokens`; all of them are loaded.
+
+        Args:
+            lengths: tokens of each row at its first step.
+            more_tokens: how many tokens each row gains before its last step.
+
+        Raises:
+            CacheMiss: nothing that is built reaches the longest row, and nothing may be compiled.
+            CompileFailed: it had to be compiled and could not be.
+        """
+        if self._closed:
+            raise UsageError("this engine is closed")
+        block_size = self.catalog.model.architecture.block_size
+        need = min(max(lengths) + more_tokens, block_size)
+        if self._on_miss == "build" and self.catalog.backend.compiles:
+            self._build_for(lengths, more_tokens, need)
+        while True:
+            buckets = self._available()
+            if cheapest(buckets, 1, need, self.cost) is None:
+                raise self._refusal(need) or self._miss(f"no bucket that is built holds {need} tokens", need)
+            used = self._used(lengths, more_tokens, buckets)
+            if all([self._load(bucket) for bucket in sorted(used)]):
+                self._say_promotions(lengths, more_tokens, used)
+                return sorted(used)
+
+    def close(self) -> None:
+        """Close every executable."""
+        for executable in self._executables.values():
+            executable.close()
+        self._executables.clear()
+        self._closed = True
+
+    # --- what is wanted and what is there --------------------------------------------------------------------------
+
+    def _wanted(self, plan: Plan | Iterable[Bucket] | None) -> list[Bucket]:
+        block_size = self.catalog.model.architecture.block_size
+        if plan is not None:
+            chosen = plan if isinstance(plan, Plan) else Plan(plan)
+        elif self.catalog.backend.compiles:
+            saved = default_plan(self.catalog)
+            if saved is None:
+                return []
+            chosen = saved
+        else:
+            chosen = Plan.grid(seq=default_ladder(block_size))
+        return list(chosen.check(block_size))
+
+    def _available(self) -> list[Bucket]:
+        ready = self._entries if self.catalog.backend.compiles else self._plan
+        return [bucket for bucket in self._plan if bucket in ready and bucket not in self._refused]
+
+    def _used(self, lengths: list[int], more_tokens: int, buckets: list[Bucket]) -> set[Bucket]:
+        """Return the buckets a run would use, by running the grouping at every step's lengths."""
+        block_size = self.catalog.model.architecture.block_size
+        used: set[Bucket] = set()
+        for grown in range(more_tokens + 1):
+            now = [min(length + grown, block_size) for length in lengths]
+            used |= {bucket for bucket, _ in group(now, buckets, self.cost)}
+            if min(now) == block_size:
+                break
+        return used
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _weights(self) -> Weights:
+        return self.catalog.model.weights(self.catalog.dtype)
+
+    def _load(self, bucket: Bucket) -> bool:
+        """Load a bucket from its best intact entry; False, and never tried again, if it has none."""
+        if bucket in self._executables:
+            return True
+        if isinstance(self.catalog.backend, EagerBackend):
+            arch = self.catalog.model.architecture
+            self._executables[bucket] = self.catalog.backend.run_eagerly(arch, bucket, self._weights.tensors)
+            return True
+        for answer in self._entries[bucket]:
+            try:
+                self._executables[bucket] = self._load_entry(bucket, answer)
+                return True
+            except CacheError as error:
+                log.warning("bucket %s, entry %s: %s", bucket, answer.key[:12], error.message)
+                self._refused[bucket] = error
+        return False
+
+    def _load_entry(self, bucket: Bucket, answer: Answer) -> Executable:
+        assert answer.manifest is not None
+        start = time.perf_counter()
+        artifact = self.catalog.artifact(answer.manifest)
+        executable = self.catalog.backend.load(artifact, self._weights.tensors)
+        milliseconds = 1000 * (time.perf_counter() - start)
+        size = sum(len(content) for content in artifact.blobs.values())
+        log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", bucket, answer.key[:12], size, milliseconds)
+        blobs = "-".join(blob.sha256[:16] for blob in answer.manifest.blobs)
+        self._canary(executable, bucket, f"{self._weights.digest[:32]}-{blobs}")
+        return executable
+
+    def _canary(self, executable: Executable, bucket: Bucket, pair: str) -> None:
+        """Compare with the eager model the first time these weights meet this artifact on this node."""
+        from nanogpt_buckets.backends import gate
+
+        mark: Path = settings.local_dir() / "canary" / pair
+        if mark.exists():
+            return
+        gate.canary(executable, self.catalog.model.architecture, bucket, self._weights.tensors)
+        try:
+            mark.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            log.info("the canary's result could not be remembered: %s", error.strerror)
+
+    # --- misses -------------------------------------------------------------------------------------------------------
+
+    def _build_for(self, lengths: list[int], more_tokens: int, need: int) -> None:
+        """Compile the buckets this run would use, and one that reaches its end if the plan has none."""
+        wanted = self._plan
+        if cheapest(wanted, 1, need, self.cost) is None:
+            rung = rung_for(need, self.catalog.model.architecture.block_size)
+            wanted = sorted({*wanted, Bucket(1, rung)})
+        used = self._used(lengths, more_tokens, wanted)
+        missing = [bucket for bucket in sorted(used) if bucket not in self._entries or not self._load(bucket)]
+        if missing:
+            self._build(missing)
+        if set(wanted) != set(self._plan):
+            self._plan = wanted
+            remember_plan(self.catalog, Plan(wanted))
+
+    def _build(self, missing: list[Bucket]) -> None:
+        names = ", ".join(map(str, missing))
+        log.warning("compiling %d missing bucket(s) of %s first: %s", len(missing), self.catalog.model.name, names)
+        report = build_missing(self.catalog, missing)
+        for row in report.rows:
+            if row.state == "failed":
+                raise CompileFailed(f"bucket {row.bucket} could not be compiled: {row.why}")
+        self._entries = self.catalog.usable()
+        self._refused = {bucket: error for bucket, error in self._refused.items() if bucket not in missing}
+
+    def _say_promotions(self, lengths: list[int], more_tokens: int, used: set[Bucket]) -> None:
+        """Say once for each planned bucket that it would have run, had it been built."""
+        lacking = [bucket for bucket in self._plan if bucket not in self._executables and bucket not in used]
+        missed = self._used(lengths, more_tokens, self._plan) & set(lacking) if lacking else set()
+        self.promotions += bool(missed)
+        for bucket in sorted(missed - self._said):
+            log.warning("bucket %s is not built; a larger one runs in its place (%s)", bucket, self._command([bucket]))
+        self._said |= missed
+
+    def _refusal(self, need: int) -> CacheError | None:
+        return next((error for bucket, error in self._refused.items() if bucket.holds(1, need)), None)
+
+    def _miss(self, what: str, need: int = 0) -> CacheMiss:
+        block_size = self.catalog.model.architecture.block_size
+        lacking = [bucket for bucket in self._plan if bucket not in self._entries and bucket.holds(1, need)]
+        buckets = lacking or [Bucket(1, rung_for(need or block_size, block_size))]
+        return CacheMiss(
+            f"{what} for model {self.catalog.model.name} in {self.catalog.store.root}", hint=self._command(buckets)
+        )
+
+    def _command(self, buckets: list[Bucket]) -> str:
+        batch = ",".join(map(str, sorted({bucket.batch_size for bucket in buckets})))
+        seq = ",".join(map(str, sorted({bucket.seq_len for bucket in buckets})))
+        model = self.catalog.model
+        name = model.name if model.path is None else str(model.path)
+        rows = "" if batch == "1" else f" --batch {batch}"
+        dtype = "" if self.catalog.dtype == "float32" else f" --dtype {self.catalog.dtype}"
+        return f"nanogpt-buckets build --model {name}{rows} --seq {seq}{dtype}"
