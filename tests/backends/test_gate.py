@@ -1,0 +1,163 @@
+"""The gate must pass the right step and fail every planted fault."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from nanogpt_buckets.backends import gate
+from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.model.gpt import Lowering, from_weights
+from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.steps import NeuronStep
+
+ARCH = Architecture(
+    n_layer=4, n_head=3, n_embd=96, n_inner=384, block_size=64, vocab_size=211, activation="gelu_tanh", tied=False
+)
+WEIGHTS = gate.seeded_weights(ARCH, torch.float32)
+BUCKETS = [Bucket(1, 32), Bucket(3, 32)]
+
+
+def run_gate(step, bucket, weights=WEIGHTS):
+    with torch.inference_mode():
+        return gate.check(step, ARCH, bucket, weights)
+
+
+def fresh(weights=WEIGHTS, **architecture) -> NeuronStep:
+    return NeuronStep(from_weights(dataclasses.replace(ARCH, **architecture), {k: v.clone() for k, v in weights.items()}))
+
+
+@pytest.mark.parametrize("bucket", [Bucket(1, 1), Bucket(1, 2), Bucket(1, 3), *BUCKETS, Bucket(2, 64)], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "explicit"])
+def test_the_right_step_passes(bucket, attention):
+    record = run_gate(NeuronStep(from_weights(ARCH, WEIGHTS, Lowering(attention))), bucket)
+
+    assert record["relative_error_e9"] < record["tolerance_e9"]
+
+
+def gelu_swapped():
+    return fresh(activation="gelu")
+
+
+def wrong_epsilon():
+    return fresh(layer_norm_epsilon=1e-6)
+
+
+def wrong_scale():
+    return fresh(scale_by_head_size=False)
+
+
+def last_index_off_by_one():
+    step = fresh()
+    return lambda ids, last: step(ids, (last - 1).clamp(min=0))
+
+
+def one_layer_without_mask():
+    step = fresh()
+    attention = step.gpt.transformer["h"][2].attn
+
+    def unmasked(x):
+        q, k, v = (t.view(*x.shape[:2], 3, 32).transpose(1, 2) for t in attention.c_attn(x).chunk(3, dim=2))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return attention.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+    attention.forward = unmasked
+    return step
+
+
+def bias_dropped():
+    return fresh(WEIGHTS | {"transformer.h.1.mlp.c_fc.bias": torch.zeros(384)})
+
+
+def layers_exchanged():
+    step = fresh()
+    h = step.gpt.transformer["h"]
+    h[1], h[2] = h[2], h[1]
+    return step
+
+
+def q_and_k_swapped():
+    name = "transformer.h.0.attn.c_attn.weight"
+    q, k, v = WEIGHTS[name].chunk(3)
+    return fresh(WEIGHTS | {name: torch.cat([k, q, v])})
+
+
+def position_shifted():
+    name = "transformer.wpe.weight"
+    return fresh(WEIGHTS | {name: WEIGHTS[name].roll(-1, dims=0)})
+
+
+def nan_logits():
+    step = fresh()
+    return lambda ids, last: step(ids, last) * float("nan")
+
+
+def leaks_padding():
+    step = fresh()
+    return lambda ids, last: step(ids, last) + 1e-7 * ids[:, -1:].float()
+
+
+def leaks_neighbours():
+    step = fresh()
+    return lambda ids, last: step(ids, last) + 1e-7 * ids.float().mean()
+
+
+FAULTS = [
+    gelu_swapped,
+    wrong_epsilon,
+    wrong_scale,
+    last_index_off_by_one,
+    one_layer_without_mask,
+    bias_dropped,
+    layers_exchanged,
+    q_and_k_swapped,
+    position_shifted,
+    nan_logits,
+    leaks_padding,
+    leaks_neighbours,
+]
+
+
+@pytest.mark.parametrize("bucket", BUCKETS, ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_fails(fault, bucket):
+    with pytest.raises(gate.GateFailed, match=str(bucket)):
+        run_gate(fault(), bucket)
+
+
+def test_a_step_that_is_not_repeatable_fails():
+    step, calls = fresh(), iter(range(1000))
+
+    with pytest.raises(gate.GateFailed, match="second run"):
+        run_gate(lambda ids, last: step(ids, last) + 1e-6 * next(calls), Bucket(1, 32))
+
+
+def test_bfloat16_is_judged_by_its_own_noise():
+    weights = gate.seeded_weights(ARCH, torch.bfloat16)
+    record = run_gate(NeuronStep(from_weights(ARCH, weights)), Bucket(2, 32), weights)
+
+    assert record["tolerance_e9"] > 1e9 * gate.FLOAT32_TOLERANCE
+    with pytest.raises(gate.GateFailed):
+        run_gate(fresh({k: v.clone() for k, v in weights.items()}, scale_by_head_size=False), Bucket(2, 32), weights)
+
+
+def test_bfloat16_noise_hides_no_mask_fault():
+    weights = gate.seeded_weights(ARCH, torch.bfloat16)
+    step = one_layer_without_mask().to(torch.bfloat16)
+
+    with pytest.raises(gate.GateFailed):
+        run_gate(step, Bucket(1, 32), weights)
+
+
+@pytest.mark.parametrize(("seq_len", "lengths"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (64, [1, 32, 33, 63, 64])])
+def test_awkward_lengths(seq_len, lengths):
+    assert gate.awkward_lengths(seq_len) == lengths
+
+
+def test_the_canary_passes_the_right_pair_and_fails_another():
+    other = {name: tensor + 0.01 for name, tensor in WEIGHTS.items()}
+
+    gate.canary(fresh(), ARCH, Bucket(2, 16), WEIGHTS)
+    with pytest.raises(gate.GateFailed, match="these weights"):
+        gate.canary(fresh(), ARCH, Bucket(2, 16), other)

@@ -1,0 +1,57 @@
+"""Shared fixtures: directories of the test's own, small models, and buckets compiled once for the whole run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nanogpt_buckets.model.architecture import Architecture
+
+# Odd on purpose: no size is a power of two, no two are equal.
+ODD = Architecture(n_layer=2, n_head=3, n_embd=48, n_inner=192, block_size=100, vocab_size=211)
+
+
+@pytest.fixture(autouse=True)
+def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache."""
+    for name in [name for name in os.environ if name.startswith("NANOGPT_BUCKETS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("NANOGPT_BUCKETS_LOCAL_DIR", str(tmp_path / "local"))
+
+
+@pytest.fixture(scope="session")
+def odd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face GPT-2 in odd shapes, saved by transformers; initialised so that it does not repeat one token."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(20)
+    config = GPT2Config(
+        n_layer=ODD.n_layer,
+        n_head=ODD.n_head,
+        n_embd=ODD.n_embd,
+        n_positions=ODD.block_size,
+        vocab_size=ODD.vocab_size,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    folder = tmp_path_factory.mktemp("models") / "odd"
+    GPT2LMHeadModel(config).eval().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def odd_cache(odd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory in which the odd model's four buckets are compiled: 1x16, 1x33, 1x100 and 3x33."""
+    from nanogpt_buckets.build import build
+    from nanogpt_buckets.plan.bucket import Bucket
+
+    cache = tmp_path_factory.mktemp("cache") / "cache"
+    plan = [Bucket(1, 16), Bucket(1, 33), Bucket(1, 100), Bucket(3, 33)]
+    report = build(plan, model=odd_folder, cache_dir=cache)
+    assert (report.compiled, report.failed) == (4, 0), report
+    return cache

@@ -1,0 +1,318 @@
+"""Text and logits against Hugging Face's GPT-2, whatever the ladder; breadth on eager, the same promises compiled."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from nanogpt_buckets import Bucket, Engine, Plan, generate
+from nanogpt_buckets.backends import gate
+from nanogpt_buckets.errors import CacheMiss, TokenizerError, UsageError
+from nanogpt_buckets.model.tokenizer import characters
+from nanogpt_buckets.plan.bucket import Bucket as B
+
+LADDER = Plan.grid(batch=[1, 3], seq=[16, 33, 100])
+COMPILED = Plan([B(1, 16), B(1, 33), B(1, 100), B(3, 33)])
+EDGES = [1, 2, 15, 16, 17, 32, 33, 34, 99, 100]
+
+
+@pytest.fixture(scope="session")
+def oracle(odd_folder):
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel.from_pretrained(odd_folder).eval()
+
+
+@pytest.fixture(params=["eager", "inductor"])
+def engine(request, odd_folder, monkeypatch):
+    if request.param == "eager":
+        made = Engine.load(odd_folder, plan=LADDER, backend="eager")
+    else:
+        made = Engine.load(odd_folder, plan=COMPILED, cache_dir=request.getfixturevalue("odd_cache"))
+    with made:
+        yield made
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(211, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
+
+
+@torch.no_grad()
+def oracle_logits(oracle, ids: list[int]) -> torch.Tensor:
+    return oracle(torch.tensor([ids[-100:]])).logits[0, -1]
+
+
+def oracle_greedy(oracle, ids: list[int], n: int) -> tuple[list[int], float]:
+    """Continue as nanoGPT does, cropping to the last 100 tokens; also return the smallest top-2 margin met."""
+    ids, margin = list(ids), float("inf")
+    for _ in range(n):
+        top = oracle_logits(oracle, ids).topk(2)
+        margin = min(margin, (top.values[0] - top.values[1]).item())
+        ids.append(int(top.indices[0]))
+    return ids, margin
+
+
+def test_logits_equal_the_oracle_at_every_length(engine, oracle):
+    for length in range(1, 101):
+        expected = oracle_logits(oracle, prompt(length))
+        found = engine.logits([prompt(length)])[0]
+
+        assert (found - expected).abs().max() <= gate.FLOAT32_TOLERANCE * expected.abs().max(), length
+    assert found.dtype == torch.float32
+
+
+def test_ragged_batches_equal_the_oracle_in_the_order_given(engine, oracle):
+    prompts = [prompt(n, seed=3) for n in (33, 1, 100, 17, 16, 2, 34, 120, 5)]
+    expected = torch.stack([oracle_logits(oracle, ids) for ids in prompts])
+
+    found = engine.logits(prompts)
+
+    assert found.shape == (9, 211)
+    assert (found - expected).abs().max() <= gate.FLOAT32_TOLERANCE * expected.abs().max()
+    assert engine.logits([]).shape == (0, 211)
+
+
+@pytest.mark.parametrize("length", EDGES)
+def test_greedy_text_equals_the_oracle_around_every_edge(engine, oracle, length):
+    expected, margin = oracle_greedy(oracle, prompt(length), 12)
+    assert margin > 1e-3, "the prompt proves nothing: two tokens are equally likely"
+
+    found = engine.generate([prompt(length)], max_new_tokens=12, temperature=0)[0]
+
+    assert found.token_ids == expected
+    assert (found.prompt_tokens, found.new_tokens, found.finish_reason) == (length, 12, "length")
+    assert len(set(expected[length:])) >= 5
+
+
+def test_generation_goes_on_past_block_size_like_nanogpt(engine, oracle):
+    expected, margin = oracle_greedy(oracle, prompt(97), 10)
+    assert margin > 1e-3
+
+    assert engine.generate([prompt(97)], max_new_tokens=10, temperature=0)[0].token_ids == expected
+    assert engine.report().crops == 6
+
+
+def test_a_batch_is_the_single_rows(engine):
+    prompts = [prompt(n, seed=5) for n in (3, 30, 16, 31, 1)]
+    together = engine.generate(prompts, max_new_tokens=20, seed=7)
+    # rows draw by prompt index, so each single run stands at its own index among empty work
+    for index, ids in enumerate(prompts):
+        greedy_alone = engine.generate([ids], max_new_tokens=20, temperature=0)[0].token_ids
+        greedy_together = engine.generate(prompts, max_new_tokens=20, temperature=0)[index].token_ids
+
+        assert greedy_together == greedy_alone
+    assert together == engine.generate(prompts, max_new_tokens=20, seed=7)
+
+
+@pytest.mark.parametrize("rng", ["per-row", "nanogpt"])
+def test_the_same_text_whatever_the_ladder(odd_folder, rng):
+    texts = []
+    for ladder in ([100], [8, 16, 24, 32, 64, 100], [33, 50, 100]):
+        with Engine.load(odd_folder, plan=Plan.grid(batch=[1, 2], seq=ladder), backend="eager") as engine:
+            results = engine.generate([prompt(7), prompt(20)], max_new_tokens=30, seed=4, num_samples=2, rng=rng)
+            texts.append([result.token_ids for result in results])
+
+    assert texts[0] == texts[1] == texts[2]
+    assert len({tuple(ids) for ids in texts[0]}) == 4, "samples differ from each other"
+
+
+def test_compiled_and_eager_sample_the_same_text(odd_folder, odd_cache):
+    with (
+        Engine.load(odd_folder, plan=COMPILED, cache_dir=odd_cache) as compiled,
+        Engine.load(odd_folder, plan=LADDER, backend="eager") as eager,
+    ):
+        options = {"max_new_tokens": 40, "seed": 11, "num_samples": 3}
+
+        assert compiled.generate([prompt(9)], **options) == eager.generate([prompt(9)], **options)
+
+
+def test_nanogpt_mode_is_nanogpts_own_loop(engine, oracle):
+    torch.manual_seed(1337)
+    ids = torch.tensor([prompt(90)])
+    for _ in range(20):
+        with torch.no_grad():
+            logits = oracle(ids[:, -100:]).logits[:, -1, :] / 0.8
+        kth = torch.topk(logits, 20).values
+        logits[logits < kth[:, [-1]]] = -float("inf")
+        ids = torch.cat([ids, torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)], dim=1)
+
+    found = engine.generate([prompt(90)], max_new_tokens=20, top_k=20, seed=1337, rng="nanogpt")[0]
+
+    assert found.token_ids == ids[0].tolist()
+
+
+def test_within_a_bucket_pads_future_and_neighbours_change_no_bit(engine):
+    executable = engine._shelf
+    executable.load_all()
+    step = executable.executable(B(3, 33))
+    ids = torch.randint(211, (3, 33), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    for length in (1, 2, 16, 32, 33):
+        last = torch.tensor([length - 1, 20, 32], dtype=torch.int32)
+        before = step(ids, last)
+        other = ids.clone()
+        other[0, length:] = (other[0, length:] + 1) % 211
+        other[1:] = (other[1:] + 5) % 211
+
+        assert torch.equal(before[0], step(other, last)[0])
+
+
+def test_prompts_may_be_anything_sensible(engine):
+    assert engine.generate([], max_new_tokens=3) == []
+    untouched = engine.generate([prompt(4)], max_new_tokens=0)[0]
+    assert (untouched.token_ids, untouched.new_tokens) == (prompt(4), 0)
+    with pytest.raises(UsageError, match="no start token"):
+        engine.generate([[]])
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        engine.generate(["text"])
+    with pytest.raises(TokenizerError, match="stop strings"):
+        engine.generate([[1]], stop="x")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_new_tokens": -1}, {"max_new_tokens": 1.5}, {"num_samples": 0}, {"temperature": -1}, {"rng": "x"}],
+)
+def test_arguments_out_of_range_are_refused(engine, wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        engine.generate([[1]], **wrong)
+
+
+@pytest.mark.parametrize("ids", [[211], [-1], [True], [1.0], ["a"]])
+def test_token_ids_out_of_range_are_refused(engine, ids):
+    with pytest.raises(UsageError, match="token id"):
+        engine.generate([ids])
+
+
+# --- text, streaming, threads: eager is enough --------------------------------------------------------------------
+
+LETTERS = characters({n: chr(0x4E00 + n) for n in range(211)})
+
+
+@pytest.fixture
+def lettered(odd_folder):
+    with Engine.load(odd_folder, plan=LADDER, backend="eager", tokenizer=LETTERS) as engine:
+        yield engine
+
+
+def test_text_is_prompt_and_new_text(lettered):
+    result = lettered.generate(["一丁"], max_new_tokens=5, seed=1)[0]
+
+    assert result.text == "一丁" + result.new_text
+    assert len(result.new_text) == 5
+    assert [LETTERS.encode(c)[0] for c in result.text] == result.token_ids
+
+
+@pytest.mark.parametrize("stop", [None, "丈"])
+def test_a_stream_is_the_generation(lettered, stop):
+    whole = lettered.generate(["一丁"], max_new_tokens=30, seed=2, stop=stop)[0]
+    tokens = list(lettered.stream("一丁", max_new_tokens=30, seed=2, stop=stop))
+
+    assert "".join(token.text for token in tokens) == whole.new_text
+    assert [token.id for token in tokens] == whole.token_ids[whole.prompt_tokens :]
+    assert [token.index for token in tokens] == list(range(len(tokens)))
+
+
+def test_a_stop_string_ends_a_row_and_not_its_neighbours(lettered):
+    free = lettered.generate(["一", "丁"], max_new_tokens=20, seed=3)
+    stop = free[0].new_text[4:6]
+
+    stopped = lettered.generate(["一", "丁"], max_new_tokens=20, seed=3, stop=[stop])
+
+    assert stopped[0].finish_reason == "stop"
+    assert stopped[0].new_text == free[0].new_text[: free[0].new_text.index(stop)]
+    assert stopped[1].new_text == free[1].new_text.split(stop)[0]
+
+
+def test_a_stream_checks_its_arguments_before_the_first_token(lettered):
+    with pytest.raises(UsageError):
+        lettered.stream("一", max_new_tokens=-1)
+
+
+def test_an_engine_may_be_shared_by_threads(lettered):
+    expected = [lettered.generate(["一丁"], max_new_tokens=15, seed=n)[0].text for n in range(4)]
+    found: dict[int, str] = {}
+
+    def work(n):
+        found[n] = lettered.generate(["一丁"], max_new_tokens=15, seed=n)[0].text
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [found[n] for n in range(4)] == expected
+    assert lettered.report().new_tokens == 8 * 15
+
+
+def test_ids_the_tokenizer_cannot_decode_are_never_drawn(odd_folder):
+    few = characters({n: chr(0x4E00 + n) for n in range(20)})
+    with Engine.load(odd_folder, plan=LADDER, backend="eager", tokenizer=few) as engine:
+        results = engine.generate(["一"], max_new_tokens=50, temperature=3.0, top_k=None, seed=1, num_samples=2)
+
+    assert all(max(result.token_ids) < 20 for result in results)
+
+
+def test_the_report_counts_what_ran(odd_folder):
+    with Engine.load(odd_folder, plan=LADDER, backend="eager") as engine:
+        engine.generate([prompt(15)], max_new_tokens=3, seed=9)
+        report = engine.report()
+
+    assert {bucket: count.steps for bucket, count in report.buckets.items()} == {B(1, 16): 2, B(1, 33): 1}
+    assert (report.real_tokens, report.padded_tokens) == (15 + 16 + 17, 1 + 0 + 16)
+    assert (report.new_tokens, report.switches, report.crops, report.seed) == (3, 1, 0, 9)
+    assert report.seconds > 0
+
+
+def test_a_closed_engine_says_so(odd_folder):
+    engine = Engine.load(odd_folder, plan=LADDER, backend="eager")
+    engine.close()
+
+    with pytest.raises(UsageError, match="closed"):
+        engine.generate([[1]])
+
+
+# --- misses -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_built_is_a_miss_with_the_command(odd_folder):
+    with pytest.raises(CacheMiss, match="no bucket is built") as caught:
+        Engine.load(odd_folder)
+
+    assert "nanogpt-buckets build --model" in caught.value.hint
+    assert caught.value.exit_code == 3
+
+
+def test_a_missing_bucket_is_promoted_and_said_once(odd_folder, odd_cache, caplog):
+    plan = Plan([B(1, 20), B(1, 33), B(1, 100)])  # 1x20 is not built
+    with Engine.load(odd_folder, plan=plan, cache_dir=odd_cache) as engine:
+        for _ in range(3):
+            engine.generate([prompt(10)], max_new_tokens=5)
+        report = engine.report()
+
+    assert set(report.buckets) == {B(1, 33)}
+    assert report.promotions == 3
+    assert [r.message for r in caplog.records if "1x20 is not built" in r.message] != []
+    assert sum("1x20 is not built" in r.message for r in caplog.records) == 1
+
+
+def test_a_prompt_no_bucket_reaches_is_a_miss_before_the_first_step(odd_folder, odd_cache):
+    with Engine.load(odd_folder, plan=[B(1, 16), B(1, 33)], cache_dir=odd_cache) as engine:
+        engine.generate([prompt(30)], max_new_tokens=4)  # the last step sees 33 tokens
+        with pytest.raises(CacheMiss, match="34 tokens") as caught:
+            engine.generate([prompt(30)], max_new_tokens=5)
+
+        assert "--seq 100" in caught.value.hint
+        assert engine.report().new_tokens == 4
+
+
+def test_cached_only_never_compiles_whatever_else_is_said(odd_folder):
+    with pytest.raises(CacheMiss):
+        generate("x", model=odd_folder, cached_only=True, tokenizer=LETTERS)
+
+
+def test_a_plan_that_does_not_fit_is_refused(odd_folder):
+    with pytest.raises(UsageError, match="block_size 100"):
+        Engine.load(odd_folder, plan=[Bucket(1, 101)], backend="eager")

@@ -1,0 +1,94 @@
+"""The folder order is the data flow: nothing imports from below itself, and the light commands stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nanogpt_buckets
+
+ROOT = Path(nanogpt_buckets.__file__).parent
+
+# A module may import from its own place and from those before it.
+ORDER = [
+    "errors", "settings", "child", "model", "steps", "plan", "key", "backends", "store", "catalog", "build",
+    "sampling", "textstream", "report", "dispatch", "shelf", "engine", "cli", "__main__",
+]  # fmt: skip
+NO_TORCH = ("errors", "settings", "child", "plan", "key", "store", "report", "cli", "catalog", "build", "backends/host")
+
+MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.parent != ROOT)
+
+
+def place(module: Path) -> str:
+    return module.parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, *, top_level_only: bool) -> list[str]:
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the order"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_a_module_imports_only_from_those_above(module):
+    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    here = ORDER.index(place(module))
+
+    for name in imports(tree, top_level_only=False):
+        if name.startswith("nanogpt_buckets.") and name.split(".")[1] != "__version__":
+            assert ORDER.index(name.split(".")[1]) <= here, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if str(m).startswith(NO_TORCH)], ids=str)
+def test_light_modules_import_no_torch_at_module_level(module):
+    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+
+    heavy = [n for n in imports(tree, top_level_only=True) if n.split(".")[0] in ("torch", "transformers", "rich")]
+
+    assert heavy == []
+
+
+def loaded_after(*arguments: str) -> set[str]:
+    code = (
+        "import sys\nfrom nanogpt_buckets.cli import main\n"
+        f"try:\n    main({list(arguments)!r})\nexcept SystemExit as e:\n    code = e.code\n"
+        "print(' '.join(sys.modules), file=sys.stderr)\nsys.exit(code)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in run.stderr.split()}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["cache", "ls"], ["cache", "dir"], ["cache", "verify"], ["build", "--help"]])
+def test_light_commands_load_neither_torch_nor_transformers_nor_rich(arguments):
+    assert loaded_after(*arguments) & {"torch", "transformers", "rich", "numpy"} == set()
+
+
+def test_importing_the_package_loads_nothing():
+    code = "import sys, nanogpt_buckets; print(' '.join(m for m in sys.modules if 'nanogpt' in m or m == 'torch'))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert run.stdout.split() == ["nanogpt_buckets"]
+
+
+def test_public_names_are_exactly_those_promised():
+    assert sorted(nanogpt_buckets.__all__) == dir(nanogpt_buckets)
+    assert {name for name in nanogpt_buckets.__all__ if getattr(nanogpt_buckets, name) is None} == set()
+    with pytest.raises(AttributeError):
+        nanogpt_buckets.nothing  # noqa: B018
+
+
+def test_modules_and_functions_stay_short():
+    for module in MODULES:
+        text = (ROOT / module).read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 350, module
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{module}: {node.name}"
