@@ -20,7 +20,7 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +31,7 @@ import filelock
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.errors import (
     CacheError,
+    CacheMiss,
     CorruptEntry,
     IncompatibleEntry,
     TransientError,
@@ -38,7 +39,7 @@ from nanogpt_buckets.errors import (
     UsageError,
 )
 from nanogpt_buckets.store.manifest import MAX_BYTES, Blob, Manifest, decode, encode, is_digest, parse
-from nanogpt_buckets.store.trust import check_location
+from nanogpt_buckets.store.trust import check_location, read_file, read_verified
 
 _SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55\n# This directory holds what nanogpt-buckets compiled.\n"
 _STALE_SECONDS = 24 * 3600
@@ -48,7 +49,6 @@ _HINT = "choose another directory with --cache-dir or NANOGPT_BUCKETS_CACHE_DIR"
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 # Trying again will not help; anything else may pass.
 _LASTING = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR})
-_READ_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
@@ -63,17 +63,23 @@ class Status(StrEnum):
     UNTRUSTED = "untrusted"
 
 
-_STATUS_OF = {IncompatibleEntry: Status.INCOMPATIBLE, UntrustedStore: Status.UNTRUSTED, CorruptEntry: Status.CORRUPT}
+_ERRORS: dict[Status, type[CacheError]] = {
+    Status.CORRUPT: CorruptEntry,
+    Status.INCOMPATIBLE: IncompatibleEntry,
+    Status.UNTRUSTED: UntrustedStore,
+    Status.TRANSIENT: TransientError,
+}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of one key; `manifest` only when WARM, `why` when it is neither WARM nor ABSENT."""
+    """What is known of one key; `manifest` only when WARM, `why` and perhaps `hint` when neither WARM nor ABSENT."""
 
     status: Status
     key: str
     manifest: Manifest | None = None
     why: str = ""
+    hint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class LocalStore:
         path = self._entry_path(family, key)
         try:
             check_location(self.root, path.parent)
-            manifest = decode(_read(path))
+            manifest = decode(read_file(path, limit=MAX_BYTES))
             if (manifest.family, manifest.key) != (family, key):
                 raise CorruptEntry("the manifest belongs under another name")
             if parts is not None and (lines := keys.difference(parts, manifest.parts)):
@@ -159,7 +165,7 @@ class LocalStore:
         path = self._blob_path(blob.sha256)
         check_location(self.root, path.parent)
         try:
-            return _read_verified(path, blob)
+            return read_verified(path, blob.sha256, blob.size)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptEntry(f"{blob.role} ({blob.sha256[:12]}) is missing from the cache") from error
         except OSError as error:
@@ -167,12 +173,27 @@ class LocalStore:
 
     def check(self, answer: Answer) -> Answer:
         """Read and verify every blob of a WARM answer; return it, or one that says what is wrong."""
+        if answer.status is not Status.WARM or answer.manifest is None:
+            return answer
         try:
-            for blob in answer.manifest.blobs if answer.manifest else ():
+            for blob in answer.manifest.blobs:
                 self.read_blob(blob)
         except CacheError as error:
             return _answer(answer.key, error)
         return answer
+
+    def require(self, answer: Answer) -> Manifest:
+        """Return the manifest of a WARM answer, and raise what any other says.
+
+        Raises:
+            CacheMiss: there is none.
+            CacheError: the subclass that belongs to its status.
+        """
+        if answer.status is Status.WARM and answer.manifest is not None:
+            return answer.manifest
+        kind = _ERRORS.get(answer.status, CacheMiss)
+        why = answer.why or "it is missing"
+        raise kind(f"entry {answer.key[:12]} in {self.root} is {answer.status}: {why}", hint=answer.hint)
 
     # writing
 
@@ -194,15 +215,15 @@ class LocalStore:
         """
         data = _checked(manifest, blobs)
         check_location(self.root)
+        stored = self._settled(manifest)
+        if stored.manifest is not None:
+            return stored.manifest
+        path = self._entry_path(manifest.family, manifest.key)
         with self._writing():
-            self._prepare(self._family_path(manifest.family))
+            self._prepare(path.parent)
             self._sweep()
-            stored = self._settled(manifest)
-            if stored.manifest is not None:
-                return stored.manifest
             for blob in manifest.blobs:
                 self._put_blob(blob, blobs[blob.role])
-            path = self._entry_path(manifest.family, manifest.key)
             if self._put(path, data, 0o666, replace=stored.status is Status.CORRUPT):
                 return manifest
             # Another process was first. If what it left is damaged already, ours replaces it.
@@ -214,11 +235,8 @@ class LocalStore:
     def _settled(self, manifest: Manifest) -> Answer:
         """Return what is under this key: a complete WARM answer, ABSENT or CORRUPT; raise for all others."""
         answer = self.check(self.look(manifest.family, manifest.key, manifest.parts))
-        for kind, status in _STATUS_OF.items():
-            if answer.status is status is not Status.CORRUPT:
-                raise kind(answer.why)
-        if answer.status is Status.TRANSIENT:
-            raise TransientError(f"{self.root} cannot be read: {answer.why}", hint=_HINT)
+        if answer.status not in (Status.WARM, Status.ABSENT, Status.CORRUPT):
+            self.require(answer)
         return answer
 
     def _put_blob(self, blob: Blob, data: bytes) -> None:
@@ -226,7 +244,7 @@ class LocalStore:
         self._make_directory(path.parent)
         damaged = False
         try:
-            _read_verified(path, blob)
+            read_verified(path, blob.sha256, blob.size)
             return
         except FileNotFoundError:
             pass
@@ -238,7 +256,7 @@ class LocalStore:
         """Give new bytes a name in one step; return False, and change nothing, if the name is taken."""
         staged = self._v1 / "tmp" / uuid.uuid4().hex
         try:
-            _write_new(staged, data, mode & stat.S_IMODE(self.root.stat().st_mode))
+            _write_new(staged, data, mode & self._mode())
             if replace:
                 os.replace(staged, path)
             else:
@@ -276,10 +294,12 @@ class LocalStore:
             directory.mkdir(0o700)
             _sync_directory(directory.parent)
         # asked again of one that exists: whoever made it may have been killed before this line
-        wanted, found = self.root.stat(), directory.stat()
-        if stat.S_IMODE(found.st_mode) != stat.S_IMODE(wanted.st_mode):
+        if stat.S_IMODE(directory.stat().st_mode) != self._mode():
             with contextlib.suppress(OSError):
-                directory.chmod(stat.S_IMODE(wanted.st_mode))
+                directory.chmod(self._mode())
+
+    def _mode(self) -> int:
+        return stat.S_IMODE(self.root.stat().st_mode)
 
     def _sweep(self) -> None:
         """Remove what killed processes staged long ago."""
@@ -321,7 +341,7 @@ class LocalStore:
         path = self._plan_path(name)
         check_location(self.root, path.parent)
         try:
-            return parse(_read(path), f"plan {name!r}")
+            return parse(read_file(path, limit=MAX_BYTES), f"plan {name!r}")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -340,20 +360,24 @@ class LocalStore:
             key: 64 hex digits.
             timeout_s: how long to wait for another process.
         """
-        path = self._v1 / "locks" / f"{_digest(key)}.lock"
-        held = contextlib.ExitStack()
+        lock = self._lock(self._v1 / "locks" / f"{_digest(key)}.lock", timeout_s)
         try:
-            check_location(self.root)
+            yield lock is not None
+        finally:
+            if lock is not None:
+                with contextlib.suppress(OSError, NotImplementedError):
+                    lock.release()
+
+    def _lock(self, path: Path, timeout_s: float) -> filelock.BaseFileLock | None:
+        try:
+            check_location(self.root, path.parent)
             self._prepare()
-            mode = 0o600 | stat.S_IMODE(self.root.stat().st_mode) & 0o666
-            # a soft lock outlives a killed holder, and correctness does not need one
-            lock = filelock.FileLock(path, mode=mode, fallback_to_soft=False)
+            mode = 0o600 | self._mode() & 0o666
+            lock = filelock.FileLock(path, mode=mode)
             lock.acquire(timeout=max(0.0, timeout_s))
-            held.callback(_release, lock)
         except (OSError, NotImplementedError, CacheError):
-            pass
-        with held as stack:
-            yield bool(stack._exit_callbacks)
+            return None
+        return lock
 
     # the whole store
 
@@ -361,6 +385,144 @@ class LocalStore:
         """Read everything: each manifest with its blobs, and each blob whether or not a manifest names it.
 
         Args:
-            on_file: called with the bytes read, file by file.
+            on_file: called with the size of each blob once it is read.
+
+        Raises:
+            UntrustedStore: others could have written the store.
+            TransientError: a directory cannot be listed this time.
         """
-        raise NotImplementedError
+        check_location(self.root)
+        # before the blobs: what a manifest names was stored before it
+        entries = list(self._entries())
+        paths = self._blob_paths()
+        sizes: dict[str, int] = {}
+        problems = []
+        for path in paths:
+            what, size = _examine(path)
+            if what:
+                problems.append(Problem(path.relative_to(self.root).as_posix(), what))
+            else:
+                sizes[path.name] = size
+            if on_file is not None:
+                on_file(size)
+        for family, answer in entries:
+            path = self._entry_path(family, answer.key).relative_to(self.root)
+            problems += [Problem(path.as_posix(), what) for what in _damage(answer, sizes)]
+        return Verification(len(entries), len(paths), sum(sizes.values()), tuple(problems))
+
+    def _blob_paths(self) -> list[Path]:
+        directory = self._v1 / "blobs"
+        names = [name for prefix in _names(directory) for name in _names(directory / prefix) if name[:2] == prefix]
+        return [self._blob_path(name) for name in names if is_digest(name)]
+
+    def _family_path(self, family: str) -> Path:
+        return self._v1 / "entries" / _digest(family)
+
+    def _entry_path(self, family: str, key: str) -> Path:
+        return self._family_path(family) / f"{_digest(key)}.json"
+
+    def _blob_path(self, sha256: str) -> Path:
+        return self._v1 / "blobs" / _digest(sha256)[:2] / sha256
+
+    def _plan_path(self, name: str) -> Path:
+        if _PLAN_NAME.fullmatch(name) is None:
+            raise UsageError(
+                f"plan name {name!r} is not a plain word", hint="use letters, digits, dots, dashes and underscores"
+            )
+        return self._v1 / "plans" / f"{name}.json"
+
+
+def _digest(text: str) -> str:
+    if not is_digest(text):
+        raise ValueError(f"{text!r} is not 64 lowercase hex digits")
+    return text
+
+
+def _answer(key: str, error: Exception) -> Answer:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return Answer(Status.ABSENT, key)
+    for status, kind in _ERRORS.items():
+        if isinstance(error, kind):
+            return Answer(status, key, why=str(error), hint=getattr(error, "hint", None))
+    return Answer(Status.TRANSIENT, key, why=getattr(error, "strerror", None) or str(error), hint=_HINT)
+
+
+def _checked(manifest: Manifest, blobs: Mapping[str, bytes]) -> bytes:
+    """Return the bytes of a manifest that can be read back and has exactly these blobs."""
+    data = encode(manifest)
+    try:
+        decode(data)
+    except CorruptEntry as error:
+        raise ValueError(f"this manifest could not be read back: {error}") from error
+    if {blob.role for blob in manifest.blobs} != set(blobs):
+        raise ValueError("the blobs are not those that the manifest names")
+    for blob in manifest.blobs:
+        content = blobs[blob.role]
+        if len(content) != blob.size or hashlib.sha256(content).hexdigest() != blob.sha256:
+            raise ValueError(f"{blob.role} is not the blob that the manifest names")
+    return data
+
+
+def _examine(path: Path) -> tuple[str, int]:
+    """Return what is wrong with a blob, if anything, and its size."""
+    try:
+        data = read_file(path)
+    except (OSError, CorruptEntry) as error:
+        return str(error), 0
+    right = hashlib.sha256(data).hexdigest() == path.name
+    return "" if right else "its content is not what its name says", len(data)
+
+
+def _damage(answer: Answer, sizes: Mapping[str, int]) -> Iterator[str]:
+    if answer.status not in (Status.WARM, Status.INCOMPATIBLE):
+        yield answer.why
+    for blob in answer.manifest.blobs if answer.manifest else ():
+        if sizes.get(blob.sha256) != blob.size:
+            yield f"{blob.role} ({blob.sha256[:12]}) is missing or damaged"
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise TransientError(f"{directory} cannot be listed: {error.strerror or error}") from error
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    descriptor = os.open(path, _NEW_FLAGS, 0o600)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        if hasattr(os, "fchmod"):
+            os.fchmod(descriptor, mode)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_to_absent(staged: Path, path: Path) -> None:
+    try:
+        os.link(staged, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.rename(staged, path)
+
+
+def _sync_directory(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
