@@ -17,8 +17,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nanogpt_buckets.build import BuildReport, build
-    from nanogpt_buckets.engine import Engine, Generation, Token, generate
+    from nanogpt_buckets.engine import Engine, generate
     from nanogpt_buckets.errors import BucketsError
+    from nanogpt_buckets.generation import Generation, Token
     from nanogpt_buckets.plan.bucket import Bucket, Plan
     from nanogpt_buckets.report import Report
 
@@ -27,10 +28,10 @@ _HOME = {
     "BucketsError": "errors",
     "BuildReport": "build",
     "Engine": "engine",
-    "Generation": "engine",
+    "Generation": "generation",
     "Plan": "plan.bucket",
     "Report": "report",
-    "Token": "engine",
+    "Token": "generation",
     "build": "build",
     "generate": "engine",
 }

@@ -24,7 +24,8 @@ from nanogpt_buckets.errors import BackendUnavailable, BucketsError, UsageError
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.plan.bucket import Bucket, Plan
-from nanogpt_buckets.store.local import LocalStore, Status
+from nanogpt_buckets.store.answer import Status
+from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import Blob, Manifest
 
 # How long to wait for another builder that holds the same key before compiling it as well.
@@ -300,7 +301,12 @@ class _Builder:
         if self._executor is not None:
             self._tell(bucket, "compiling")
             return self._executor.submit(compile_bucket, request).result()
-        return compile_bucket(request, lambda event: self._tell(bucket, event.get("phase", "checking")))
+
+        def tell(event: child.Event) -> None:
+            if "phase" in event:
+                self._tell(bucket, event["phase"])
+
+        return compile_bucket(request, tell)
 
 
 def _manifest(name: str, parts: dict[str, Any], artifact: Artifact) -> Manifest:

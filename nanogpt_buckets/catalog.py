@@ -18,7 +18,8 @@ from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend
 from nanogpt_buckets.model.checkpoint import Model
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.store.local import Answer, LocalStore, Status
+from nanogpt_buckets.store.answer import Answer, Status
+from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import Manifest
 
 

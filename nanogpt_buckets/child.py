@@ -89,7 +89,8 @@ def run(
             env=clean_environment(environment),
             start_new_session=True,
         )
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         _running.add(process)
         try:
             with contextlib.suppress(BrokenPipeError):

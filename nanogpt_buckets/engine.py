@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from nanogpt_buckets.build import open_catalog
 from nanogpt_buckets.dispatch import Dispatcher
 from nanogpt_buckets.errors import TokenizerError, UsageError
+from nanogpt_buckets.generation import Generation, Row, Token
 from nanogpt_buckets.model.vocabulary import TokenizerChoice, tokenizer_for
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.report import Report
@@ -28,73 +29,6 @@ from nanogpt_buckets.shelf import Shelf
 from nanogpt_buckets.textstream import TextStream, stop_strings
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One continuation.
-
-    Args:
-        text: prompt and new text; None without a tokenizer.
-        new_text: the new text, cut before a stop string; None without a tokenizer.
-        token_ids: prompt and new ids, those of a stop string included.
-        prompt_tokens: how many of them are the prompt's.
-        new_tokens: how many are new.
-        finish_reason: "length" or "stop".
-    """
-
-    text: str | None
-    new_text: str | None
-    token_ids: list[int]
-    prompt_tokens: int
-    new_tokens: int
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class Token:
-    """One streamed token.
-
-    Args:
-        id: the token.
-        text: what it makes certain of the text; may be empty, or hold characters begun before. Joined over a stream
-            this is the new text exactly.
-        index: 0 for the first new token.
-    """
-
-    id: int
-    text: str | None
-    index: int
-
-
-class _Row:
-    """One sequence on its way."""
-
-    def __init__(self, ids: list[int], prompt: int, sample: int, text: TextStream | None) -> None:
-        self.ids = ids
-        self.prompt = prompt
-        self.sample = sample
-        self.text = text
-        self.n_prompt = len(ids)
-        self.done = False
-
-    @property
-    def new_tokens(self) -> int:
-        return len(self.ids) - self.n_prompt
-
-    def accept(self, token: int, max_new_tokens: int) -> str | None:
-        """Append a token and return the text it makes certain."""
-        self.ids.append(token)
-        last = self.new_tokens >= max_new_tokens
-        piece = None if self.text is None else self.text.feed(token, last=last)
-        self.done = last or (self.text is not None and self.text.stopped)
-        return piece
-
-    def generation(self) -> Generation:
-        new_text = None if self.text is None else self.text.text
-        text = None if self.text is None else self.text.prompt_text + self.text.text
-        reason = "stop" if self.text is not None and self.text.stopped else "length"
-        return Generation(text, new_text, self.ids, self.n_prompt, self.new_tokens, reason)
 
 
 class Engine:
@@ -154,7 +88,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: str | Sequence[Prompt],
         *,
         max_new_tokens: int = 100,
         temperature: float = 0.8,
@@ -189,7 +123,7 @@ class Engine:
         """
         sampling = self._sampling(temperature, top_k, top_p, seed, rng)
         _check_count("num_samples", num_samples, 1)
-        many = [prompts] if isinstance(prompts, str) else list(prompts)
+        many: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         stops = stop_strings(stop)
         rows = [
             self._row(prompt, index, sample, stops, plain_text)
@@ -272,7 +206,7 @@ class Engine:
         self._report.seed = chosen
         return sampling
 
-    def _row(self, prompt: Prompt, index: int, sample: int, stops: tuple[str, ...], plain_text: bool) -> _Row:
+    def _row(self, prompt: Prompt, index: int, sample: int, stops: tuple[str, ...], plain_text: bool) -> Row:
         ids = self._encode(prompt, plain_text)
         if stops and self.tokenizer is None:
             raise TokenizerError("stop strings need a tokenizer, and this model has none")
@@ -282,7 +216,7 @@ class Engine:
             if start is None:
                 raise UsageError("the prompt is empty and this model has no start token", hint="give a prompt")
             ids = [start]
-        return _Row(ids, index, sample, text)
+        return Row(ids, index, sample, text)
 
     def _encode(self, prompt: Prompt, plain_text: bool) -> list[int]:
         if isinstance(prompt, str):
@@ -298,7 +232,7 @@ class Engine:
                 raise UsageError(f"token id {token!r} is not a whole number from 0 to {self._arch.vocab_size - 1}")
         return ids
 
-    def _cover(self, rows: list[_Row], max_new_tokens: int) -> list[Bucket]:
+    def _cover(self, rows: list[Row], max_new_tokens: int) -> list[Bucket]:
         """Settle, before the first step, which buckets will run; the last step sees one token less than the result."""
         _check_count("max_new_tokens", max_new_tokens, 0)
         if not rows or max_new_tokens == 0:
@@ -307,13 +241,13 @@ class Engine:
         with self._lock:
             return self._shelf.cover(lengths, max_new_tokens - 1)
 
-    def _run(self, rows: list[_Row], sampling: Sampling, max_new_tokens: int) -> Iterator[tuple[_Row, str | None]]:
+    def _run(self, rows: list[Row], sampling: Sampling, max_new_tokens: int) -> Iterator[tuple[Row, str | None]]:
         buckets = self._cover(rows, max_new_tokens)
         yield from self._steps(rows, sampling, max_new_tokens, buckets)
 
     def _steps(
-        self, rows: list[_Row], sampling: Sampling, max_new_tokens: int, buckets: list[Bucket]
-    ) -> Iterator[tuple[_Row, str | None]]:
+        self, rows: list[Row], sampling: Sampling, max_new_tokens: int, buckets: list[Bucket]
+    ) -> Iterator[tuple[Row, str | None]]:
         """Yield each row as it gains a token. With nanoGPT's generator rows go one after another, as it does."""
         if max_new_tokens == 0:
             return
@@ -330,7 +264,7 @@ class Engine:
                 yield from zip(active, pieces, strict=True)
                 active = [row for row in active if not row.done]
 
-    def _draw(self, logits: Tensor, rows: list[_Row], sampling: Sampling, generator: torch.Generator) -> list[int]:
+    def _draw(self, logits: Tensor, rows: list[Row], sampling: Sampling, generator: torch.Generator) -> list[int]:
         if self.tokenizer is not None:
             logits = mask_undecodable(logits, self.tokenizer.n_vocab)
         if sampling.rng == "nanogpt":
@@ -402,7 +336,7 @@ def generate(
             )
         many = isinstance(prompt, list) and all(isinstance(item, str) for item in prompt)
         generations = engine.generate(
-            prompt if many else [prompt],  # type: ignore[list-item]
+            cast(Sequence[Prompt], prompt) if many else [cast(Prompt, prompt)],
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop,
             rng=rng, plain_text=plain_text,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from nanogpt_buckets.model.checkpoint import Weights
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.plan.cost import step_flops
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
-from nanogpt_buckets.store.local import Answer
+from nanogpt_buckets.store.answer import Answer
 
 log = logging.getLogger(__name__)
 

@@ -76,13 +76,13 @@ def test_ragged_batches_equal_the_oracle_in_the_order_given(engine, oracle):
 
 @pytest.mark.parametrize("length", EDGES)
 def test_greedy_text_equals_the_oracle_around_every_edge(engine, oracle, length):
-    expected, margin = oracle_greedy(oracle, prompt(length), 12)
+    expected, margin = oracle_greedy(oracle, prompt(length), 20)
     assert margin > 1e-3, "the prompt proves nothing: two tokens are equally likely"
 
-    found = engine.generate([prompt(length)], max_new_tokens=12, temperature=0)[0]
+    found = engine.generate([prompt(length)], max_new_tokens=20, temperature=0)[0]
 
     assert found.token_ids == expected
-    assert (found.prompt_tokens, found.new_tokens, found.finish_reason) == (length, 12, "length")
+    assert (found.prompt_tokens, found.new_tokens, found.finish_reason) == (length, 20, "length")
     assert len(set(expected[length:])) >= 5
 
 

@@ -50,7 +50,7 @@ def test_an_empty_plan_is_refused():
 
 def test_a_bucket_longer_than_block_size_is_refused_at_plan_time():
     Plan.grid(seq=[100]).check(100)
-    with pytest.raises(PlanError, match="seq_len 101 .* block_size 100"):
+    with pytest.raises(PlanError, match=r"seq_len 101 .* block_size 100"):
         Plan.grid(seq=[101]).check(100)
 
 

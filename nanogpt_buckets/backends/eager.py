@@ -24,7 +24,7 @@ class EagerBackend:
 
     name = "eager"
     compiles = False
-    sources = ("backends/eager.py",)
+    sources: tuple[str, ...] = ("backends/eager.py",)
 
     def runtime(self) -> dict[str, str]:
         """Return the torch version."""

@@ -140,9 +140,9 @@ def unmet(requires: Mapping[str, Any]) -> str | None:
     if lacking:
         return f"this CPU lacks {', '.join(lacking)}"
     for name in ("glibc", "glibcxx"):
-        needed, own = requires.get(name), own_versions().get(name)
-        if needed is not None and (own is None or version_tuple(own) < version_tuple(needed)):
-            return f"needs {name.upper()} {needed}, this host has {own or 'none'}"
+        needed, provided = requires.get(name), own_versions().get(name)
+        if needed is not None and version_tuple(provided or "0") < version_tuple(needed):
+            return f"needs {name.upper()} {needed}, this host has {provided or 'none'}"
     unknown = set(requires) - {"os", "machine", "cpu_flags", "glibc", "glibcxx"}
     return f"has requirements unknown here: {', '.join(sorted(unknown))}" if unknown else None
 

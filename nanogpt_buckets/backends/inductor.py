@@ -46,7 +46,7 @@ class InductorBackend:
 
     name = "inductor"
     compiles = True
-    sources = ("backends/base.py", "backends/inductor.py")
+    sources: tuple[str, ...] = ("backends/base.py", "backends/inductor.py")
 
     def runtime(self) -> dict[str, str]:
         """Return the torch version: the library links against its C interface and calls its kernels."""
@@ -197,7 +197,7 @@ def _compile_line(workdir: Path) -> str:
         line
         for source in sorted(workdir.glob("*.cpp"))
         for line in source.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-        if line.startswith("// ") and " -shared " in line or " -c " in line
+        if (line.startswith("// ") and " -shared " in line) or " -c " in line
     ]
     if not lines:
         raise CompileFailed("the compiler left no record of its options, so what the bucket requires is unknown")

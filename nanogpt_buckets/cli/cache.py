@@ -12,7 +12,9 @@ from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import cache_dir_option, json_option
 from nanogpt_buckets.errors import CorruptEntry
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.store.local import Answer, LocalStore
+from nanogpt_buckets.store.answer import Answer
+from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.verify import verify as verify_store
 
 
 @click.group()
@@ -39,7 +41,7 @@ def ls(cache_dir: Path | None, as_json: bool) -> None:
     Example: nanogpt-buckets cache ls --json
     """
     store = LocalStore(settings.cache_dir(cache_dir))
-    rows = [_row(answer) for answer in store.entries()]
+    rows = [_row(answer) for _, answer in store.entries()]
     if as_json:
         output.document(rows)
         return
@@ -76,7 +78,7 @@ def verify(cache_dir: Path | None, as_json: bool) -> int:
     Example: nanogpt-buckets cache verify
     """
     store = LocalStore(settings.cache_dir(cache_dir))
-    result = store.verify()
+    result = verify_store(store)
     if as_json:
         problems = [{"path": problem.path, "what": problem.what} for problem in result.problems]
         counts = {"entries": result.entries, "blobs": result.blobs, "bytes": result.bytes}

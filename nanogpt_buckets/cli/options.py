@@ -17,7 +17,7 @@ from nanogpt_buckets.plan.bucket import Plan
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class WholeNumbers(click.ParamType):
+class WholeNumbers(click.ParamType[tuple[int, ...]]):
     """Positive whole numbers separated by commas: 32,64,128."""
 
     name = "N,N,..."

@@ -10,7 +10,7 @@ from nanogpt_buckets.build import default_plan, open_catalog
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import json_option, model_options, plan_options, read_plan
 from nanogpt_buckets.errors import PlanError
-from nanogpt_buckets.store.local import Status
+from nanogpt_buckets.store.answer import Status
 
 
 @click.command()

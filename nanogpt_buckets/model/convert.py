@@ -7,6 +7,8 @@ safetensors. Knows nothing of where prepared weights are kept, nor which model t
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets.child import serve
-from nanogpt_buckets.errors import CacheError, CheckpointDamaged, ModelError, UnsupportedModel
+from nanogpt_buckets.errors import BucketsError, CacheError, CheckpointDamaged, ModelError, UnsupportedModel
 from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.settings import LOCAL_DIR_VARIABLE
+from nanogpt_buckets.settings import LOCAL_DIR_VARIABLE, local_dir
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +92,8 @@ def check_shapes(arch: Architecture, found: Mapping[str, Shape], where: Path) ->
         if tuple(found[name]) != shape:
             raise CheckpointDamaged(f"{name} in {where} has shape {list(found[name])}; the model needs {list(shape)}")
         wanted.add(name)
-    for name in sorted(found.keys() - wanted):
-        raise CheckpointDamaged(f"{where} holds the tensor {name!r}, which its architecture does not have")
+    if unexpected := sorted(found.keys() - wanted):
+        raise CheckpointDamaged(f"{where} holds the tensor {unexpected[0]!r}, which its architecture does not have")
 
 
 def write_prepared(path: Path, arch: Architecture, dtype: str, read: Reader) -> str:
@@ -107,11 +109,12 @@ def write_prepared(path: Path, arch: Architecture, dtype: str, read: Reader) -> 
         The weights digest: sha256 over the sorted tensors, each as one line of JSON and its little-endian bytes.
 
     Raises:
-        CacheError: the file cannot be written.
+        UnsupportedModel: a tensor does not hold floating-point numbers.
+        OSError: the file cannot be written.
     """
     shapes = dict(canonical_shapes(arch))
     digest = hashlib.sha256()
-    with _writing(path), path.open("xb") as file:
+    with path.open("xb") as file:
         os.chmod(path, 0o600)
         file.write(_header(shapes, dtype))
         for name in sorted(shapes):
@@ -129,24 +132,18 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
-class _writing:
-    """Turn an OSError inside into a CacheError; errors about the model pass."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, ModelError | CacheError):
-            raise CacheError(
-                f"{self._path.parent} cannot be written: {error.strerror or error}",
-                hint=f"set {LOCAL_DIR_VARIABLE} to a directory with room for the weights",
-            ) from error
-
-
-writing = _writing
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn an OSError inside into a CacheError about this directory; errors about the model pass."""
+    try:
+        yield
+    except BucketsError:
+        raise  # some are OSErrors as well
+    except OSError as error:
+        raise CacheError(
+            f"{directory} cannot be written: {error.strerror or error}",
+            hint=f"set {LOCAL_DIR_VARIABLE} to a directory with room for the weights",
+        ) from error
 
 
 def _header(shapes: Mapping[str, Shape], dtype: str) -> bytes:
@@ -171,7 +168,7 @@ def _bytes(name: str, tensor: torch.Tensor, dtype: str) -> memoryview:
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise UnsupportedModel(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
     tensor = tensor.detach().to(getattr(torch, dtype)).contiguous()
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_checkpoint(path: Path) -> tuple[Architecture, str | None, dict[str, torch.Tensor]]:
@@ -210,10 +207,10 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except MemoryError:
         raise
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
-        # whatever bytes can make an unpickler raise: there is no common base
+        # whatever bytes can make an unpickler raise: there is no common base; EINVAL is a zip file cut short
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise CheckpointDamaged(
@@ -268,7 +265,8 @@ def _handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any
     # A refusal is a result: as an exception it would reach the parent without its class.
     try:
         arch, dataset, state = read_checkpoint(Path(request["source"]))
-        digest = write_prepared(Path(request["directory"]) / PREPARED, arch, "float32", state.__getitem__)
+        with writing(local_dir()):
+            digest = write_prepared(Path(request["directory"]) / PREPARED, arch, "float32", state.__getitem__)
     except (ModelError, CacheError) as error:
         return {"refused": type(error).__name__, "why": error.message, "hint": error.hint}
     return {"digest": digest, "architecture": arch.to_json(), "dataset": dataset}

@@ -50,14 +50,15 @@ REFUSED = ("add_cross_attention", "pruned_heads", "quantization_config", "auto_m
 # Checked on their own.
 CHECKED = ("model_type", "architectures")
 # Bookkeeping, training, generation and the heads of other tasks.
-IRRELEVANT = frozenset(
-    """
-    transformers_version output_hidden_states output_attentions return_dict dtype torch_dtype chunk_size_feed_forward
-    id2label label2id problem_type resid_pdrop embd_pdrop attn_pdrop initializer_range summary_type summary_use_proj
-    summary_activation summary_proj_to_labels summary_first_dropout use_cache bos_token_id eos_token_id pad_token_id
-    sep_token_id _name_or_path n_ctx gradient_checkpointing task_specific_params
-    """.split()
+# fmt: off
+IRRELEVANT = (
+    "transformers_version", "output_hidden_states", "output_attentions", "return_dict", "dtype", "torch_dtype",
+    "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "initializer_range", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "_name_or_path", "n_ctx", "gradient_checkpointing", "task_specific_params",
 )
+# fmt: on
 
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
@@ -85,7 +86,8 @@ def architecture(folder: Path) -> Architecture:
     config = read_json(folder / CONFIG)
     if config.get("model_type") != "gpt2":
         raise UnsupportedModel(f"{folder} is a {config.get('model_type')!r} model, not 'gpt2'", hint=_NOT_GPT2)
-    for name in config.get("architectures") or []:
+    classes = config.get("architectures") or []
+    for name in classes if isinstance(classes, list) else [classes]:
         if name not in _CLASSES:
             raise UnsupportedModel(f"{folder} is a {name!r}, not a language model of class GPT2LMHeadModel")
     for name in REFUSED:
@@ -226,7 +228,7 @@ def _entries(file: Path) -> Iterator[tuple[Any, str, Shape]]:
 
     try:
         # never closed by hand: whoever reads a tensor keeps the mapping alive
-        handle = safetensors.safe_open(file, framework="pt", device="cpu")
+        handle: Any = safetensors.safe_open(file, framework="pt", device="cpu")
         entries = [(handle, name, tuple(handle.get_slice(name).get_shape())) for name in handle.keys()]  # noqa: SIM118
     except FileNotFoundError as error:
         raise CheckpointDamaged(f"{file} is missing") from error

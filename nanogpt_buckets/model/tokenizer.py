@@ -1,9 +1,7 @@
-"""Text -> token ids -> bytes -> text: GPT-2's byte pairs, a Hugging Face folder's own, or nanoGPT's characters.
+"""Text <-> token ids: GPT-2's BPE, a Hugging Face folder's own byte-level BPE, or single characters.
 
-Every id stands for bytes, so that text can be decoded as it grows. Nothing here uses the network, writes a file or runs
-what a file holds. Knows nothing of models or weights, nor of which tokenizer goes with one (vocabulary.py).
-
-Source: GPT-2's byte order and splitting pattern, openai/gpt-2 (MIT); nanoGPT's meta.pkl (MIT).
+Nothing here uses the network or writes a file. Knows nothing of models, sampling or which tokenizer goes with which
+model.
 """
 
 from __future__ import annotations
@@ -11,346 +9,320 @@ from __future__ import annotations
 import codecs
 import functools
 import hashlib
-import io
 import json
 import os
 import pickle
 import pickletools
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 
 from nanogpt_buckets.errors import TokenizerError, UnknownCharacter
 
-if TYPE_CHECKING:
-    import tiktoken
-    import tokenizers
-
+_VOCAB_BPE = Path(__file__).parent / "gpt2" / "vocab.bpe"
+_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _END_OF_TEXT = "<|endoftext|>"
-_MERGES = Path(__file__).parent / "gpt2" / "vocab.bpe"
-_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-# OpenAI's own; \s++$ only keeps long runs of spaces from backtracking.
-_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"""
-
-_META_LIMIT_BYTES = 64 * 2**20
-_IDS_HINT = "pass prompts as lists of token ids"
+# How GPT-2 cuts text before merging: contractions, words, numbers, other signs, white space. \s++$ is ours: it cuts
+# the same, and keeps a million spaces from exhausting the stack.
+_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"""
+_META_MAX_BYTES = 64 * 1024 * 1024
 _UNDECODABLE = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 class Tokenizer(Protocol):
-    """Turns text into ids and each id into bytes; safe to share between threads."""
+    """Text <-> ids.
 
-    @property
-    def n_vocab(self) -> int:
-        """Ids from here on cannot be decoded."""
+    `n_vocab`: ids from here on cannot be decoded. `start_token`: what an empty prompt becomes, or None.
+    """
 
-    @property
-    def start_token(self) -> int | None:
-        """What an empty prompt becomes."""
+    n_vocab: int
+    start_token: int | None
 
     def encode(self, text: str, *, plain_text: bool = False) -> list[int]:
-        """Return the ids of a text; a lone surrogate counts as U+FFFD.
+        """Return the ids of a text; plain_text makes special tokens' names ordinary text."""
 
-        Args:
-            text: any text.
-            plain_text: a special token spelled out, such as <|endoftext|>, is ordinary text.
-        """
-
-    def token_bytes(self, id: int) -> bytes:
-        """Return the bytes an id stands for, which may be part of a character; U+FFFD where it is not decodable."""
-
-    def decodable(self, id: int) -> bool:
-        """Say whether an id stands for anything."""
+    def token_bytes(self, token: int) -> bytes:
+        """Return the UTF-8 bytes one id stands for, which may be part of a character; U+FFFD where there are none."""
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """Return the text of ids, with U+FFFD for what is no UTF-8."""
-    return b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace")
-
-
-class StreamDecoder:
-    """Decodes ids as they come; all pieces joined are exactly what `decode` makes of the same ids."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, id: int) -> str:
-        """Return the characters that this id completes."""
-        return self._decoder.decode(self._tokenizer.token_bytes(id))
-
-    def flush(self) -> str:
-        """Return what is left of a character that never ended."""
-        return self._decoder.decode(b"", final=True)
+    """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
+    return b"".join(tokenizer.token_bytes(token) for token in ids).decode("utf-8", "replace")
 
 
 class _Table:
-    """What all tokenizers share: a table of bytes."""
+    """What the tokenizers share: the bytes of each id."""
 
     def __init__(self, table: dict[int, bytes], start_token: int | None) -> None:
         self._table = table
         self.n_vocab = max(table, default=-1) + 1
-        self.start_token = start_token
+        self.start_token: int | None = start_token
 
-    def token_bytes(self, id: int) -> bytes:
-        return self._table.get(id, _UNDECODABLE)
-
-    def decodable(self, id: int) -> bool:
-        return id in self._table
+    def token_bytes(self, token: int) -> bytes:
+        return self._table.get(token, _UNDECODABLE)
 
 
-def _whole(text: str) -> str:
-    """Return text that has a UTF-8 form: surrogate pairs become their character, lone surrogates U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+class StreamDecoder:
+    """Decodes one id at a time; the pieces, joined, equal `decode` of all ids exactly."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        """Return the characters this id completes."""
+        return self._utf8.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """Return what an unfinished character becomes."""
+        return self._utf8.decode(b"", final=True)
 
 
-# --- GPT-2 ------------------------------------------------------------------------------------------------------------
+def _well_formed(text: str) -> str:
+    """Return text without lone surrogates, which have no UTF-8: each becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-class _Gpt2(_Table):
-    def __init__(self, encoding: tiktoken.Encoding, table: dict[int, bytes]) -> None:
-        super().__init__(table, encoding.eot_token)
-        self._encoding = encoding
+# --- GPT-2 --------------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str, *, plain_text: bool = False) -> list[int]:
-        special = set() if plain_text else {_END_OF_TEXT}
-        try:
-            return self._encoding.encode(_whole(text), allowed_special=special, disallowed_special=())
-        except ValueError as error:  # the pattern ran out of stack: about a million spaces in a row
-            raise TokenizerError(f"a text of {len(text)} characters cannot be split: {_reason(error)}") from error
+
+@functools.cache
+def byte_symbols() -> dict[str, int]:
+    """Return GPT-2's printable stand-in for each byte, in the order in which byte tokens are numbered.
+
+    Bytes that print in Latin-1 stand for themselves; the others take the code points from 256 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _symbols_to_bytes(symbols: str) -> bytes:
+    table = byte_symbols()
+    if not table.keys() >= set(symbols):
+        return symbols.encode("utf-8", "replace")  # no spelling of bytes: meant as it stands, as Hugging Face does
+    return bytes(table[symbol] for symbol in symbols)
 
 
 @functools.cache
 def gpt2() -> Tokenizer:
-    """Return GPT-2's tokenizer, made from the merges that come with the package.
+    """Return GPT-2's tokenizer, built from the bundled merge list.
 
     Raises:
-        TokenizerError: the bundled file is missing or was changed.
+        TokenizerError: the bundled file is not OpenAI's.
     """
-    import tiktoken
-
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(_byte_symbols().values())}
-    for merge in _bundled_merges():
-        ranks[_symbol_bytes(merge.replace(" ", ""))] = len(ranks)
-    encoding = tiktoken.Encoding(
-        "gpt2",
-        pat_str=_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={_END_OF_TEXT: len(ranks)},
-        explicit_n_vocab=len(ranks) + 1,
-    )
-    table = {rank: token for token, rank in ranks.items()}
-    return _Gpt2(encoding, table | {len(ranks): _END_OF_TEXT.encode()})
-
-
-def _bundled_merges() -> list[str]:
     try:
-        content = _MERGES.read_bytes()
+        content = _VOCAB_BPE.read_bytes()
     except OSError as error:
-        raise TokenizerError(f"{_MERGES} cannot be read: {error.strerror}", hint="reinstall nanogpt-buckets") from error
-    if hashlib.sha256(content).hexdigest() != _MERGES_SHA256:
-        raise TokenizerError(f"{_MERGES} is not GPT-2's file of merges", hint="reinstall nanogpt-buckets")
-    return content.decode("utf-8").split("\n")[1:-1]  # less the version and what follows the last line's end
+        message = f"{_VOCAB_BPE} cannot be read: {error.strerror}"
+        raise TokenizerError(message, hint="install nanogpt-buckets again") from None
+    if hashlib.sha256(content).hexdigest() != _VOCAB_BPE_SHA256:
+        raise TokenizerError(f"{_VOCAB_BPE} is not OpenAI's vocab.bpe", hint="install nanogpt-buckets again")
+    tokens = [bytes([byte]) for byte in byte_symbols().values()]
+    for line in content.decode("utf-8").splitlines()[1:]:  # the first line names a version
+        first, second = line.split(" ")
+        tokens.append(_symbols_to_bytes(first) + _symbols_to_bytes(second))
+    return _Gpt2Tokenizer(tokens)
 
 
-@functools.cache
-def _byte_symbols() -> dict[str, int]:
-    """Return the character that GPT-2's files write for each byte, in the order of the byte's id.
+class _Gpt2Tokenizer(_Table):
+    def __init__(self, tokens: list[bytes]) -> None:
+        import tiktoken
 
-    Bytes that Latin-1 shows as a visible character come first, as that character; the others follow from U+0100 on.
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(0x100) if byte not in visible]
-    symbols = {chr(byte): byte for byte in visible}
-    return symbols | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
-
-
-def _symbol_bytes(token: str) -> bytes:
-    """Undo the spelling of bytes as characters; a token with any other character is meant literally."""
-    symbols = _byte_symbols()
-    if all(character in symbols for character in token):
-        return bytes(symbols[character] for character in token)
-    return token.encode("utf-8", "replace")
-
-
-# --- a Hugging Face folder --------------------------------------------------------------------------------------------
-
-
-class _HuggingFace(_Table):
-    def __init__(self, tokenizer: tokenizers.Tokenizer, start_names: list[str]) -> None:
-        table = {id: _symbol_bytes(token) for token, id in tokenizer.get_vocab().items()}
-        added = {id: token.content.encode() for id, token in tokenizer.get_added_tokens_decoder().items()}
-        starts = [tokenizer.token_to_id(name) for name in start_names]
-        super().__init__(table | added, next((id for id in starts if id is not None), None))
-        self._tokenizer = tokenizer
+        ranks = {token: n for n, token in enumerate(tokens)}
+        special = {_END_OF_TEXT: len(tokens)}
+        self._encoding = tiktoken.Encoding(
+            "nanogpt-buckets-gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
+        super().__init__(dict(enumerate([*tokens, _END_OF_TEXT.encode()])), special[_END_OF_TEXT])
 
     def encode(self, text: str, *, plain_text: bool = False) -> list[int]:
-        tokenizer = self._plain if plain_text else self._tokenizer
-        return list(tokenizer.encode(_whole(text)).ids)
+        text = _well_formed(text)
+        if plain_text:
+            return self._encoding.encode_ordinary(text)
+        return self._encoding.encode(text, allowed_special={_END_OF_TEXT})
 
-    @functools.cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
-        # an object of its own: the switch would also change what other threads are encoding
-        plain = type(self._tokenizer).from_str(self._tokenizer.to_str())
-        plain.encode_special_tokens = True
-        return plain
+
+# --- a Hugging Face folder ------------------------------------------------------------------------------------------
 
 
 def from_folder(path: Path) -> Tokenizer | None:
-    """Return a Hugging Face folder's own byte-level tokenizer, or None if it has none.
+    """Return a folder's own byte-level BPE tokenizer, or None if it has none.
+
+    Args:
+        path: a folder with tokenizer.json, or with vocab.json and merges.txt.
 
     Raises:
-        TokenizerError: it is damaged, incomplete, or not byte-level.
+        TokenizerError: the files are incomplete, malformed, or not a byte-level BPE.
     """
-    config = _json_object(path / "tokenizer_config.json")
-    named = list(_named_tokens(config)) + list(_named_tokens(_json_object(path / "special_tokens_map.json")))
-    present = [name for name in ("vocab.json", "merges.txt") if (path / name).exists()]
-    if (path / "tokenizer.json").exists():
-        tokenizer = _from_tokenizer_json(path / "tokenizer.json")
-    elif len(present) == 2:
-        tokenizer = _from_merges(path, config, [_END_OF_TEXT, *(token for _, token in named)])
-    elif present:
-        missing = "merges.txt" if present == ["vocab.json"] else "vocab.json"
-        raise TokenizerError(f"{path} has {present[0]} but no {missing}", hint=f"add {missing}, or {_IDS_HINT}")
-    else:
-        return None
-    starts = [token for role in ("bos_token", "eos_token") for name, token in named if name == role]
-    return _HuggingFace(tokenizer, [_END_OF_TEXT, *starts])
+    vocab, merges, whole = path / "vocab.json", path / "merges.txt", path / "tokenizer.json"
+    if whole.is_file():
+        return _FolderTokenizer(path, whole.name)
+    if vocab.is_file() != merges.is_file():
+        missing = merges if vocab.is_file() else vocab
+        raise TokenizerError(f"the tokenizer in {path} is incomplete: {missing.name} is missing")
+    return _FolderTokenizer(path, None) if vocab.is_file() else None
 
 
-def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+class _FolderTokenizer(_Table):
+    def __init__(self, path: Path, whole: str | None) -> None:
+        try:
+            # two, because whether special tokens are recognised is a property of the object, not of a call
+            self._special, self._plain = (_load_folder(path, whole) for _ in range(2))
+            self._plain.encode_special_tokens = True
+            description = json.loads(self._special.to_str())
+        except TokenizerError:
+            raise
+        except Exception as error:  # the library raises bare Exception for malformed files
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise TokenizerError(f"the tokenizer in {path} cannot be read: {reason}") from None
+        decoder = description.get("decoder") or {"type": "none"}
+        kinds = [part["type"] for part in decoder.get("decoders", [decoder])]
+        if "ByteLevel" not in kinds or not {"ByteLevel", "Fuse"}.issuperset(kinds):
+            raise TokenizerError(
+                f"the tokenizer in {path} is not a byte-level BPE: its decoder is {' + '.join(kinds)}, not ByteLevel",
+                hint="pass prompts as lists of token ids",
+            )
+        table = {token: _symbols_to_bytes(symbol) for symbol, token in self._special.get_vocab().items()}
+        added = {token: added.content.encode() for token, added in self._special.get_added_tokens_decoder().items()}
+        ids = (self._special.token_to_id(name) for name in (_END_OF_TEXT, "<s>", "</s>"))
+        super().__init__(table | added, next((token for token in ids if token is not None), None))
+
+    def encode(self, text: str, *, plain_text: bool = False) -> list[int]:
+        tokenizer = self._plain if plain_text else self._special
+        ids: list[int] = tokenizer.encode(_well_formed(text)).ids
+        return ids
+
+
+def _load_folder(path: Path, whole: str | None) -> Any:
     import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
 
-    _require_byte_level(path, _json_object(path).get("decoder"))
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        raise TokenizerError(f"{path} is not a tokenizer: {_reason(error)}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _require_byte_level(path: Path, decoder: Any) -> None:
-    parts = [decoder]
-    if isinstance(decoder, dict) and isinstance(decoder.get("decoders"), list):
-        parts = decoder["decoders"]
-    kinds = [str(part.get("type")) if isinstance(part, dict) else "none" for part in parts]
-    if "ByteLevel" not in kinds or not {"ByteLevel", "Fuse"}.issuperset(kinds):
-        raise TokenizerError(
-            f"{path} is not a byte-level tokenizer: its decoder is {' + '.join(kinds) or 'none'}, not ByteLevel",
-            hint=_IDS_HINT,
-        )
-
-
-def _from_merges(folder: Path, config: dict[str, Any], special: list[str]) -> tokenizers.Tokenizer:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    try:
-        tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    except Exception as error:  # the library raises nothing more precise
-        raise TokenizerError(
-            f"vocab.json and merges.txt in {folder} are not a tokenizer: {_reason(error)}"
-        ) from error
-    prefix = config.get("add_prefix_space") is True
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    tokenizer.decoder = decoders.ByteLevel()
-    for id, content, flags in _added_tokens(folder, config):
-        tokenizer.add_tokens([AddedToken(content, **flags)])
-        if tokenizer.token_to_id(content) != id:
-            raise TokenizerError(f"the token {content!r} in {folder} cannot have the id {id}", hint=_IDS_HINT)
-    tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
-    return tokenizer
-
-
-def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, str, dict[str, bool]]]:
-    """Return the tokens beside the merges by id: in tokenizer_config.json, which knows more, or added_tokens.json."""
-    names = ("lstrip", "rstrip", "normalized", "single_word", "special")
-    try:
-        added = {int(id): (str(content), {}) for content, id in _json_object(folder / "added_tokens.json").items()}
-        for id, token in (config.get("added_tokens_decoder") or {}).items():
-            added[int(id)] = (str(token["content"]), {name: bool(token[name]) for name in names if name in token})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TokenizerError(f"the added tokens in {folder} are not tokens and ids") from error
-    return [(id, *added[id]) for id in sorted(added)]
-
-
-def _named_tokens(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each role and its token, such as bos_token and <|endoftext|>."""
-    for role, value in config.items():
-        for token in value if isinstance(value, list) else [value]:
-            content = token.get("content") if isinstance(token, dict) else token
-            if isinstance(content, str) and role.endswith(("_token", "_special_tokens")):
-                yield role, content
+    if whole is not None:
+        made = tokenizers.Tokenizer.from_file(str(path / whole))
+        made.no_truncation()  # either may be saved in the file; both would change prompts
+        made.no_padding()
+        return made
+    config = _json_object(path / "tokenizer_config.json")
+    made = tokenizers.Tokenizer(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt")))
+    prefix = bool(config.get("add_prefix_space", False))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    made.decoder = decoders.ByteLevel()
+    named = [row.get("content") for row in config.get("added_tokens_decoder", {}).values() if isinstance(row, dict)]
+    special = {_END_OF_TEXT, *named, *_json_object(path / "added_tokens.json")}
+    known = sorted(name for name in special if isinstance(name, str) and made.token_to_id(name) is not None)
+    made.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in known])
+    return made
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object, empty if there is no such file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.is_file():
         return {}
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not JSON: {_reason(error)}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} is not a JSON object")
-    return value
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-# --- characters -------------------------------------------------------------------------------------------------------
-
-
-class _Characters(_Table):
-    def __init__(self, symbols: Mapping[int, str]) -> None:
-        super().__init__({id: _whole(symbol).encode() for id, symbol in symbols.items()}, None)
-        self._ids = {symbol: id for id, symbol in symbols.items()}
-        self.start_token = self._ids.get("\n", min(symbols, default=None))
-
-    def encode(self, text: str, *, plain_text: bool = False) -> list[int]:
-        text = _whole(text)
-        try:
-            return [self._ids[character] for character in text]
-        except KeyError:
-            position, unknown = next((n, c) for n, c in enumerate(text) if c not in self._ids)
-        raise UnknownCharacter(
-            f"character {unknown!r} (U+{ord(unknown):04X}) at position {position} is not one of the "
-            f"{len(self._ids)} characters this model knows",
-            hint="a character-level model can only read characters that were in its training text",
-        )
+# --- characters -----------------------------------------------------------------------------------------------------
 
 
 def characters(symbols: Mapping[int, str]) -> Tokenizer:
-    """Return the tokenizer of a character-level model.
+    """Return a tokenizer whose tokens are single characters.
 
     Args:
-        symbols: the character of each id.
+        symbols: id -> character.
+    """
+    return _CharacterTokenizer(symbols)
+
+
+class _CharacterTokenizer(_Table):
+    def __init__(self, symbols: Mapping[int, str]) -> None:
+        self._ids = {character: token for token, character in symbols.items()}
+        start = self._ids.get("\n", min(symbols, default=None))
+        super().__init__({token: _well_formed(text).encode() for token, text in symbols.items()}, start)
+
+    def encode(self, text: str, *, plain_text: bool = False) -> list[int]:
+        text = _well_formed(text)
+        for position, character in enumerate(text):
+            if character not in self._ids:
+                raise UnknownCharacter(
+                    f"character {character!r} (U+{ord(character):04X}) at position {position} is not among the "
+                    f"{len(self._ids)} characters of this model",
+                    hint="remove it, or use a model with a GPT-2 vocabulary",
+                )
+        return [self._ids[character] for character in text]
+
+
+def find_meta(folder: Path, dataset: str | None) -> Path | None:
+    """Return the meta.pkl beside a checkpoint, else the one in data/<dataset>/ under the working directory.
+
+    Args:
+        folder: where the checkpoint is.
+        dataset: the name the checkpoint was trained with; anything but a plain relative name is ignored.
+    """
+    places = [folder / "meta.pkl"]
+    name = PurePosixPath(dataset or "")
+    if dataset and not name.is_absolute() and ".." not in name.parts:
+        places.append(Path("data", dataset, "meta.pkl"))
+    return next((place for place in places if os.path.isfile(place)), None)  # Path.is_file raises on odd names
+
+
+def from_meta(path: Path) -> Tokenizer:
+    """Return the character tokenizer of a nanoGPT meta.pkl, read without running anything it may contain.
+
+    Args:
+        path: a pickle of {"vocab_size", "stoi", "itos"}.
 
     Raises:
-        TokenizerError: a symbol is not one character, or two ids share one.
+        TokenizerError: missing, no such pickle, or it asks for any Python object.
     """
-    for id, symbol in symbols.items():
-        if len(symbol) != 1:
-            raise TokenizerError(f"id {id} stands for {symbol!r}, which is not one character")
-    if len(set(symbols.values())) != len(symbols):
-        raise TokenizerError("two ids stand for the same character")
-    return _Characters(symbols)
+    try:
+        with path.open("rb") as file:
+            content = file.read(_META_MAX_BYTES + 1)
+    except OSError as error:
+        raise TokenizerError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
+    if len(content) > _META_MAX_BYTES:
+        raise TokenizerError(f"{path} is too large to be a meta.pkl")
+    try:
+        _refuse_wide_memo(content)
+        meta = _PlainUnpickler(content).load()
+    except TokenizerError as error:
+        raise TokenizerError(f"{path} {error.message}", hint=error.hint) from None
+    except Exception:  # a damaged pickle may raise nearly anything
+        raise TokenizerError(f"{path} is not a meta.pkl: it is truncated or something else") from None
+    return characters(_checked_symbols(path, meta))
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dictionaries, strings and numbers; refuses whatever would import or call something."""
+    """Reads numbers, strings, lists and dicts; refuses every global, so nothing can run."""
 
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise TokenizerError(f"it would run {module}.{name}", hint="a meta.pkl needs only dictionaries")
+    def __init__(self, content: bytes) -> None:
+        import io
 
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise TokenizerError("it refers to objects outside itself", hint="a meta.pkl needs only dictionaries")
+        super().__init__(io.BytesIO(content))
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise TokenizerError(f"asks for the Python object {module}.{name}, which no meta.pkl needs")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise TokenizerError("asks for an outside object, which no meta.pkl needs")
+
+
+def _refuse_wide_memo(content: bytes) -> None:
+    # ten bytes of pickle could otherwise make the unpickler claim 64 GiB for its memo
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(content):
+            raise TokenizerError("numbers more objects than it can hold")
+
+
+def _checked_symbols(path: Path, meta: Any) -> dict[int, str]:
+    stoi, itos = (meta.get(name) if isinstance(meta, dict) else None for name in ("stoi", "itos"))
+    if not isinstance(stoi, dict) or not isinstance(itos, dict):
+        raise TokenizerError(f"{path} has no stoi and itos tables")
+    if any(type(token) is not int or not isinstance(text, str) or len(text) != 1 for token, text in itos.items()):
+        raise TokenizerError(f"the tables of {path} do not map numbers to single characters")
+    if stoi != {text: token for token, text in itos.items()} or len(stoi) != len(itos):
+        raise TokenizerError(f"the stoi and itos tables of {path} disagree")
+    size = meta.get("vocab_size")
+    if type(size) is not int or not itos or min(itos) < 0 or max(itos) >= size:
+        raise TokenizerError(f"the tables of {path} are empty or do not fit its vocab_size {size}")
+    return itos

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn
 
 from nanogpt_buckets import key as keys
+from nanogpt_buckets.backends.base import Contract
 from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry
 
 FORMAT = 1
@@ -40,15 +41,6 @@ class Blob:
     role: str
     sha256: str
     size: int
-
-
-@dataclass(frozen=True)
-class Contract:
-    """One tensor that goes in or comes out; contiguous, always."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -90,6 +82,17 @@ def is_digest(text: object) -> bool:
     return isinstance(text, str) and _HEX.fullmatch(text) is not None
 
 
+def require_digest(text: str) -> str:
+    """Return a digest that is about to become part of a path.
+
+    Raises:
+        ValueError: it is no digest.
+    """
+    if not is_digest(text):
+        raise ValueError(f"{text!r} is not 64 lowercase hex digits")
+    return text
+
+
 def encode(manifest: Manifest) -> bytes:
     """Return the bytes of a manifest file.
 
@@ -99,6 +102,22 @@ def encode(manifest: Manifest) -> bytes:
     body = {"format": FORMAT, **asdict(manifest)}
     digest = hashlib.sha256(keys.canonical_json(body)).hexdigest()
     return keys.canonical_json({"sha256": digest, "body": body}) + b"\n"
+
+
+def encode_entry(manifest: Manifest, blobs: Mapping[str, bytes]) -> bytes:
+    """Return the bytes of a manifest that can be read back and has exactly these blobs."""
+    data = encode(manifest)
+    try:
+        decode(data)
+    except CorruptEntry as error:
+        raise ValueError(f"this manifest could not be read back: {error}") from error
+    if {blob.role for blob in manifest.blobs} != set(blobs):
+        raise ValueError("the blobs are not those that the manifest names")
+    for blob in manifest.blobs:
+        content = blobs[blob.role]
+        if len(content) != blob.size or hashlib.sha256(content).hexdigest() != blob.sha256:
+            raise ValueError(f"{blob.role} is not the blob that the manifest names")
+    return data
 
 
 def decode(data: bytes) -> Manifest:

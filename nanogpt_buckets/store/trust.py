@@ -7,22 +7,16 @@ symbolic link. Knows nothing of manifests nor of the layout below the directorie
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import shlex
 import stat
 from pathlib import Path
 
-from nanogpt_buckets.errors import CorruptEntry, TransientError, UntrustedStore
+from nanogpt_buckets.errors import TransientError, UntrustedStore
 
 # Those whose writer decides what is found below them.
 _INSIDE = ("v1", "v1/entries", "v1/blobs")
 _ELSEWHERE = "use a directory of your own: --cache-dir DIR or NANOGPT_BUCKETS_CACHE_DIR"
-
-# O_NONBLOCK: opening a planted pipe must not hang
-_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_MAX_CHUNK = 1 << 30
 
 
 def check_location(root: Path, *further: Path) -> None:
@@ -60,59 +54,3 @@ def _check_directory(directory: Path) -> None:
             f"{directory} can be written by {who}, who could have written the native code in it",
             hint=f"chmod go-w {shlex.quote(str(directory))}" if found.st_uid == os.geteuid() else _ELSEWHERE,
         )
-
-
-def read_file(path: Path, *, size: int | None = None, limit: int | None = None) -> bytes:
-    """Return the content of a regular file, read once.
-
-    Args:
-        path: never followed if it is a symbolic link.
-        size: how long the file must be; checked before a byte is read.
-        limit: how long it may be.
-
-    Raises:
-        CorruptEntry: it is not a regular file, or has another size.
-        OSError: it cannot be opened or read.
-    """
-    try:
-        return _read_once(path, size, limit)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise CorruptEntry(f"{path.name} is a symbolic link") from error
-        if error.errno != errno.ESTALE:
-            raise
-    # on a network file system the name may have been given to another file meanwhile
-    return _read_once(path, size, limit)
-
-
-def _read_once(path: Path, size: int | None, limit: int | None) -> bytes:
-    descriptor = os.open(path, _FLAGS)
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise CorruptEntry(f"{path.name} is not a regular file")
-        if size is not None and found.st_size != size:
-            raise CorruptEntry(f"{path.name} has {found.st_size} bytes, not {size}")
-        if limit is not None and found.st_size > limit:
-            raise CorruptEntry(f"{path.name} is longer than {limit} bytes")
-        chunks = []
-        left = found.st_size
-        while left and (chunk := os.read(descriptor, min(left, _MAX_CHUNK))):
-            chunks.append(chunk)
-            left -= len(chunk)
-        return b"".join(chunks)
-    finally:
-        os.close(descriptor)
-
-
-def read_verified(path: Path, sha256: str, size: int) -> bytes:
-    """Return the content of a file whose size and digest are known.
-
-    Raises:
-        CorruptEntry: it is something else.
-        OSError: it cannot be opened or read.
-    """
-    data = read_file(path, size=size)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise CorruptEntry(f"{path.name} is not what its name says")
-    return data

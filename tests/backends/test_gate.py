@@ -25,7 +25,9 @@ def run_gate(step, bucket, weights=WEIGHTS):
 
 
 def fresh(weights=WEIGHTS, **architecture) -> NeuronStep:
-    return NeuronStep(from_weights(dataclasses.replace(ARCH, **architecture), {k: v.clone() for k, v in weights.items()}))
+    return NeuronStep(
+        from_weights(dataclasses.replace(ARCH, **architecture), {k: v.clone() for k, v in weights.items()})
+    )
 
 
 @pytest.mark.parametrize("bucket", [Bucket(1, 1), Bucket(1, 2), Bucket(1, 3), *BUCKETS, Bucket(2, 64)], ids=str)

@@ -26,8 +26,10 @@ from nanogpt_buckets.errors import (
     UntrustedStore,
     UsageError,
 )
-from nanogpt_buckets.store.local import LocalStore, Problem, Status
+from nanogpt_buckets.store.answer import Status
+from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import Blob, Manifest, encode
+from nanogpt_buckets.store.verify import Problem, verify
 
 REPOSITORY = Path(keys.__file__).parents[1]
 
@@ -91,7 +93,7 @@ def healed(store: LocalStore, manifest: Manifest, blobs: dict[str, bytes]) -> No
     answer = look(store, manifest)
     assert answer.status is Status.WARM
     assert answer.manifest == winner
-    assert store.verify().problems == ()
+    assert verify(store).problems == ()
 
 
 # the ordinary life of an entry
@@ -136,7 +138,7 @@ def test_families_are_listed_in_order_and_strangers_are_skipped(store):
     (store.root / "v1/entries/junk").mkdir()
     expected = sorted(manifest.key for manifest, _ in made if manifest.family == family)
     assert [answer.key for answer in store.family(family)] == expected
-    assert sorted(answer.key for answer in store.entries()) == sorted(manifest.key for manifest, _ in made)
+    assert sorted(answer.key for _, answer in store.entries()) == sorted(manifest.key for manifest, _ in made)
 
 
 def test_blobs_are_shared_between_entries(store, entry):
@@ -226,7 +228,7 @@ def test_damaged_blobs_are_corrupt_and_replaced(store, entry, name, tmp_path):
         store.read_blob(entry.blobs[0])
     with pytest.raises(CorruptEntry):
         store.require(answer)
-    assert store.verify().problems
+    assert verify(store).problems
     healed(store, *make("one"))
     assert path.is_file()
     assert not path.is_symlink()
@@ -249,7 +251,7 @@ def test_a_valid_manifest_under_another_name_is_corrupt(store, entry, where):
     path.write_bytes(manifest_path(store, entry).read_bytes())
     assert store.look(other.family, other.key).status is Status.CORRUPT
     assert store.look(entry.family, entry.key).status is Status.WARM
-    assert [problem.what for problem in store.verify().problems] == ["the manifest belongs under another name"]
+    assert [problem.what for problem in verify(store).problems] == ["the manifest belongs under another name"]
 
 
 @pytest.mark.parametrize("kind", ["link", "directory", "fifo", "huge"])
@@ -283,7 +285,7 @@ def test_a_newer_manifest_is_left_alone(store, entry):
     with pytest.raises(IncompatibleEntry):
         store.publish(*make("two"))
     assert files(store) == before
-    assert store.verify().problems == ()
+    assert verify(store).problems == ()
 
 
 def test_require_names_each_status(store, entry):
@@ -318,7 +320,7 @@ def test_a_read_error_is_transient_and_changes_nothing(store, entry, monkeypatch
     with monkeypatch.context() as patch:
         Fault(patch, function, code)
         assert store.look(entry.family, entry.key).status is Status.TRANSIENT
-        assert [answer.status for answer in store.entries()] == [Status.TRANSIENT]
+        assert [answer.status for _, answer in store.entries()] == [Status.TRANSIENT]
         with pytest.raises(TransientError):
             store.read_blob(entry.blobs[0])
         with pytest.raises(TransientError) as caught:
@@ -347,7 +349,12 @@ def test_a_stale_handle_is_reopened_once(store, entry, monkeypatch, function):
 
 def test_a_directory_that_cannot_be_listed_is_transient(store, entry, monkeypatch):
     Fault(monkeypatch, "listdir", errno.EIO)
-    for call in (lambda: store.family(entry.family), lambda: list(store.entries()), store.plan_names, store.verify):
+    for call in (
+        lambda: store.family(entry.family),
+        lambda: list(store.entries()),
+        store.plan_names,
+        lambda: verify(store),
+    ):
         with pytest.raises(TransientError):
             call()
 
@@ -394,7 +401,7 @@ def test_cleaning_up_never_fails(store, monkeypatch, code):
         Fault(patch, "unlink", code)
         store.publish(*make("one"))
     assert os.listdir(store.root / "v1/tmp")
-    assert store.verify().problems == ()
+    assert verify(store).problems == ()
     healed(store, *make("one"))
 
 
@@ -449,7 +456,7 @@ def test_old_staged_files_are_swept_and_young_ones_are_not(store, entry):
     for name, hours in (("old", 25), ("young", 23), ("future", -48)):
         (tmp / name).write_text("x")
         os.utime(tmp / name, (time.time() - hours * 3600,) * 2)
-    assert store.verify().problems == ()
+    assert verify(store).problems == ()
     store.publish(*make("x", name="b"))
     assert sorted(os.listdir(tmp)) == ["future", "young"]
 
@@ -504,7 +511,7 @@ def test_racing_writers_leave_one_writers_complete_set(store, locks):
     writers = [start(WRITE, store.root, f"writer{number}", locks, begin) for number in range(4)]
     seen: dict[str, str] = {}
     while any(writer.poll() is None for writer in writers):
-        for answer in store.entries():
+        for _, answer in store.entries():
             assert answer.status is Status.WARM
             assert store.check(answer).status is Status.WARM
             tag = answer.manifest.gate["tag"]
@@ -513,7 +520,7 @@ def test_racing_writers_leave_one_writers_complete_set(store, locks):
         time.sleep(0.01)
     lines = {line for writer in writers for line in finish(writer).splitlines()}
     assert len(lines) == 10, "every writer must have adopted the same winner"
-    assert store.verify().problems == ()
+    assert verify(store).problems == ()
     assert os.listdir(store.root / "v1/tmp") == []
 
 
@@ -734,7 +741,7 @@ def test_what_others_can_write_is_untrusted_until_the_hint_is_followed(store, en
         lambda: store.save_plan("p", {}),
         lambda: store.load_plan("p"),
         lambda: store.require(answer),
-        store.verify,
+        lambda: verify(store),
     ):
         with pytest.raises(UntrustedStore) as caught:
             call()
@@ -827,7 +834,7 @@ def test_verify_counts_and_finds_nothing_in_a_sound_store(store, entry):
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(extra)
     read: list[int] = []
-    result = store.verify(read.append)
+    result = verify(store, read.append)
     total = sum(blob.size for blob in entry.blobs) + len(extra)
     assert (result.entries, result.blobs, result.bytes, result.problems) == (2, 3, total, ())
     assert sorted(read) == sorted([len(extra), *(blob.size for blob in entry.blobs)])
@@ -840,7 +847,7 @@ def test_verify_works_both_ways(store, entry):
     spoil(blob_path(store, second.blobs[1]), b"other")
     third = make("three", name="c")[0]
     manifest_path(store, third).write_bytes(encode(third)[:-5])
-    problems = store.verify().problems
+    problems = verify(store).problems
     name = entry.blobs[0].sha256[:12]
     relative = manifest_path(store, entry).relative_to(store.root).as_posix()
     assert Problem(relative, f"code.so ({name}) is missing or damaged") in problems
@@ -853,9 +860,9 @@ def test_verify_works_both_ways(store, entry):
 
 
 def test_verify_of_nothing(store):
-    assert store.verify().entries == 0
+    assert verify(store).entries == 0
     assert not store.root.exists()
 
 
 def test_answers_are_plain(store, entry):
-    assert json.dumps([answer.status for answer in store.entries()]) == '["warm"]'
+    assert json.dumps([answer.status for _, answer in store.entries()]) == '["warm"]'

@@ -1,0 +1,86 @@
+"""One sequence on its way from a prompt to text: its ids, the text they make, and when it is done.
+
+Knows nothing of buckets, logits or how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanogpt_buckets.textstream import TextStream
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One continuation.
+
+    Args:
+        text: prompt and new text; None without a tokenizer.
+        new_text: the new text, cut before a stop string; None without a tokenizer.
+        token_ids: prompt and new ids, those of a stop string included.
+        prompt_tokens: how many of them are the prompt's.
+        new_tokens: how many are new.
+        finish_reason: "length" or "stop".
+    """
+
+    text: str | None
+    new_text: str | None
+    token_ids: list[int]
+    prompt_tokens: int
+    new_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Token:
+    """One streamed token.
+
+    Args:
+        id: the token.
+        text: what it makes certain of the text; may be empty, or hold characters begun before. Joined over a stream
+            this is the new text exactly.
+        index: 0 for the first new token.
+    """
+
+    id: int
+    text: str | None
+    index: int
+
+
+class Row:
+    """One sequence on its way.
+
+    Args:
+        ids: the prompt's; new ones are appended.
+        prompt: index of the prompt.
+        sample: index of the sample of that prompt.
+        text: what makes text of new ids; None without a tokenizer.
+    """
+
+    def __init__(self, ids: list[int], prompt: int, sample: int, text: TextStream | None) -> None:
+        self.ids = ids
+        self.prompt = prompt
+        self.sample = sample
+        self.text = text
+        self.n_prompt = len(ids)
+        self.done = False
+
+    @property
+    def new_tokens(self) -> int:
+        """How many ids are new."""
+        return len(self.ids) - self.n_prompt
+
+    def accept(self, token: int, max_new_tokens: int) -> str | None:
+        """Append a token and return the text it makes certain."""
+        self.ids.append(token)
+        last = self.new_tokens >= max_new_tokens
+        piece = None if self.text is None else self.text.feed(token, last=last)
+        self.done = last or (self.text is not None and self.text.stopped)
+        return piece
+
+    def generation(self) -> Generation:
+        """Return what has become of the sequence."""
+        new_text = None if self.text is None else self.text.text
+        text = None if self.text is None else self.text.prompt_text + self.text.text
+        reason = "stop" if self.text is not None and self.text.stopped else "length"
+        return Generation(text, new_text, self.ids, self.n_prompt, self.new_tokens, reason)

@@ -1,0 +1,149 @@
+"""Single files: read whole and once, written new and moved to a name in one step.
+
+Nothing follows a symbolic link, and no file that has a name is ever changed. Knows nothing of what files mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+import time
+from pathlib import Path
+
+from nanogpt_buckets.errors import CorruptEntry, TransientError
+
+# O_NONBLOCK: opening a planted pipe must not hang
+_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_MAX_CHUNK = 1 << 30
+_NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+# What file systems without hard links answer.
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+
+def read_file(path: Path, *, size: int | None = None, limit: int | None = None) -> bytes:
+    """Return the content of a regular file, read once.
+
+    Args:
+        path: never followed if it is a symbolic link.
+        size: how long the file must be; checked before a byte is read.
+        limit: how long it may be.
+
+    Raises:
+        CorruptEntry: it is not a regular file, or has another size.
+        OSError: it cannot be opened or read.
+    """
+    try:
+        return _read_once(path, size, limit)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CorruptEntry(f"{path.name} is a symbolic link") from error
+        if error.errno != errno.ESTALE:
+            raise
+    # on a network file system the name may have been given to another file meanwhile
+    return _read_once(path, size, limit)
+
+
+def _read_once(path: Path, size: int | None, limit: int | None) -> bytes:
+    descriptor = os.open(path, _FLAGS)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise CorruptEntry(f"{path.name} is not a regular file")
+        if size is not None and found.st_size != size:
+            raise CorruptEntry(f"{path.name} has {found.st_size} bytes, not {size}")
+        if limit is not None and found.st_size > limit:
+            raise CorruptEntry(f"{path.name} is longer than {limit} bytes")
+        chunks = []
+        left = found.st_size
+        while left and (chunk := os.read(descriptor, min(left, _MAX_CHUNK))):
+            chunks.append(chunk)
+            left -= len(chunk)
+        return b"".join(chunks)
+    finally:
+        os.close(descriptor)
+
+
+def read_verified(path: Path, sha256: str, size: int) -> bytes:
+    """Return the content of a file whose size and digest are known.
+
+    Raises:
+        CorruptEntry: it is something else.
+        OSError: it cannot be opened or read.
+    """
+    data = read_file(path, size=size)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CorruptEntry(f"{path.name} is not what its name says")
+    return data
+
+
+def list_names(directory: Path) -> list[str]:
+    """Return what is in a directory, sorted; nothing if there is none.
+
+    Raises:
+        TransientError: it cannot be listed this time.
+    """
+    try:
+        return sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise TransientError(f"{directory} cannot be listed: {error.strerror or error}") from error
+
+
+def write_new(path: Path, data: bytes, mode: int) -> None:
+    """Write a file that must not exist, with exactly this mode, and wait until it is on disk."""
+    descriptor = os.open(path, _NEW_FLAGS, 0o600)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        if hasattr(os, "fchmod"):
+            os.fchmod(descriptor, mode)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_to_absent(staged: Path, path: Path) -> None:
+    """Give a file a name that must be free, in one step.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    try:
+        os.link(staged, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.rename(staged, path)
+
+
+def sync_directory(directory: Path) -> None:
+    """Ask for a directory's names to reach the disk; a file system that cannot is left alone."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file if that is possible; cleaning up never fails."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def sweep(directory: Path, *, older_than_s: float) -> None:
+    """Remove what killed processes staged long ago; never fails."""
+    oldest = time.time() - older_than_s
+    with contextlib.suppress(OSError), os.scandir(directory) as found:
+        for file in found:
+            with contextlib.suppress(OSError):
+                if file.stat(follow_symlinks=False).st_mtime < oldest:
+                    os.unlink(file.path)

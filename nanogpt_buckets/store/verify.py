@@ -1,0 +1,81 @@
+"""Read a whole store and say what is damaged. Changes nothing; knows nothing of what entries are for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt_buckets.errors import CorruptEntry
+from nanogpt_buckets.store.answer import Answer, Status
+from nanogpt_buckets.store.files import read_file
+from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.trust import check_location
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A damaged file; `path` is relative to the root."""
+
+    path: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` read; `bytes` counts blobs."""
+
+    entries: int
+    blobs: int
+    bytes: int
+    problems: tuple[Problem, ...]
+
+
+def verify(store: LocalStore, on_file: Callable[[int], None] | None = None) -> Verification:
+    """Read everything: each manifest with its blobs, and each blob whether or not a manifest names it.
+
+    Args:
+        store: the store.
+        on_file: called with the size of each blob once it is read.
+
+    Raises:
+        UntrustedStore: others could have written the store.
+        TransientError: a directory cannot be listed this time.
+    """
+    check_location(store.root)
+    # before the blobs: what a manifest names was stored before it
+    entries = list(store.entries())
+    paths = store.blob_paths()
+    sizes: dict[str, int] = {}
+    problems = []
+    for path in paths:
+        what, size = _examine(path)
+        if what:
+            problems.append(Problem(path.relative_to(store.root).as_posix(), what))
+        else:
+            sizes[path.name] = size
+        if on_file is not None:
+            on_file(size)
+    for family, answer in entries:
+        path = store.entry_path(family, answer.key).relative_to(store.root)
+        problems += [Problem(path.as_posix(), what) for what in _damage(answer, sizes)]
+    return Verification(len(entries), len(paths), sum(sizes.values()), tuple(problems))
+
+
+def _examine(path: Path) -> tuple[str, int]:
+    """Return what is wrong with a blob, if anything, and its size."""
+    try:
+        data = read_file(path)
+    except (OSError, CorruptEntry) as error:
+        return str(error), 0
+    right = hashlib.sha256(data).hexdigest() == path.name
+    return "" if right else "its content is not what its name says", len(data)
+
+
+def _damage(answer: Answer, sizes: Mapping[str, int]) -> Iterator[str]:
+    if answer.status not in (Status.WARM, Status.INCOMPATIBLE):
+        yield answer.why
+    for blob in answer.manifest.blobs if answer.manifest else ():
+        if sizes.get(blob.sha256) != blob.size:
+            yield f"{blob.role} ({blob.sha256[:12]}) is missing or damaged"
