@@ -11,9 +11,9 @@ import nanogpt_buckets
 
 ROOT = Path(nanogpt_buckets.__file__).parent
 
-# A module may import from its own place and from those before it.
+# A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
-    "errors", "settings", "child", "model", "steps", "plan", "key", "backends", "store", "catalog", "build",
+    "errors", "settings", "child", "key", "model", "steps", "plan", "backends", "store", "catalog", "build",
     "sampling", "textstream", "generation", "report", "dispatch", "shelf", "engine", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = ("errors", "settings", "child", "plan", "key", "store", "report", "cli", "catalog", "build", "backends/host")

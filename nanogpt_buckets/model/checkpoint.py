@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets import child, errors, settings
 from nanogpt_buckets.errors import ModelError, ModelNotFound, UsageError
+from nanogpt_buckets.key import canonical_json
 from nanogpt_buckets.model import convert, huggingface
 from nanogpt_buckets.model.architecture import GPT2_SIZES, Architecture
 
@@ -87,7 +88,7 @@ class Model:
             raise UsageError(f"dtype {dtype!r} is not one of {', '.join(convert.DTYPES)}")
         source = self._source()
         known = _recall(source, dtype)
-        if known is not None and True:
+        if known is not None and known.architecture == self.architecture:
             weights = _mapped(known.digest)
             if weights is not None:
                 return weights
@@ -165,7 +166,7 @@ def open_model(name: str | os.PathLike[str]) -> Model:
 def _from_path(kind: str, path: Path, arch: Architecture, dataset: str | None = None) -> Model:
     base = path.parent.name if path.name == _CHECKPOINT else path.stem if kind == "nanogpt" else path.name
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", base).lstrip(".")[:80] or "model"
-    suffix = hashlib.sha256(convert.canonical_json(arch.to_json())).hexdigest()[:8]
+    suffix = hashlib.sha256(canonical_json(arch.to_json())).hexdigest()[:8]
     return Model(f"{plain}-{suffix}", kind, path, arch, dataset)
 
 
@@ -297,7 +298,7 @@ def _stamps(files: Sequence[Path]) -> list[list[Any]]:
 def _sidecar_path(source: Path, dtype: str) -> Path:
     # a file name need not be UTF-8
     named = os.fsencode(source).decode("utf-8", "backslashreplace")
-    digest = hashlib.sha256(convert.canonical_json([named, dtype])).hexdigest()
+    digest = hashlib.sha256(canonical_json([named, dtype])).hexdigest()
     return settings.local_dir() / "sources" / f"{digest}.json"
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets.child import serve
 from nanogpt_buckets.errors import BucketsError, CacheError, CheckpointDamaged, ModelError, UnsupportedModel
+from nanogpt_buckets.key import canonical_json
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.settings import LOCAL_DIR_VARIABLE, local_dir
 
@@ -125,11 +126,6 @@ def write_prepared(path: Path, arch: Architecture, dtype: str, read: Reader) -> 
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def canonical_json(value: Any) -> bytes:
-    """Encode plain JSON without floats, as `nanogpt_buckets.key` does, from which a model may not import."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 @contextlib.contextmanager

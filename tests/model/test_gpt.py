@@ -214,9 +214,7 @@ def test_from_weights_copies_nothing_and_misses_nothing():
 
     network = gpt.from_weights(arch, state)
 
-    assert {name: p.data_ptr() for name, p in network.named_parameters()} == {
-        n: t.data_ptr() for n, t in state.items()
-    }
+    assert {name: p.data_ptr() for name, p in network.named_parameters()} == {n: t.data_ptr() for n, t in state.items()}
     assert not any(p.requires_grad for p in network.parameters())
     assert sum(p.numel() for p in network.parameters()) == arch.n_params
     with pytest.raises(RuntimeError, match="Missing key"):
