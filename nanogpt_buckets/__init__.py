@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nanogpt_buckets.build import BuildReport, build
+    from nanogpt_buckets.builder import BuildReport, build
     from nanogpt_buckets.engine import Engine, generate
     from nanogpt_buckets.errors import BucketsError
     from nanogpt_buckets.generation import Generation, Token
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 _HOME = {
     "Bucket": "plan.bucket",
     "BucketsError": "errors",
-    "BuildReport": "build",
+    "BuildReport": "builder",
     "Engine": "engine",
     "Generation": "generation",
     "Plan": "plan.bucket",
     "Report": "report",
     "Token": "generation",
-    "build": "build",
+    "build": "builder",
     "generate": "engine",
 }
 

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from nanogpt_buckets.build import open_catalog
+from nanogpt_buckets.builder import open_catalog
 from nanogpt_buckets.dispatch import Dispatcher
 from nanogpt_buckets.errors import TokenizerError, UsageError
 from nanogpt_buckets.generation import Generation, Row, Token

@@ -14,7 +14,7 @@ from pathlib import Path
 from nanogpt_buckets import settings
 from nanogpt_buckets.backends.base import Executable
 from nanogpt_buckets.backends.eager import EagerBackend
-from nanogpt_buckets.build import build_missing, default_plan, remember_plan
+from nanogpt_buckets.builder import build_missing, default_plan, remember_plan
 from nanogpt_buckets.catalog import Catalog
 from nanogpt_buckets.dispatch import cheapest, group
 from nanogpt_buckets.errors import CacheError, CacheMiss, CompileFailed, UsageError

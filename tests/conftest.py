@@ -47,7 +47,7 @@ def odd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def odd_cache(odd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache directory in which the odd model's four buckets are compiled: 1x16, 1x33, 1x100 and 3x33."""
-    from nanogpt_buckets.build import build
+    from nanogpt_buckets.builder import build
     from nanogpt_buckets.plan.bucket import Bucket
 
     cache = tmp_path_factory.mktemp("cache") / "cache"

@@ -13,10 +13,22 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
-    "errors", "settings", "child", "key", "model", "steps", "plan", "backends", "store", "catalog", "build",
+    "errors", "settings", "child", "key", "model", "steps", "plan", "backends", "store", "catalog", "builder",
     "sampling", "textstream", "generation", "report", "dispatch", "shelf", "engine", "cli", "__main__",
 ]  # fmt: skip
-NO_TORCH = ("errors", "settings", "child", "plan", "key", "store", "report", "cli", "catalog", "build", "backends/host")
+NO_TORCH = (
+    "errors",
+    "settings",
+    "child",
+    "plan",
+    "key",
+    "store",
+    "report",
+    "cli",
+    "catalog",
+    "builder",
+    "backends/host",
+)
 
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

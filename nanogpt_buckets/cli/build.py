@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nanogpt_buckets.build import BuildReport, build_missing, open_catalog
+from nanogpt_buckets.builder import BuildReport, build_missing, open_catalog
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import json_option, model_options, plan_options, read_plan
 from nanogpt_buckets.errors import CompileFailed

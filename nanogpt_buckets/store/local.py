@@ -22,8 +22,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.errors import (
     CacheError,
@@ -43,6 +41,7 @@ from nanogpt_buckets.store.files import (
     unlink,
     write_new,
 )
+from nanogpt_buckets.store.lock import held
 from nanogpt_buckets.store.manifest import (
     MAX_BYTES,
     Blob,
@@ -229,6 +228,19 @@ class LocalStore:
             kind = CacheError if error.errno in _LASTING else TransientError
             raise kind(f"{self.root} cannot be written: {error.strerror or error}", hint=HINT) from error
 
+    def prepare(self) -> None:
+        """Make the directories that writing needs, and so find out whether writing is possible.
+
+        Raises:
+            UntrustedStore: others could have written the store.
+            CacheError: it cannot be written.
+        """
+        check_location(self.root)
+        with self._writing():
+            self._prepare()
+            if not os.access(self._v1 / "tmp", os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     def _prepare(self, *further: Path) -> None:
         """Make the directories, those given included, and the tag that keeps backups away."""
         if not self.root.is_dir():
@@ -302,23 +314,15 @@ class LocalStore:
             key: 64 hex digits.
             timeout_s: how long to wait for another process.
         """
-        lock = self._lock(self._v1 / "locks" / f"{require_digest(key)}.lock", timeout_s)
-        try:
-            yield lock is not None
-        finally:
-            if lock is not None:
-                with contextlib.suppress(OSError, NotImplementedError):
-                    lock.release()
-
-    def _lock(self, path: Path, timeout_s: float) -> filelock.BaseFileLock | None:
+        path = self._v1 / "locks" / f"{require_digest(key)}.lock"
         try:
             check_location(self.root, path.parent)
             self._prepare()
-            lock = filelock.FileLock(path, mode=0o600 | self._mode() & 0o666)
-            lock.acquire(timeout=max(0.0, timeout_s))
-        except (OSError, NotImplementedError, CacheError):
-            return None
-        return lock
+        except (OSError, CacheError):
+            yield False
+            return
+        with held(path, mode=0o600 | self._mode() & 0o666, timeout_s=timeout_s) as worked:
+            yield worked
 
     # where things are
 

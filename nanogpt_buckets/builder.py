@@ -236,8 +236,9 @@ class _Builder:
                 f"{len(missing)} of {len(plan)} buckets are missing and there is no C++ compiler to build them with",
                 hint="install g++, or use a cache directory in which they are built",
             )
-        count = jobs or default_jobs(self._catalog.model.architecture, len(missing))
         if missing:
+            self._catalog.store.prepare()  # a directory that cannot be written is said before minutes of compiling
+            count = jobs or default_jobs(self._catalog.model.architecture, len(missing))
             rows |= self._build_all(missing, count)
         return tuple(rows[bucket] for bucket in plan)
 

@@ -1,0 +1,238 @@
+"""What compiled code takes on trust is checked before it reaches it, and what it needs is said truly."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanogpt_buckets import Bucket, build
+from nanogpt_buckets.backends import choose, gate, host
+from nanogpt_buckets.backends.inductor import InductorBackend
+from nanogpt_buckets.backends.library import library_path
+from nanogpt_buckets.builder import open_catalog
+from nanogpt_buckets.errors import BackendUnavailable, CorruptEntry, UsageError
+from nanogpt_buckets.steps import NeuronStep
+
+
+@pytest.fixture(scope="module")
+def catalog(odd_folder, odd_cache):
+    return open_catalog(odd_folder, backend="auto", target=None, dtype="float32", cache_dir=odd_cache)
+
+
+@pytest.fixture(scope="module")
+def artifact(catalog):
+    return catalog.artifact(catalog.best(Bucket(3, 33)).manifest)
+
+
+@pytest.fixture
+def weights(catalog):
+    return dict(catalog.model.weights("float32").tensors)
+
+
+IDS, LAST = torch.zeros(3, 33, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+
+
+def test_no_weights_are_inside_and_the_gate_is_on_record(catalog, artifact):
+    manifest = catalog.best(Bucket(3, 33)).manifest
+    assert manifest.contains_weights is False
+    assert manifest.gate["lengths"] == [1, 16, 17, 32, 33]
+    assert 0 <= manifest.gate["relative_error_e9"] <= manifest.gate["tolerance_e9"] == 20_000
+    assert manifest.stats["compile_ms"] > 0
+    assert len(artifact.blobs["library"]) < 3_000_000
+
+
+def test_code_is_generated_for_the_named_level_and_nothing_beyond(artifact):
+    level = host.choose_level(None)
+
+    if level == host.NATIVE:
+        assert set(artifact.requires["cpu_flags"]) == host.cpu_flags()
+    else:
+        assert set(artifact.requires["cpu_flags"]) == host.LEVELS[level]
+    assert artifact.requires["glibc"] <= host.own_versions()["glibc"]
+
+
+def test_threads_are_not_compiled_out(artifact):
+    assert b"GOMP_parallel" in artifact.blobs["library"]
+
+
+@pytest.mark.parametrize("spoil", ["missing", "extra", "dtype", "shape", "transposed"])
+def test_weights_that_differ_from_the_contract_are_refused(artifact, weights, spoil):
+    name = "transformer.h.0.attn.c_proj.weight"
+    if spoil == "missing":
+        del weights[name]
+    elif spoil == "extra":
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    else:
+        weights[name] = {
+            "dtype": weights[name].double(),
+            "shape": weights[name][:, :-1].contiguous(),
+            "transposed": weights[name].t(),
+        }[spoil]
+
+    with pytest.raises(CorruptEntry, match=r"the weights do not fit"):
+        InductorBackend().load(artifact, weights)
+
+
+WRONG_INPUTS = [
+    (IDS.long(), LAST, "int64"),
+    (IDS[:, :20], LAST, "shape"),
+    (IDS[:2], LAST[:2], "shape"),
+    (torch.zeros(33, 3, dtype=torch.int32).t(), LAST, "not contiguous"),
+    (IDS + 211, LAST, "token id 211"),
+    (IDS - 1, LAST, "token id -1"),
+    (IDS, LAST + 33, "last index 33"),
+    (IDS, LAST - 1, "last index -1"),
+]
+
+
+@pytest.mark.parametrize(("ids", "last", "said"), WRONG_INPUTS, ids=range(len(WRONG_INPUTS)))
+def test_inputs_the_code_would_misread_are_refused(artifact, weights, ids, last, said):
+    step = InductorBackend().load(artifact, weights)
+
+    with pytest.raises(UsageError, match=said):
+        step(ids, last)
+
+
+def test_one_library_serves_two_sets_of_weights_at_once(catalog, artifact, weights):
+    other = {name: tensor * 1.25 for name, tensor in weights.items()}
+    first, second = (InductorBackend().load(artifact, w) for w in (weights, other))
+    from nanogpt_buckets.model.gpt import from_weights
+
+    for step, own in ((first, weights), (second, other), (first, weights)):
+        expected = NeuronStep(from_weights(catalog.model.architecture, own))(IDS, LAST)
+        assert (step(IDS, LAST) - expected).abs().max() <= gate.FLOAT32_TOLERANCE * expected.abs().max()
+
+
+def test_what_runs_is_a_sealed_copy_of_what_was_hashed(artifact):
+    path = library_path(artifact.blobs["library"])
+
+    with open(path, "rb") as file:
+        assert file.read() == artifact.blobs["library"]
+        assert fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+    assert library_path(bytes(artifact.blobs["library"])) == path
+    assert library_path(b"another") != path
+
+
+def test_the_canary_catches_weights_that_do_not_belong(catalog, artifact, weights):
+    step = InductorBackend().load(artifact, weights)
+    other = weights | {"transformer.ln_f.bias": weights["transformer.ln_f.bias"] + 0.1}
+
+    gate.canary(step, catalog.model.architecture, Bucket(3, 33), weights)
+    with pytest.raises(gate.GateFailed):
+        gate.canary(step, catalog.model.architecture, Bucket(3, 33), other)
+
+
+def test_a_bfloat16_bucket_passes_its_gate(odd_folder, tmp_path):
+    from nanogpt_buckets import Engine
+
+    report = build([Bucket(1, 16)], model=odd_folder, dtype="bfloat16")
+    assert report.compiled == 1, report
+
+    with Engine.load(odd_folder, dtype="bfloat16") as engine, Engine.load(odd_folder, backend="eager") as exact:
+        found, expected = engine.logits([[1, 2, 3]]), exact.logits([[1, 2, 3]])
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+# --- targets and requirements ---------------------------------------------------------------------------------------
+
+
+def test_flags_of_a_compile_line():
+    line = "g++ -march=x86-64-v3 -mfma -mavx512vnni -mavx512bf16 -o x"
+
+    assert set(host.flags_of_compile_line(line)) == host.LEVELS["x86-64-v3"] | {"avx512_vnni", "avx512_bf16"}
+    assert set(host.flags_of_compile_line("g++ -march=native -O3")) == host.cpu_flags()
+
+
+def test_symbol_versions_are_the_highest_named():
+    library = b"\0GLIBC_2.9\0GLIBC_2.34\0GLIBCXX_3.4.9\0GLIBCXX_3.4.30\0"
+
+    assert host.symbol_versions(library) == {"glibc": "2.34", "glibcxx": "3.4.30"}
+
+
+@pytest.mark.parametrize(
+    ("requires", "why"),
+    [
+        ({"os": "Plan9"}, "made for Plan9"),
+        ({"machine": "vax"}, "made for vax"),
+        ({"cpu_flags": ["no_such_flag"]}, "lacks no_such_flag"),
+        ({"glibc": "99.0"}, "needs GLIBC 99.0"),
+        ({"glibcxx": "99.0"}, "needs GLIBCXX 99.0"),
+        ({"neuron_cores": 2}, "unknown here: neuron_cores"),
+    ],
+)
+def test_what_this_host_lacks_is_said_in_words(requires, why):
+    assert why in host.unmet(requires)
+
+
+def test_a_host_that_has_more_than_is_asked_will_do():
+    assert host.unmet({"cpu_flags": sorted(host.cpu_flags())[:3], "glibc": "2.4", "glibcxx": "3.4.9"}) is None
+    assert host.unmet({}) is None
+
+
+def test_a_lesser_host_chooses_a_lower_level(monkeypatch):
+    monkeypatch.setattr(host, "cpu_flags", lambda: host.LEVELS["x86-64-v3"])
+
+    assert host.choose_level(None) == "x86-64-v3"
+    with pytest.raises(BackendUnavailable, match="cannot run x86-64-v4"):
+        host.choose_level("x86-64-v4")
+    monkeypatch.setattr(host, "cpu_flags", frozenset)
+    assert host.choose_level(None) == host.NATIVE
+
+
+def test_old_torch_builds_native_only(monkeypatch):
+    monkeypatch.setattr("nanogpt_buckets.backends.inductor.version", lambda name: "2.9.1")
+
+    assert InductorBackend().target(None) == host.NATIVE
+
+
+@pytest.mark.parametrize("target", ["trn1", "inf2", "trn2.48xlarge"])
+def test_neuron_targets_are_an_error_and_never_a_silent_cpu_build(target):
+    with pytest.raises(BackendUnavailable, match="no Neuron backend yet"):
+        choose("auto", target)
+
+
+def test_a_crash_in_the_child_takes_nothing_along(tmp_path):
+    from nanogpt_buckets import child
+
+    module = tmp_path / "crashing.py"
+    module.write_text("import os, sys\nsys.stderr.write('last words')\nos.abort()\n")
+    with pytest.raises(child.ChildFailed, match="SIGABRT") as caught:
+        child.run("crashing", {}, workdir=tmp_path, environment={"PYTHONPATH": str(tmp_path)})
+
+    assert "last words" in caught.value.log
+
+
+def test_what_steers_a_compiler_does_not_reach_the_child(monkeypatch):
+    from nanogpt_buckets import child
+
+    for name in ("TORCHINDUCTOR_FREEZING", "TRITON_CACHE_DIR", "ATEN_CPU_CAPABILITY", "CXXFLAGS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HOME", "/somewhere")
+
+    kept = child.clean_environment({"OWN": "x"})
+
+    assert not any(re.match("TORCHINDUCTOR_|TRITON_|ATEN_CPU|CXXFLAGS", name) for name in kept)
+    assert (kept["HOME"], kept["OWN"]) == ("/somewhere", "x")
+
+
+def test_loading_needs_neither_inductor_nor_transformers_nor_a_compiler(odd_folder, odd_cache, tmp_path):
+    code = (
+        "import sys, shutil\nsys.modules['transformers'] = None\n"
+        "from nanogpt_buckets import Engine\n"
+        f"e = Engine.load({str(odd_folder)!r}, cache_dir={str(odd_cache)!r})\n"
+        "assert e.generate([[1]], max_new_tokens=3, temperature=0)[0].new_tokens == 3\n"
+        "assert shutil.which('g++') is None and 'torch._inductor.codecache' not in sys.modules\n"
+    )
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    import os
+
+    environment = os.environ | {"PATH": str(empty)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr
