@@ -480,7 +480,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 WRITE = """
-import os, sys, time, contextlib
+import os, sys, time, contextlib, filelock
 from pathlib import Path
 import nanogpt_buckets.store.local as local
 root, tag, locks, start = Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
@@ -489,9 +489,9 @@ if locks != "real":
         def __init__(self, *arguments, **options): pass
         def acquire(self, timeout):
             if locks == "timeout":
-                raise local.filelock.Timeout("x")
+                raise filelock.Timeout("x")
         def release(self): pass
-    local.filelock.FileLock = Lock
+    filelock.FileLock = Lock
 os.getpid = lambda: 1
 time.sleep(max(0, start - time.time()))
 store = local.LocalStore(root)
