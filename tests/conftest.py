@@ -55,3 +55,15 @@ def odd_cache(odd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     report = build(plan, model=odd_folder, cache_dir=cache)
     assert (report.compiled, report.failed) == (4, 0), report
     return cache
+
+
+@pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory) -> Path:
+    """The demo's buckets 1x16 and 1x32, compiled."""
+    from nanogpt_buckets.builder import build
+    from nanogpt_buckets.plan.bucket import Plan
+
+    cache = tmp_path_factory.mktemp("demo") / "cache"
+    report = build(Plan.grid(seq=[16, 32]), model="demo", cache_dir=cache)
+    assert report.compiled == 2, report
+    return cache

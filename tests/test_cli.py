@@ -10,19 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_buckets import Plan
-from nanogpt_buckets.builder import build
-
 DEMO = ["--model", "demo"]
-
-
-@pytest.fixture(scope="session")
-def demo_cache(tmp_path_factory) -> Path:
-    """The demo's buckets 1x16 and 1x32, compiled."""
-    cache = tmp_path_factory.mktemp("demo") / "cache"
-    report = build(Plan.grid(seq=[16, 32]), model="demo", cache_dir=cache)
-    assert report.compiled == 2, report
-    return cache
 
 
 def cli(*arguments: str, cache: Path | None = None, stdin: str = "", cwd: Path | None = None, **environment: str):

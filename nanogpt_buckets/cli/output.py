@@ -90,7 +90,9 @@ class BuildProgress:
     def update(self, bucket: Bucket, phase: str) -> None:
         """Show a bucket's new phase; called from several threads."""
         ended = phase in ("hit", "compiled", "failed")
-        start = self._started.setdefault(bucket, time.monotonic())
+        if phase == "compiling":
+            self._started[bucket] = time.monotonic()
+        start = self._started.get(bucket, time.monotonic())
         if self._bars is None:
             if phase != "waiting":
                 elapsed = f" after {time.monotonic() - start:.0f} s" if phase in ("compiled", "failed") else ""

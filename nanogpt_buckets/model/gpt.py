@@ -136,8 +136,8 @@ class GPT(nn.Module):
         lowering = lowering or Lowering()
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(arch.vocab_size, arch.n_embd),
-                "wpe": nn.Embedding(arch.block_size, arch.n_embd),
+                "wte": _embedding(arch.vocab_size, arch.n_embd),
+                "wpe": _embedding(arch.block_size, arch.n_embd),
                 "h": nn.ModuleList([Block(arch, layer, lowering) for layer in range(arch.n_layer)]),
                 "ln_f": LayerNorm(arch.n_embd, bias=arch.bias, epsilon=arch.layer_norm_epsilon),
             }
@@ -170,6 +170,11 @@ class GPT(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return float32 logits (B, S, V) at every position: the oracle and the training path."""
         return self.head(self.hidden(input_ids))
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    # left uninitialised: drawing normal numbers for a weightless model imports a second's worth of torch
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def from_weights(arch: Architecture, weights: Mapping[str, Tensor], lowering: Lowering | None = None) -> GPT:
