@@ -174,7 +174,7 @@ class GPT(nn.Module):
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
     # left uninitialised: drawing normal numbers for a weightless model imports a second's worth of torch
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
 def from_weights(arch: Architecture, weights: Mapping[str, Tensor], lowering: Lowering | None = None) -> GPT:
