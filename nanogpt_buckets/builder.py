@@ -6,7 +6,7 @@ Knows nothing of how a bucket is compiled or checked (children do), nor of the t
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
 import tempfile
 import time
@@ -20,13 +20,21 @@ from nanogpt_buckets import backends, child, key, settings
 from nanogpt_buckets.backends import host, worker
 from nanogpt_buckets.backends.base import DTYPES, Artifact, BuildRequest
 from nanogpt_buckets.catalog import Catalog
-from nanogpt_buckets.errors import BackendUnavailable, BucketsError, UsageError
+from nanogpt_buckets.errors import (
+    BackendUnavailable,
+    BucketsError,
+    CacheError,
+    CorruptEntry,
+    PlanError,
+    UsageError,
+)
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.store.answer import Status
 from nanogpt_buckets.store.local import LocalStore
-from nanogpt_buckets.store.manifest import Blob, Manifest
+
+log = logging.getLogger(__name__)
 
 # How long to wait for another builder that holds the same key before compiling it as well.
 _LOCK_TIMEOUT_S = 600.0
@@ -188,11 +196,18 @@ def default_plan(catalog: Catalog) -> Plan | None:
 
 
 def remember_plan(catalog: Catalog, plan: Plan) -> None:
-    """Add these buckets to the model's default plan."""
-    before = default_plan(catalog)
+    """Add these buckets to the model's default plan, if the store can be written; a damaged plan is replaced."""
+    try:
+        before = default_plan(catalog)
+    except (CorruptEntry, PlanError):
+        before = None
     merged = plan if before is None else before | plan
-    if before is None or merged != before:
+    if merged == before:
+        return
+    try:
         catalog.store.save_plan(catalog.model.name, merged.to_json(model=catalog.model.name, source="build"))
+    except CacheError as error:
+        log.warning("the plan of %s was not saved: %s", catalog.model.name, error.message)
 
 
 def compile_bucket(request: dict[str, Any], on_event: Callable[[child.Event], None] | None = None) -> Artifact:
@@ -255,16 +270,18 @@ class _Builder:
     def _build_all(self, missing: list[Bucket], jobs: int) -> dict[Bucket, BuildRow]:
         rows = {}
         pool = ThreadPoolExecutor(jobs, thread_name_prefix="build")
+        futures: dict[Future[BuildRow], Bucket] = {pool.submit(self._build_one, b): b for b in missing}
         try:
-            futures: dict[Future[BuildRow], Bucket] = {pool.submit(self._build_one, b): b for b in missing}
             for future in as_completed(futures):
                 rows[futures[future]] = future.result()
         except BaseException:  # Ctrl-C above all: finished buckets stay, children go
             self._stopped = True
-            child.end_all()
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in futures):
+                child.end_all()  # again, for a thread may just have been starting one
+                time.sleep(0.02)
             raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown()
         return rows
 
     def _build_one(self, bucket: Bucket) -> BuildRow:
@@ -273,12 +290,12 @@ class _Builder:
         assert parts is not None
         name = key.digest(parts)
         try:
-            with self._catalog.store.compiling(name, _LOCK_TIMEOUT_S):
+            with self._catalog.store.compiling(name, _LOCK_TIMEOUT_S, lambda: self._stopped):
                 adopted = self._hit(bucket, time.monotonic() - start)
                 if adopted is not None:
                     return adopted
                 artifact = self._compile(bucket)
-                manifest = self._catalog.store.publish(_manifest(name, parts, artifact), artifact.blobs)
+                manifest = self._catalog.store.publish(self._catalog.manifest(parts, artifact), artifact.blobs)
         except BucketsError as error:
             self._tell(bucket, "failed")
             log = getattr(error, "log", "")
@@ -299,32 +316,16 @@ class _Builder:
             target=catalog.backend.target(catalog.target),
             lowering=catalog.backend.lowering(),
         ).to_json()
-        if self._executor is not None:
-            self._tell(bucket, "compiling")
-            return self._executor.submit(compile_bucket, request).result()
+        try:
+            if self._executor is not None:
+                self._tell(bucket, "compiling")
+                return self._executor.submit(compile_bucket, request).result()
+            return compile_bucket(request, lambda event: self._hear(bucket, event))
+        except BucketsError:
+            raise
+        except Exception as error:  # somebody else's executor, a full disk: whatever it is, it is this bucket's failure
+            raise child.ChildFailed(f"{type(error).__name__}: {error}") from error
 
-        def tell(event: child.Event) -> None:
-            if "phase" in event:
-                self._tell(bucket, event["phase"])
-
-        return compile_bucket(request, tell)
-
-
-def _manifest(name: str, parts: dict[str, Any], artifact: Artifact) -> Manifest:
-    blobs = tuple(
-        Blob(role, hashlib.sha256(content).hexdigest(), len(content))
-        for role, content in sorted(artifact.blobs.items())
-    )
-    return Manifest(
-        family=key.digest(parts["family"]),
-        key=name,
-        parts=parts,
-        blobs=blobs,
-        inputs=artifact.inputs,
-        outputs=artifact.outputs,
-        weights=artifact.weights,
-        requires=dict(artifact.requires),
-        contains_weights=False,
-        stats=dict(artifact.stats),
-        gate=dict(artifact.gate),
-    )
+    def _hear(self, bucket: Bucket, event: child.Event) -> None:
+        if "phase" in event:
+            self._tell(bucket, event["phase"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from nanogpt_buckets import key
@@ -20,7 +21,7 @@ from nanogpt_buckets.model.checkpoint import Model
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
-from nanogpt_buckets.store.manifest import Manifest
+from nanogpt_buckets.store.manifest import Blob, Manifest
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,23 @@ class Catalog:
             requires=manifest.requires,
             stats=manifest.stats,
             gate=manifest.gate,
+        )
+
+    def manifest(self, parts: dict[str, Any], artifact: Artifact) -> Manifest:
+        """Describe a new artifact under the names its parts give it; `artifact` is the way back."""
+        blobs = (Blob(role, sha256(data).hexdigest(), len(data)) for role, data in sorted(artifact.blobs.items()))
+        return Manifest(
+            family=key.digest(parts["family"]),
+            key=key.digest(parts),
+            parts=parts,
+            blobs=tuple(blobs),
+            inputs=artifact.inputs,
+            outputs=artifact.outputs,
+            weights=artifact.weights,
+            requires=dict(artifact.requires),
+            contains_weights=False,
+            stats=dict(artifact.stats),
+            gate=dict(artifact.gate),
         )
 
     def _ranked(self) -> dict[Bucket, list[Answer]]:

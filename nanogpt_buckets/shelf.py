@@ -5,6 +5,7 @@ Coverage is settled before the first step of a call. Knows nothing of prompts or
 
 from __future__ import annotations
 
+import bisect
 import functools
 import logging
 import time
@@ -131,12 +132,17 @@ class Shelf:
         return [bucket for bucket in self._plan if bucket in ready and bucket not in self._refused]
 
     def _used(self, lengths: list[int], more_tokens: int, buckets: list[Bucket]) -> set[Bucket]:
-        """Return the buckets a run would use, by running the grouping at every step's lengths."""
+        """Return the buckets a run would use, by grouping its rows whenever one of them outgrows a rung."""
         block_size = self.catalog.model.architecture.block_size
+        rungs = sorted({bucket.seq_len for bucket in buckets})
         used: set[Bucket] = set()
+        before: list[int] = []
         for grown in range(more_tokens + 1):
             now = [min(length + grown, block_size) for length in lengths]
-            used |= {bucket for bucket, _ in group(now, buckets, self.cost)}
+            places = [bisect.bisect_left(rungs, length) for length in now]
+            if places != before:
+                used |= {bucket for bucket, _ in group(now, buckets, self.cost)}
+            before = places
             if min(now) == block_size:
                 break
         return used

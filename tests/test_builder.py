@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt_buckets import key
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, BuildRequest, Contract
 from nanogpt_buckets.backends.inductor import InductorBackend
 from nanogpt_buckets.builder import build, default_jobs, default_plan, open_catalog
 from nanogpt_buckets.child import ChildFailed
-from nanogpt_buckets.errors import BackendUnavailable, PlanError, UntrustedStore, UsageError
+from nanogpt_buckets.errors import BackendUnavailable, CacheError, PlanError, UntrustedStore, UsageError
 from nanogpt_buckets.model.architecture import GPT2_SIZES
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.store.answer import Status
+from nanogpt_buckets.store.local import LocalStore
 
 
 class Pretend(Executor):
@@ -94,6 +96,34 @@ def test_a_damaged_entry_is_built_again(damage, tmp_path):
 
     assert (report.hits, report.compiled) == (1, 1)
     assert pretend_build([32, 64]).hits == 2
+
+
+def test_whatever_an_executor_raises_is_one_buckets_failure():
+    class Broken(Pretend):
+        def submit(self, function, request):
+            if "16" in str(request["bucket"]):
+                raise ZeroDivisionError("cluster gone")
+            return super().submit(function, request)
+
+    report = pretend_build([16, 32], Broken())
+
+    assert [row.state for row in report.rows] == ["failed", "compiled"]
+    assert report.rows[0].why == "ZeroDivisionError: cluster gone"
+
+
+def test_a_damaged_plan_is_replaced_and_an_unwritable_one_does_not_fail_the_build(tmp_path, monkeypatch, caplog):
+    pretend_build([64])
+    (tmp_path / "cache" / "v1" / "plans" / "demo.json").write_text("{")
+    assert pretend_build([64]).hits == 1
+    catalog = open_catalog("demo", backend="auto", target=None, dtype="float32", cache_dir=None)
+    assert default_plan(catalog) == Plan.grid(seq=[64])
+
+    def refuse(*arguments):
+        raise CacheError("read-only")
+
+    monkeypatch.setattr(LocalStore, "save_plan", refuse)
+    assert pretend_build([32], target="x86-64-v2").compiled == 1
+    assert "was not saved: read-only" in caplog.text
 
 
 def test_build_adds_to_the_models_plan(monkeypatch):
@@ -226,6 +256,23 @@ def test_two_builders_at_once_compile_each_key_once(tmp_path):
     assert sorted((report["hits"], report["compiled"]) for report in reports) == [(0, 1), (1, 0)]
     assert reports[0]["buckets"][0]["key"] == reports[1]["buckets"][0]["key"]
     assert list((tmp_path / "cache" / "v1" / "tmp").iterdir()) == []
+
+
+def test_ctrl_c_while_waiting_for_another_builder_ends_at_once(tmp_path):
+    import filelock
+
+    catalog = open_catalog("demo", backend="auto", target=None, dtype="float32", cache_dir=None)
+    catalog.store.prepare()
+    name = key.digest(catalog.key_parts(Bucket(1, 24)))
+    with filelock.FileLock(tmp_path / "cache" / "v1" / "locks" / f"{name}.lock"):
+        run = subprocess.Popen([*BUILD, "24"], stderr=subprocess.PIPE, text=True)
+        time.sleep(2)
+        assert run.poll() is None, "it waits"
+        run.send_signal(signal.SIGINT)
+        said = run.communicate(timeout=60)[1]  # the lock itself would be waited for for ten minutes
+
+    assert run.returncode == 130, said
+    assert said.rstrip().endswith("interrupted")
 
 
 def processes_naming(text: str) -> list[int]:

@@ -58,6 +58,17 @@ def test_the_prompt_may_be_text_a_file_or_standard_input(demo_cache, tmp_path, w
     assert len(run.stdout) == len("ROMEO:") + 4 + 1
 
 
+def test_odd_prompts_and_odd_terminals_stop_nothing(demo_cache):
+    eager = ("--backend=eager", "--max-new-tokens=1")
+    run = cli("generate", "caf\udce9", *DEMO, *eager, cache=demo_cache)
+    assert run.returncode == 1
+    assert b"position 3 is not among the 83" in run.stderr
+
+    run = cli("generate", "\u6f22", *DEMO, *eager, cache=demo_cache, PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
+    assert run.returncode == 1
+    assert b"character '?' (U+6F22)" in run.stderr
+
+
 def test_generate_json_is_one_document(demo_cache):
     run = cli("generate", "ROMEO:", *DEMO, "--max-new-tokens=4", "--json", "--seed=1", cache=demo_cache)
     document = json.loads(run.stdout)

@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 a negative answer or a known failure, 2 usage, 3 a miss wher
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -69,6 +70,9 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with a documented code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         result: Any = cli.main(arguments, prog_name="nanogpt-buckets", standalone_mode=False)

@@ -12,6 +12,7 @@ import click
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import json_option, model_options
 from nanogpt_buckets.errors import UsageError
+from nanogpt_buckets.model.tokenizer import well_formed
 
 if TYPE_CHECKING:
     from nanogpt_buckets.engine import Engine
@@ -82,7 +83,9 @@ def _prompt(prompt: str | None, start: str | None) -> str:
         raise UsageError(f"the prompt file {text.removeprefix('FILE:')} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError("the prompt is not UTF-8 text") from None
-    return text
+    return well_formed(
+        text
+    )  # bytes that are no UTF-8 arrive from the shell as lone surrogates, which cannot be printed
 
 
 def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _well_formed(text: str) -> str:
+def well_formed(text: str) -> str:
     """Return text without lone surrogates, which have no UTF-8: each becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -137,7 +137,7 @@ class _Gpt2Tokenizer(_Table):
         super().__init__(dict(enumerate([*tokens, _END_OF_TEXT.encode()])), special[_END_OF_TEXT])
 
     def encode(self, text: str, *, plain_text: bool = False) -> list[int]:
-        text = _well_formed(text)
+        text = well_formed(text)
         if plain_text:
             return self._encoding.encode_ordinary(text)
         return self._encoding.encode(text, allowed_special={_END_OF_TEXT})
@@ -190,7 +190,7 @@ class _FolderTokenizer(_Table):
 
     def encode(self, text: str, *, plain_text: bool = False) -> list[int]:
         tokenizer = self._plain if plain_text else self._special
-        ids: list[int] = tokenizer.encode(_well_formed(text)).ids
+        ids: list[int] = tokenizer.encode(well_formed(text)).ids
         return ids
 
 
@@ -238,10 +238,10 @@ class _CharacterTokenizer(_Table):
     def __init__(self, symbols: Mapping[int, str]) -> None:
         self._ids = {character: token for token, character in symbols.items()}
         start = self._ids.get("\n", min(symbols, default=None))
-        super().__init__({token: _well_formed(text).encode() for token, text in symbols.items()}, start)
+        super().__init__({token: well_formed(text).encode() for token, text in symbols.items()}, start)
 
     def encode(self, text: str, *, plain_text: bool = False) -> list[int]:
-        text = _well_formed(text)
+        text = well_formed(text)
         for position, character in enumerate(text):
             if character not in self._ids:
                 raise UnknownCharacter(

@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +229,7 @@ class LocalStore:
             raise kind(f"{self.root} cannot be written: {error.strerror or error}", hint=HINT) from error
 
     def prepare(self) -> None:
-        """Make the directories that writing needs, and so find out whether writing is possible.
+        """Make the directories that writing needs, to find out early whether it is possible.
 
         Raises:
             UntrustedStore: others could have written the store.
@@ -307,12 +307,13 @@ class LocalStore:
         return [name for name in names if _PLAN_NAME.fullmatch(name)]
 
     @contextlib.contextmanager
-    def compiling(self, key: str, timeout_s: float) -> Iterator[bool]:
+    def compiling(self, key: str, timeout_s: float, cancelled: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Keep others from compiling the same key meanwhile; yields whether that worked, and never fails for it.
 
         Args:
             key: 64 hex digits.
             timeout_s: how long to wait for another process.
+            cancelled: asked while waiting; True ends it.
         """
         path = self._v1 / "locks" / f"{require_digest(key)}.lock"
         try:
@@ -321,10 +322,8 @@ class LocalStore:
         except (OSError, CacheError):
             yield False
             return
-        with held(path, mode=0o600 | self._mode() & 0o666, timeout_s=timeout_s) as worked:
+        with held(path, mode=0o600 | self._mode() & 0o666, timeout_s=timeout_s, cancelled=cancelled) as worked:
             yield worked
-
-    # where things are
 
     def blob_paths(self) -> list[Path]:
         """Return the path of every blob, whether or not a manifest names it."""

@@ -6,22 +6,27 @@ Knows nothing of what is locked.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
 
+# A waiting thread hears of Ctrl-C this often.
+_SLICE_S = 0.25
+
 
 @contextlib.contextmanager
-def held(path: Path, *, mode: int, timeout_s: float) -> Iterator[bool]:
+def held(path: Path, *, mode: int, timeout_s: float, cancelled: Callable[[], bool]) -> Iterator[bool]:
     """Hold a lock file, if that can be had in time; yields whether it is held, and never fails for it.
 
     Args:
         path: the lock file, made if need be and left behind.
         mode: permissions of a new one.
         timeout_s: how long to wait for another process.
+        cancelled: asked while waiting; True ends it.
     """
-    lock = _acquired(path, mode, timeout_s)
+    lock = _acquired(path, mode, timeout_s, cancelled)
     try:
         yield lock is not None
     finally:
@@ -30,10 +35,15 @@ def held(path: Path, *, mode: int, timeout_s: float) -> Iterator[bool]:
                 lock.release()
 
 
-def _acquired(path: Path, mode: int, timeout_s: float) -> filelock.BaseFileLock | None:
-    try:
-        lock = filelock.FileLock(path, mode=mode)
-        lock.acquire(timeout=max(0.0, timeout_s))
-    except (OSError, NotImplementedError):  # a Timeout is an OSError
-        return None
-    return lock
+def _acquired(path: Path, mode: int, timeout_s: float, cancelled: Callable[[], bool]) -> filelock.BaseFileLock | None:
+    lock = filelock.FileLock(path, mode=mode)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            lock.acquire(timeout=max(0.0, min(_SLICE_S, deadline - time.monotonic())))
+            return lock
+        except filelock.Timeout:
+            if cancelled() or time.monotonic() >= deadline:
+                return None
+        except (OSError, NotImplementedError):
+            return None
