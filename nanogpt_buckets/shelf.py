@@ -228,7 +228,9 @@ class Shelf:
         missed = self._used(lengths, more_tokens, self._plan) & set(lacking) if lacking else set()
         self.promotions += bool(missed)
         for bucket in sorted(missed - self._said):
-            log.warning("bucket %s is not built; a larger one runs in its place (%s)", bucket, self._command([bucket]))
+            state = "damaged" if bucket in self._refused else "not built"
+            command = self._command([bucket])
+            log.warning("bucket %s is %s; a larger one runs in its place (%s)", bucket, state, command)
         self._said |= missed
 
     def _refusal(self, need: int) -> CacheError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 
 from nanogpt_buckets import Bucket, Engine, Plan, generate
 from nanogpt_buckets.backends import gate
-from nanogpt_buckets.errors import CacheMiss, TokenizerError, UsageError
+from nanogpt_buckets.builder import open_catalog
+from nanogpt_buckets.errors import CacheMiss, CorruptEntry, TokenizerError, UsageError
 from nanogpt_buckets.model.tokenizer import characters
 from nanogpt_buckets.plan.bucket import Bucket as B
+from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.verify import verify
 
 LADDER = Plan.grid(batch=[1, 3], seq=[16, 33, 100])
 COMPILED = Plan([B(1, 16), B(1, 33), B(1, 100), B(3, 33)])
@@ -272,6 +276,56 @@ def test_a_closed_engine_says_so(odd_folder):
 
     with pytest.raises(UsageError, match="closed"):
         engine.generate([[1]])
+
+
+def test_strings_give_a_string_and_a_list_gives_a_list():
+    options = {"model": "demo", "backend": "eager", "max_new_tokens": 4, "temperature": 0}
+
+    one, many = generate("ROMEO:", **options), generate(["ROMEO:", "KING", ""], **options)
+
+    assert isinstance(one, str)
+    assert many[0] == one
+    assert [len(text) for text in many] == [10, 8, 4]
+    assert generate([], **options) == []
+
+
+def test_warmup_runs_every_bucket_and_counts_nothing(odd_folder, odd_cache):
+    with Engine.load(odd_folder, plan=COMPILED, cache_dir=odd_cache, lazy=True) as engine:
+        assert engine._shelf._executables == {}
+        engine.warmup()
+
+        assert set(engine._shelf._executables) == set(COMPILED)
+        assert engine.report().buckets == {}
+
+
+def test_the_canary_is_remembered_on_this_node(odd_folder, odd_cache, tmp_path, monkeypatch):
+    Engine.load(odd_folder, plan=COMPILED, cache_dir=odd_cache).close()
+    assert len(list((tmp_path / "local" / "canary").iterdir())) == len(COMPILED)
+    monkeypatch.setattr(gate, "canary", None)
+
+    Engine.load(odd_folder, plan=COMPILED, cache_dir=odd_cache).close()
+
+
+def test_damaged_entries_are_passed_over_or_built_again(odd_folder, odd_cache, tmp_path):
+    cache = tmp_path / "damaged"
+    shutil.copytree(odd_cache, cache)
+    catalog = open_catalog(odd_folder, backend="auto", target=None, dtype="float32", cache_dir=cache)
+    sha256 = catalog.best(B(1, 16)).manifest.blobs[0].sha256
+    blob = cache / "v1" / "blobs" / sha256[:2] / sha256
+    blob.chmod(0o600)
+    blob.write_bytes(blob.read_bytes()[:-1])
+
+    with Engine.load(odd_folder, plan=[B(1, 16), B(1, 33)], cache_dir=cache) as engine:
+        engine.generate([prompt(3)], max_new_tokens=2)
+        assert set(engine.report().buckets) == {B(1, 33)}
+        assert engine.report().promotions == 1
+    with pytest.raises(CorruptEntry, match="bytes, not"):
+        Engine.load(odd_folder, plan=[B(1, 16)], cache_dir=cache)
+
+    with Engine.load(odd_folder, plan=[B(1, 16)], cache_dir=cache, on_miss="build", lazy=True) as engine:
+        engine.generate([prompt(3)], max_new_tokens=2)
+        assert set(engine.report().buckets) == {B(1, 16)}
+    assert verify(LocalStore(cache)).problems == ()
 
 
 # --- misses -----------------------------------------------------------------------------------------------------------

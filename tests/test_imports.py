@@ -83,6 +83,15 @@ def test_light_commands_load_neither_torch_nor_transformers_nor_rich(arguments):
     assert loaded_after(*arguments.split()) & {"torch", "transformers", "rich", "numpy"} == set()
 
 
+def test_a_build_that_only_hits_and_a_status_load_no_torch(demo_cache, monkeypatch):
+    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(demo_cache))
+
+    for command in ("build", "status"):
+        assert (
+            loaded_after(command, "--model=demo", "--seq=16,32", "--json") & {"torch", "transformers", "rich"} == set()
+        )
+
+
 def test_importing_the_package_loads_nothing():
     code = "import sys, nanogpt_buckets; print(' '.join(m for m in sys.modules if 'nanogpt' in m or m == 'torch'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

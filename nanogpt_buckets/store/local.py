@@ -16,8 +16,6 @@ import contextlib
 import errno
 import os
 import re
-import stat
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,16 +28,13 @@ from nanogpt_buckets.errors import (
     TransientError,
     UsageError,
 )
-from nanogpt_buckets.store.answer import ERRORS, HINT, Answer, Status, answer_for
+from nanogpt_buckets.store.answer import ERRORS, Answer, Status, answer_for
 from nanogpt_buckets.store.files import (
     list_names,
-    move_to_absent,
     read_file,
     read_verified,
     sweep,
-    sync_directory,
     unlink,
-    write_new,
 )
 from nanogpt_buckets.store.lock import held
 from nanogpt_buckets.store.manifest import (
@@ -52,12 +47,11 @@ from nanogpt_buckets.store.manifest import (
     parse,
     require_digest,
 )
+from nanogpt_buckets.store.tree import Tree
 from nanogpt_buckets.store.trust import check_location
 
-_SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55\n# This directory holds what nanogpt-buckets compiled.\n"
 _STALE_SECONDS = 24 * 3600
-_PLAN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")  # Trying again will not help; anything else may pass.
-_LASTING = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR})
+_PLAN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
 class LocalStore:
@@ -69,7 +63,7 @@ class LocalStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._v1 = root / "v1"
+        self._tree = Tree(root)
 
     def look(self, family: str, key: str, parts: Mapping[str, Any] | None = None) -> Answer:
         """Read one manifest, and no blob.
@@ -104,7 +98,7 @@ class LocalStore:
 
     def entries(self) -> Iterator[tuple[str, Answer]]:
         """Look at every entry; yields its family and what was found."""
-        for family in filter(is_digest, list_names(self._v1 / "entries")):
+        for family in filter(is_digest, list_names(self._tree.v1 / "entries")):
             for answer in self.family(family):
                 yield family, answer
 
@@ -171,17 +165,20 @@ class LocalStore:
         if stored.manifest is not None:
             return stored.manifest
         path = self.entry_path(manifest.family, manifest.key)
-        with self._writing():
-            self._prepare(path.parent)
-            sweep(self._v1 / "tmp", older_than_s=_STALE_SECONDS)
+        with self._tree.writing():
+            self._tree.prepare(path.parent)
+            sweep(self._tree.v1 / "tmp", older_than_s=_STALE_SECONDS)
             for blob in manifest.blobs:
                 self._put_blob(blob, blobs[blob.role])
-            if self._put(path, data, 0o666, replace=stored.status is Status.CORRUPT):
+            damaged = self._damaged_blobs(manifest) if stored.status is Status.CORRUPT else []
+            if self._tree.put(path, data, 0o666, replace=stored.status is Status.CORRUPT):
+                for left in damaged:
+                    unlink(left)
                 return manifest
             # Another process was first. If what it left is damaged already, ours replaces it.
             stored = self._settled(manifest)
             if stored.manifest is None:
-                self._put(path, data, 0o666, replace=True)
+                self._tree.put(path, data, 0o666, replace=True)
             return stored.manifest or manifest
 
     def _settled(self, manifest: Manifest) -> Answer:
@@ -191,9 +188,21 @@ class LocalStore:
             self.require(answer)
         return answer
 
+    def _damaged_blobs(self, manifest: Manifest) -> list[Path]:
+        """Return the blobs of the entry about to be replaced that are not what their name says: of use to nobody."""
+        before = self.look(manifest.family, manifest.key).manifest
+        return [self._blob_path(blob.sha256) for blob in before.blobs if self._is_damaged(blob)] if before else []
+
+    def _is_damaged(self, blob: Blob) -> bool:
+        try:
+            self.read_blob(blob)
+        except CacheError as error:
+            return isinstance(error, CorruptEntry)
+        return False
+
     def _put_blob(self, blob: Blob, data: bytes) -> None:
         path = self._blob_path(blob.sha256)
-        self._make_directory(path.parent)
+        self._tree.make_directory(path.parent)
         damaged = False
         try:
             read_verified(path, blob.sha256, blob.size)
@@ -202,31 +211,7 @@ class LocalStore:
             pass
         except CorruptEntry:
             damaged = True
-        self._put(path, data, 0o444, replace=damaged)
-
-    def _put(self, path: Path, data: bytes, mode: int, *, replace: bool) -> bool:
-        """Give new bytes a name in one step; return False, and change nothing, if the name is taken."""
-        staged = self._v1 / "tmp" / uuid.uuid4().hex
-        try:
-            write_new(staged, data, mode & self._mode())
-            if replace:
-                os.replace(staged, path)
-            else:
-                move_to_absent(staged, path)
-        except FileExistsError:
-            return False
-        finally:
-            unlink(staged)
-        sync_directory(path.parent)
-        return True
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            kind = CacheError if error.errno in _LASTING else TransientError
-            raise kind(f"{self.root} cannot be written: {error.strerror or error}", hint=HINT) from error
+        self._tree.put(path, data, 0o444, replace=damaged)
 
     def prepare(self) -> None:
         """Make the directories that writing needs, to find out early whether it is possible.
@@ -236,35 +221,10 @@ class LocalStore:
             CacheError: it cannot be written.
         """
         check_location(self.root)
-        with self._writing():
-            self._prepare()
-            if not os.access(self._v1 / "tmp", os.W_OK):
+        with self._tree.writing():
+            self._tree.prepare()
+            if not os.access(self._tree.v1 / "tmp", os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    def _prepare(self, *further: Path) -> None:
-        """Make the directories, those given included, and the tag that keeps backups away."""
-        if not self.root.is_dir():
-            self.root.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                self.root.mkdir(0o700)
-        names = ("entries", "blobs", "plans", "locks", "tmp")
-        for directory in (self._v1, *(self._v1 / name for name in names), *further):
-            self._make_directory(directory)
-        tag = self.root / "CACHEDIR.TAG"
-        if not tag.exists():
-            self._put(tag, _SIGNATURE, 0o666, replace=False)
-
-    def _make_directory(self, directory: Path) -> None:
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(0o700)
-            sync_directory(directory.parent)
-        # asked again of one that exists: whoever made it may have been killed before this line
-        if stat.S_IMODE(directory.stat().st_mode) != self._mode():
-            with contextlib.suppress(OSError):
-                directory.chmod(self._mode())
-
-    def _mode(self) -> int:
-        return stat.S_IMODE(self.root.stat().st_mode)
 
     def save_plan(self, name: str, plan: dict[str, Any]) -> None:
         """Store a named plan (plain JSON without floats), whatever was under that name.
@@ -280,9 +240,9 @@ class LocalStore:
         except CorruptEntry as error:
             raise UsageError(f"plan {name!r} cannot be stored: {error}") from error
         check_location(self.root, path.parent)
-        with self._writing():
-            self._prepare()
-            self._put(path, data, 0o666, replace=True)
+        with self._tree.writing():
+            self._tree.prepare()
+            self._tree.put(path, data, 0o666, replace=True)
 
     def load_plan(self, name: str) -> dict[str, Any] | None:
         """Return a named plan, or None if there is none.
@@ -303,7 +263,7 @@ class LocalStore:
 
     def plan_names(self) -> list[str]:
         """Return the names of all plans, sorted."""
-        names = [name.removesuffix(".json") for name in list_names(self._v1 / "plans") if name.endswith(".json")]
+        names = [name.removesuffix(".json") for name in list_names(self._tree.v1 / "plans") if name.endswith(".json")]
         return [name for name in names if _PLAN_NAME.fullmatch(name)]
 
     @contextlib.contextmanager
@@ -315,35 +275,35 @@ class LocalStore:
             timeout_s: how long to wait for another process.
             cancelled: asked while waiting; True ends it.
         """
-        path = self._v1 / "locks" / f"{require_digest(key)}.lock"
+        path = self._tree.v1 / "locks" / f"{require_digest(key)}.lock"
         try:
             check_location(self.root, path.parent)
-            self._prepare()
+            self._tree.prepare()
         except (OSError, CacheError):
             yield False
             return
-        with held(path, mode=0o600 | self._mode() & 0o666, timeout_s=timeout_s, cancelled=cancelled) as worked:
+        with held(path, mode=0o600 | self._tree.mode() & 0o666, timeout_s=timeout_s, cancelled=cancelled) as worked:
             yield worked
 
     def blob_paths(self) -> list[Path]:
         """Return the path of every blob, whether or not a manifest names it."""
-        blobs = self._v1 / "blobs"
+        blobs = self._tree.v1 / "blobs"
         found = ((prefix, name) for prefix in list_names(blobs) for name in list_names(blobs / prefix))
         return [self._blob_path(name) for prefix, name in found if is_digest(name) and name.startswith(prefix)]
 
     def _family_path(self, family: str) -> Path:
-        return self._v1 / "entries" / require_digest(family)
+        return self._tree.v1 / "entries" / require_digest(family)
 
     def entry_path(self, family: str, key: str) -> Path:
         """Return where a key's manifest is."""
         return self._family_path(family) / f"{require_digest(key)}.json"
 
     def _blob_path(self, sha256: str) -> Path:
-        return self._v1 / "blobs" / require_digest(sha256)[:2] / sha256
+        return self._tree.v1 / "blobs" / require_digest(sha256)[:2] / sha256
 
     def _plan_path(self, name: str) -> Path:
         if _PLAN_NAME.fullmatch(name) is None:
             raise UsageError(
                 f"plan name {name!r} is not a plain word", hint="use letters, digits, dots, dashes and underscores"
             )
-        return self._v1 / "plans" / f"{name}.json"
+        return self._tree.v1 / "plans" / f"{name}.json"

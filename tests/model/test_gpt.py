@@ -226,6 +226,7 @@ def test_no_position_sees_what_comes_after_it(lowering):
     torch.manual_seed(4)
     arch = Architecture(2, 3, 48, 192, 100, 211)
     network = gpt.GPT(arch, lowering).eval()
+    gpt.init_weights(network)
     ids = torch.randint(0, 211, (1, 20))
     changed = ids.clone()
     changed[:, 11:] = (changed[:, 11:] + 7) % 211
