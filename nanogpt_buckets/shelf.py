@@ -164,6 +164,7 @@ class Shelf:
         for answer in self._entries[bucket]:
             try:
                 self._executables[bucket] = self._load_entry(bucket, answer)
+                self._refused.pop(bucket, None)
                 return True
             except CacheError as error:
                 log.warning("bucket %s, entry %s: %s", bucket, answer.key[:12], error.message)

@@ -31,7 +31,7 @@ from nanogpt_buckets.backends.base import (
     step_contract,
 )
 from nanogpt_buckets.backends.library import library_path
-from nanogpt_buckets.errors import BackendUnavailable, CompileFailed
+from nanogpt_buckets.errors import BackendUnavailable, CompileFailed, IncompatibleEntry
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -113,7 +113,11 @@ class InductorExecutable:
 
         check_weights(artifact.weights, weights)
         self._inputs, self._vocab_size = artifact.inputs, artifact.outputs[0].shape[-1]
-        self._runner: Any = AOTIModelContainerRunnerCpu(path, 1)
+        try:
+            self._runner: Any = AOTIModelContainerRunnerCpu(path, 1)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise IncompatibleEntry(f"the compiled library cannot be loaded here: {reason}") from error
         names = self._runner.get_constant_names_to_original_fqns()
         # the library keeps pointers into these tensors, so they must live as long as it does
         self._weights = {constant: weights[canonical_name(name)] for constant, name in names.items()}

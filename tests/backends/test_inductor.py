@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import re
 import subprocess
@@ -15,7 +16,7 @@ from nanogpt_buckets.backends import choose, gate, host
 from nanogpt_buckets.backends.inductor import InductorBackend
 from nanogpt_buckets.backends.library import library_path
 from nanogpt_buckets.builder import open_catalog
-from nanogpt_buckets.errors import BackendUnavailable, CorruptEntry, UsageError
+from nanogpt_buckets.errors import BackendUnavailable, CorruptEntry, IncompatibleEntry, UsageError
 from nanogpt_buckets.steps import NeuronStep
 
 
@@ -116,6 +117,13 @@ def test_what_runs_is_a_sealed_copy_of_what_was_hashed(artifact):
         assert fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
     assert library_path(bytes(artifact.blobs["library"])) == path
     assert library_path(b"another") != path
+
+
+def test_bytes_that_are_no_library_are_incompatible_and_not_a_crash(artifact, weights):
+    broken = dataclasses.replace(artifact, blobs={"library": b"\x7fELF and no more"})
+
+    with pytest.raises(IncompatibleEntry, match="cannot be loaded here"):
+        InductorBackend().load(broken, weights)
 
 
 def test_the_canary_catches_weights_that_do_not_belong(catalog, artifact, weights):
