@@ -82,7 +82,7 @@ def draw_per_row(logits: Tensor, sampling: Sampling, prompt: int, sample: int, s
     if sampling.temperature == 0:
         return greedy(logits)
     values, ids = candidates(logits, sampling)  # (n), (n)
-    weights = torch.exp(values - values[0])  # (n)
+    weights = torch.exp(values)  # (n)
     cdf = weights.cumsum(0) / weights.sum()  # (n)
     position = int(torch.searchsorted(cdf, uniform(sampling.seed, prompt, sample, step), right=True))
     return int(ids[min(position, len(ids) - 1)])
@@ -101,7 +101,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         sampling: temperature above 0, top_k, top_p.
 
     Returns:
-        Scaled logits float64 (n) and their ids int64 (n).
+        Scaled logits less the largest, float64 (n), and their ids int64 (n).
     """
     if sampling.top_k and sampling.top_k < len(logits):
         threshold = logits.topk(sampling.top_k).values[-1]
@@ -110,7 +110,8 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         ids = torch.arange(len(logits))
     ids = ids[logits[ids] > -math.inf]
     values, order = torch.sort(logits[ids].double(), descending=True, stable=True)
-    values, ids = values / sampling.temperature, ids[order]
+    # from the likeliest down, so that no temperature, however small, overflows
+    values, ids = (values - values[0]) / sampling.temperature, ids[order]
     if sampling.top_p is not None and sampling.top_p < 1:
         probabilities = torch.softmax(values, dim=0)
         keep = probabilities.cumsum(0) - probabilities < sampling.top_p  # the mass before a token is short of p
@@ -135,6 +136,8 @@ def draw_nanogpt(logits: Tensor, sampling: Sampling, generator: torch.Generator)
     if sampling.temperature == 0:
         return greedy(logits)
     scaled = logits / sampling.temperature  # (V)
+    if not torch.isfinite(scaled.max()):
+        return greedy(logits)  # so cold that float32 overflows; nanoGPT itself would fail
     if sampling.top_k:
         threshold = scaled.topk(min(sampling.top_k, len(scaled))).values[-1]
         scaled = scaled.masked_fill(scaled < threshold, -math.inf)

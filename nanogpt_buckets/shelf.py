@@ -220,6 +220,7 @@ class Shelf:
         for row in report.rows:
             if row.state == "failed":
                 raise CompileFailed(f"bucket {row.bucket} could not be compiled: {row.why}")
+            log.warning("bucket %s: %s after %.0f s", row.bucket, row.state, row.seconds)
         self._entries = self.catalog.usable()
         self._refused = {bucket: error for bucket, error in self._refused.items() if bucket not in missing}
 

@@ -69,6 +69,23 @@ def test_top_p_keeps_the_fewest_that_reach_p():
     assert kept == {0.1: [0], 0.5: [0], 0.6: [0, 1], 0.9: [0, 1, 2], 1.0: [0, 1, 2, 3]}
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-300, 1e-40, 1e-9])
+def test_any_cold_is_greedy_in_the_end(temperature):
+    sampling = Sampling(temperature, top_k=None, top_p=0.9, seed=1)
+    logits = torch.tensor([0.5, 90.0, 80.0])
+
+    assert {draw_per_row(logits, sampling, 0, 0, step) for step in range(20)} == {1}
+    assert draw_nanogpt(logits, sampling, torch.Generator().manual_seed(1)) == 1
+
+
+def test_any_heat_is_even_in_the_end():
+    sampling = Sampling(1e308, top_k=None, seed=1)
+
+    drawn = [draw_per_row(torch.tensor([0.5, 90.0, -80.0]), sampling, 0, 0, step) for step in range(300)]
+
+    assert all(60 < drawn.count(token) < 140 for token in range(3))
+
+
 def test_draws_follow_the_distribution():
     probabilities = torch.tensor([0.1, 0.6, 0.3])
     sampling = Sampling(temperature=1.0, top_k=None, seed=7)
