@@ -7,6 +7,7 @@ into the cheapest buckets at each step. Knows nothing of compilers, files or sha
 from __future__ import annotations
 
 import copy
+import operator
 import os
 import secrets
 import threading
@@ -130,7 +131,10 @@ class Engine:
             for index, prompt in enumerate(many)
             for sample in range(num_samples)
         ]
-        for _ in self._run(rows, sampling, max_new_tokens):
+        # nanoGPT draws sample after sample from one generator
+        batches = [[row] for row in rows] if rng == "nanogpt" else [rows]
+        buckets = self._cover(batches, max_new_tokens)
+        for _ in self._steps(batches, sampling, max_new_tokens, buckets):
             pass
         return [row.generation() for row in rows]
 
@@ -153,10 +157,10 @@ class Engine:
         """
         sampling = self._sampling(temperature, top_k, top_p, seed, rng)
         row = self._row(prompt, 0, 0, stop_strings(stop), plain_text)
-        buckets = self._cover([row], max_new_tokens)
+        buckets = self._cover([[row]], max_new_tokens)
         return (
             Token(row.ids[-1], piece, row.new_tokens - 1)
-            for row, piece in self._steps([row], sampling, max_new_tokens, buckets)
+            for row, piece in self._steps([[row]], sampling, max_new_tokens, buckets)
         )
 
     def logits(self, prompts: Sequence[Prompt]) -> Tensor:
@@ -168,7 +172,7 @@ class Engine:
         rows = [self._row(prompt, index, 0, (), False) for index, prompt in enumerate(prompts)]
         if not rows:
             return torch.empty(0, self._arch.vocab_size)
-        buckets = self._cover(rows, 1)
+        buckets = self._cover([rows], 1)
         with self._timed():
             return self._dispatcher.run([row.ids for row in rows], buckets)
 
@@ -226,33 +230,28 @@ class Engine:
                     hint="pass tokenizer= (--meta) or token ids",
                 )
             return self.tokenizer.encode(prompt, plain_text=plain_text)
-        ids = list(prompt)
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self._arch.vocab_size:
+        for token in prompt:
+            whole = hasattr(token, "__index__") and not isinstance(token, bool)
+            if not whole or not 0 <= token < self._arch.vocab_size:
                 raise UsageError(f"token id {token!r} is not a whole number from 0 to {self._arch.vocab_size - 1}")
-        return ids
+        return [operator.index(token) for token in prompt]
 
-    def _cover(self, rows: list[Row], max_new_tokens: int) -> list[Bucket]:
+    def _cover(self, batches: list[list[Row]], max_new_tokens: int) -> list[Bucket]:
         """Settle, before the first step, which buckets will run; the last step sees one token less than the result."""
         _check_count("max_new_tokens", max_new_tokens, 0)
-        if not rows or max_new_tokens == 0:
+        lengths = [[len(row.ids) for row in batch] for batch in batches if batch]
+        if not lengths or max_new_tokens == 0:
             return []
-        lengths = [len(row.ids) for row in rows]
         with self._lock:
             return self._shelf.cover(lengths, max_new_tokens - 1)
 
-    def _run(self, rows: list[Row], sampling: Sampling, max_new_tokens: int) -> Iterator[tuple[Row, str | None]]:
-        buckets = self._cover(rows, max_new_tokens)
-        yield from self._steps(rows, sampling, max_new_tokens, buckets)
-
     def _steps(
-        self, rows: list[Row], sampling: Sampling, max_new_tokens: int, buckets: list[Bucket]
+        self, batches: list[list[Row]], sampling: Sampling, max_new_tokens: int, buckets: list[Bucket]
     ) -> Iterator[tuple[Row, str | None]]:
-        """Yield each row as it gains a token. With nanoGPT's generator rows go one after another, as it does."""
+        """Yield each row as it gains a token; the rows of one batch go together, the batches one after another."""
         if max_new_tokens == 0:
             return
         generator = torch.Generator().manual_seed(sampling.seed % 2**64)
-        batches = [[row] for row in rows] if sampling.rng == "nanogpt" else [rows]
         for batch in batches:
             active = batch
             while active:

@@ -79,11 +79,11 @@ class Shelf:
         """Return what runs a bucket that `cover` returned."""
         return self._executables[bucket]
 
-    def cover(self, lengths: list[int], more_tokens: int) -> list[Bucket]:
-        """Decide which buckets run rows that grow from `lengths` by `more_tokens`; all of them are loaded.
+    def cover(self, batches: list[list[int]], more_tokens: int) -> list[Bucket]:
+        """Decide which buckets may run rows that grow by `more_tokens`; all of them are loaded.
 
         Args:
-            lengths: tokens of each row at its first step.
+            batches: tokens of each row at its first step; rows of one batch go together.
             more_tokens: how many tokens each row gains before its last step.
 
         Raises:
@@ -93,17 +93,17 @@ class Shelf:
         if self._closed:
             raise UsageError("this engine is closed")
         block_size = self.catalog.model.architecture.block_size
-        need = min(max(lengths) + more_tokens, block_size)
+        need = min(max(max(lengths) for lengths in batches) + more_tokens, block_size)
         if self._on_miss == "build" and self.catalog.backend.compiles:
-            self._build_for(lengths, more_tokens, need)
+            self._build_for(batches, more_tokens, need)
         while True:
             buckets = self._available()
             if cheapest(buckets, 1, need, self.cost) is None:
                 raise self._refusal(need) or self._miss(f"no bucket that is built holds {need} tokens", need)
-            used = self._used(lengths, more_tokens, buckets)
+            used = self._used(batches, more_tokens, buckets)
             if all([self._load(bucket) for bucket in sorted(used)]):
-                self._say_promotions(lengths, more_tokens, used)
-                return sorted(used)
+                self._say_promotions(batches, more_tokens, used)
+                return [bucket for bucket in buckets if bucket in self._executables]
 
     def close(self) -> None:
         """Close every executable."""
@@ -131,8 +131,12 @@ class Shelf:
         ready = self._entries if self.catalog.backend.compiles else self._plan
         return [bucket for bucket in self._plan if bucket in ready and bucket not in self._refused]
 
-    def _used(self, lengths: list[int], more_tokens: int, buckets: list[Bucket]) -> set[Bucket]:
-        """Return the buckets a run would use, by grouping its rows whenever one of them outgrows a rung."""
+    def _used(self, batches: list[list[int]], more_tokens: int, buckets: list[Bucket]) -> set[Bucket]:
+        """Return the buckets these batches would use."""
+        return set().union(*(self._used_by(lengths, more_tokens, buckets) for lengths in batches))
+
+    def _used_by(self, lengths: list[int], more_tokens: int, buckets: list[Bucket]) -> set[Bucket]:
+        """Group a batch's rows anew whenever one of them outgrows a rung."""
         block_size = self.catalog.model.architecture.block_size
         rungs = sorted({bucket.seq_len for bucket in buckets})
         used: set[Bucket] = set()
@@ -199,13 +203,13 @@ class Shelf:
 
     # --- misses -------------------------------------------------------------------------------------------------------
 
-    def _build_for(self, lengths: list[int], more_tokens: int, need: int) -> None:
+    def _build_for(self, batches: list[list[int]], more_tokens: int, need: int) -> None:
         """Compile the buckets this run would use, and one that reaches its end if the plan has none."""
         wanted = self._plan
         if cheapest(wanted, 1, need, self.cost) is None:
             rung = rung_for(need, self.catalog.model.architecture.block_size)
             wanted = sorted({*wanted, Bucket(1, rung)})
-        used = self._used(lengths, more_tokens, wanted)
+        used = self._used(batches, more_tokens, wanted)
         missing = [bucket for bucket in sorted(used) if bucket not in self._entries or not self._load(bucket)]
         if missing:
             self._build(missing)
@@ -224,10 +228,10 @@ class Shelf:
         self._entries = self.catalog.usable()
         self._refused = {bucket: error for bucket, error in self._refused.items() if bucket not in missing}
 
-    def _say_promotions(self, lengths: list[int], more_tokens: int, used: set[Bucket]) -> None:
+    def _say_promotions(self, batches: list[list[int]], more_tokens: int, used: set[Bucket]) -> None:
         """Say once for each planned bucket that it would have run, had it been built."""
         lacking = [bucket for bucket in self._plan if bucket not in self._executables and bucket not in used]
-        missed = self._used(lengths, more_tokens, self._plan) & set(lacking) if lacking else set()
+        missed = self._used(batches, more_tokens, self._plan) & set(lacking) if lacking else set()
         self.promotions += bool(missed)
         for bucket in sorted(missed - self._said):
             state = "damaged" if bucket in self._refused else "not built"

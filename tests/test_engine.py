@@ -270,6 +270,31 @@ def test_the_report_counts_what_ran(odd_folder):
     assert report.seconds > 0
 
 
+def test_nanogpts_generator_runs_rows_one_by_one_in_single_row_buckets(odd_folder):
+    with Engine.load(odd_folder, plan=[B(1, 33), B(4, 33)], backend="eager", lazy=True) as engine:
+        engine.generate([prompt(3), prompt(4)], max_new_tokens=3, seed=1, rng="nanogpt", num_samples=2)
+
+        assert set(engine.report().buckets) == {B(1, 33)}
+
+
+def test_rows_that_end_early_free_their_places(odd_folder):
+    whole = {"max_new_tokens": 12, "temperature": 0}
+    with Engine.load(odd_folder, plan=[B(1, 33), B(4, 33)], backend="eager", tokenizer=LETTERS) as engine:
+        texts = [g.new_text for g in engine.generate(["一", "丁", "丂", "七"], **whole)]
+        stops = [text[0] for text in texts[1:] if text[0] not in texts[0]]
+        assert len(stops) == 3
+        engine.generate(["一", "丁", "丂", "七"], stop=stops, **whole)
+        counts = {bucket: count.steps for bucket, count in engine.report().buckets.items()}
+
+    assert counts[B(1, 33)] == 11, "after the first step one row is left"
+
+
+def test_token_ids_may_be_any_whole_numbers(engine):
+    ids = torch.tensor(prompt(5))
+
+    assert torch.equal(engine.logits([list(ids)]), engine.logits([ids.numpy()]))
+
+
 def test_a_closed_engine_says_so(odd_folder):
     engine = Engine.load(odd_folder, plan=LADDER, backend="eager")
     engine.close()
