@@ -14,6 +14,7 @@ from nanogpt_buckets.builder import open_catalog
 from nanogpt_buckets.errors import CacheMiss, CorruptEntry, TokenizerError, UsageError
 from nanogpt_buckets.model.tokenizer import characters
 from nanogpt_buckets.plan.bucket import Bucket as B
+from nanogpt_buckets.sampling import Sampling, candidates, uniform
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.verify import verify
 
@@ -111,15 +112,28 @@ def test_a_batch_is_the_single_rows(engine):
 
 
 @pytest.mark.parametrize("rng", ["per-row", "nanogpt"])
-def test_the_same_text_whatever_the_ladder(odd_folder, rng):
+def test_the_same_text_whatever_the_ladder(odd_folder, oracle, rng):
     texts = []
     for ladder in ([100], [8, 16, 24, 32, 64, 100], [33, 50, 100]):
         with Engine.load(odd_folder, plan=Plan.grid(batch=[1, 2], seq=ladder), backend="eager") as engine:
             results = engine.generate([prompt(7), prompt(20)], max_new_tokens=30, seed=4, num_samples=2, rng=rng)
             texts.append([result.token_ids for result in results])
 
+    if rng == "per-row":
+        edges = [distance_to_an_edge(oracle, ids, (7, 20)[n // 2], 4, n // 2, n % 2) for n, ids in enumerate(texts[0])]
+        assert min(edges) > 1e-6, "the seed proves nothing: a draw is as close to an edge as rounding"
     assert texts[0] == texts[1] == texts[2]
     assert len({tuple(ids) for ids in texts[0]}) == 4, "samples differ from each other"
+
+
+def distance_to_an_edge(oracle, ids: list[int], n_prompt: int, seed: int, index: int, sample: int) -> float:
+    """Return how close any draw of this text came to the edge between two tokens of the cumulative distribution."""
+    closest = 1.0
+    for step in range(len(ids) - n_prompt):
+        values, _ = candidates(oracle_logits(oracle, ids[: n_prompt + step]), Sampling(seed=seed))
+        cdf = torch.softmax(values, dim=0).cumsum(0)[:-1]
+        closest = min(closest, (cdf - uniform(seed, index, sample, step)).abs().min().item())
+    return closest
 
 
 def test_compiled_and_eager_sample_the_same_text(odd_folder, odd_cache):
