@@ -30,7 +30,7 @@ from nanogpt_buckets.backends.base import (
     check_weights,
     step_contract,
 )
-from nanogpt_buckets.backends.library import library_path
+from nanogpt_buckets.backends.memfile import library_path
 from nanogpt_buckets.errors import BackendUnavailable, CompileFailed, IncompatibleEntry
 
 if TYPE_CHECKING:

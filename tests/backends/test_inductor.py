@@ -14,7 +14,7 @@ import torch
 from nanogpt_buckets import Bucket, build
 from nanogpt_buckets.backends import choose, gate, host
 from nanogpt_buckets.backends.inductor import InductorBackend
-from nanogpt_buckets.backends.library import library_path
+from nanogpt_buckets.backends.memfile import library_path
 from nanogpt_buckets.builder import open_catalog
 from nanogpt_buckets.errors import BackendUnavailable, CorruptEntry, IncompatibleEntry, UsageError
 from nanogpt_buckets.steps import NeuronStep
