@@ -217,7 +217,6 @@ def test_prepared_weights_are_mapped_contiguous_and_exact(folder, local, dtype):
     assert all(p.data_ptr() == weights.tensors[n].data_ptr() for n, p in network.named_parameters())
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_tensors_are_views_of_the_file(folder, local):
     weights = open_model(folder).weights("float32")
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
