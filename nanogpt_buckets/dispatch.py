@@ -6,6 +6,7 @@ executable came to be.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -106,9 +107,10 @@ class Dispatcher:
         return torch.stack([rows[row] for row in range(len(contexts))])  # (N, V)
 
     def _run_bucket(self, bucket: Bucket, contexts: list[Sequence[int]]) -> Tensor:
-        lengths = [len(context) for context in contexts]
-        self._report.count_step(bucket, lengths)
-        logits = self._executables(bucket)(*pad(contexts, bucket))[: len(contexts)]  # (B, V) -> (n, V)
+        executable, inputs = self._executables(bucket), pad(contexts, bucket)
+        start = time.perf_counter()
+        logits = executable(*inputs)[: len(contexts)]  # (B, V) -> (n, V)
+        self._report.count_step(bucket, [len(context) for context in contexts], time.perf_counter() - start)
         if not torch.isfinite(logits).all():
             raise NonFiniteLogits(
                 f"bucket {bucket} returned logits that are not finite",

@@ -19,11 +19,13 @@ class BucketCount:
         steps: executions.
         rows: real rows; the rest of steps * batch_size was padding.
         tokens: real tokens; the rest of steps * batch_size * seq_len was padding.
+        seconds: time spent inside the bucket, its input checks included.
     """
 
     steps: int = 0
     rows: int = 0
     tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -53,14 +55,26 @@ class Report:
     seed: int | None = None
     _last: Bucket | None = field(default=None, repr=False)
 
-    def count_step(self, bucket: Bucket, lengths: list[int]) -> None:
-        """Count one execution with these real row lengths."""
+    def count_step(self, bucket: Bucket, lengths: list[int], seconds: float) -> None:
+        """Count one execution with these real row lengths and the time it took."""
         count = self.buckets.setdefault(bucket, BucketCount())
         count.steps += 1
         count.rows += len(lengths)
         count.tokens += sum(lengths)
+        count.seconds += seconds
         self.switches += self._last not in (None, bucket)
         self._last = bucket
+
+    @property
+    def steps(self) -> int:
+        """Executions of any bucket."""
+        return sum(count.steps for count in self.buckets.values())
+
+    @property
+    def overhead_s(self) -> float:
+        """Seconds of host work per execution: grouping, padding, sampling and decoding, all but the buckets."""
+        inside = sum(count.seconds for count in self.buckets.values())
+        return (self.seconds - inside) / self.steps if self.steps else 0.0
 
     @property
     def real_tokens(self) -> int:
@@ -86,9 +100,15 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON."""
         rows = [
-            {**bucket.to_json(), "steps": count.steps, "rows": count.rows, "real_tokens": count.tokens}
+            {
+                **bucket.to_json(),
+                "steps": count.steps,
+                "rows": count.rows,
+                "real_tokens": count.tokens,
+                "seconds": count.seconds,
+            }
             for bucket, count in sorted(self.buckets.items())
         ]
         names = ("backend", "model", "new_tokens", "switches", "crops", "promotions", "seconds", "seed")
-        derived = ("real_tokens", "padded_tokens", "waste", "tokens_per_s")
+        derived = ("steps", "real_tokens", "padded_tokens", "waste", "tokens_per_s", "overhead_s")
         return {name: getattr(self, name) for name in (*names, *derived)} | {"buckets": rows}

@@ -1,0 +1,46 @@
+"""The counters of a run: what was padding, what was host work."""
+
+from __future__ import annotations
+
+import json
+
+from nanogpt_buckets import Bucket, Report
+
+
+def test_padding_steps_and_overhead_add_up():
+    report = Report("eager", "demo", new_tokens=3, seconds=2.0)
+    report.count_step(Bucket(2, 8), [3, 8], 0.5)
+    report.count_step(Bucket(1, 4), [4], 0.25)
+    report.count_step(Bucket(1, 4), [2], 0.25)
+
+    assert (report.steps, report.switches) == (3, 1)
+    assert (report.real_tokens, report.padded_tokens) == (17, 7)
+    assert report.waste == 7 / 24
+    assert report.overhead_s == (2.0 - 1.0) / 3
+    assert report.tokens_per_s == 1.5
+
+
+def test_a_report_of_nothing_divides_by_nothing():
+    report = Report("eager", "demo")
+
+    assert (report.waste, report.overhead_s, report.tokens_per_s) == (0.0, 0.0, 0.0)
+
+
+def test_json_holds_every_bucket_and_is_plain():
+    report = Report("eager", "demo", new_tokens=1, seconds=1.0, seed=7)
+    report.count_step(Bucket(1, 4), [4], 0.25)
+
+    document = json.loads(json.dumps(report.to_json()))
+
+    assert document["buckets"] == [
+        {
+            "step": "recompute",
+            "batch_size": 1,
+            "seq_len": 4,
+            "steps": 1,
+            "rows": 1,
+            "real_tokens": 4,
+            "seconds": 0.25,
+        }
+    ]
+    assert document["seed"] == 7
