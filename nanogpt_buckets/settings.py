@@ -6,9 +6,14 @@ Holds the two directories and nothing else. Knows nothing of what is stored in t
 from __future__ import annotations
 
 import os
+import stat
+import tempfile
 from pathlib import Path
 
 import platformdirs
+
+from nanogpt_buckets.errors import UntrustedStore
+from nanogpt_buckets.mounts import mount_of
 
 _APP = "nanogpt-buckets"
 CACHE_DIR_VARIABLE = "NANOGPT_BUCKETS_CACHE_DIR"
@@ -28,9 +33,31 @@ def cache_dir(argument: str | os.PathLike[str] | None = None) -> Path:
 
 
 def local_dir() -> Path:
-    """Return this node's own directory (prepared weights, canary results). It need not exist."""
+    """Return this node's own directory (prepared weights, canary results, the last run). It need not exist.
+
+    NANOGPT_BUCKETS_LOCAL_DIR, else the user's cache directory, else, where that is on a network file system, a private
+    directory of this user's under the temporary directory.
+
+    Raises:
+        UntrustedStore: that private directory is somebody else's.
+    """
     from_environment = os.environ.get(LOCAL_DIR_VARIABLE)
-    return Path(from_environment or _user_cache() / "local").expanduser().absolute()
+    chosen = Path(from_environment or _user_cache() / "local").expanduser().absolute()
+    if from_environment or not mount_of(chosen).network:
+        return chosen
+    return _private_temporary()
+
+
+def _private_temporary() -> Path:
+    path = Path(tempfile.gettempdir()) / f"{_APP}-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UntrustedStore(
+            f"{path} is not a private directory of this user's",
+            hint=f"name another one in {LOCAL_DIR_VARIABLE}",
+        )
+    return path
 
 
 def _user_cache() -> Path:

@@ -13,11 +13,12 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
-    "errors", "settings", "child", "key", "model", "steps", "plan", "backends", "store", "catalog", "builder",
+    "errors", "mounts", "settings", "child", "key", "model", "steps", "plan", "backends", "store", "catalog", "builder",
     "sampling", "textstream", "generation", "report", "dispatch", "shelf", "engine", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
     "errors",
+    "mounts",
     "settings",
     "child",
     "plan",

@@ -1,0 +1,62 @@
+"""Which file system a path is on, as Linux tells it: its type, whether it is shared over a network, read-only, noexec.
+
+Knows nothing of what is stored there. Elsewhere than on Linux every answer is "unknown" and says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_TABLE = Path("/proc/self/mountinfo")
+_NETWORK = frozenset(
+    {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4",
+     "smb3", "smbfs", "virtiofs", "wekafs"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One mounted file system.
+
+    Args:
+        point: where it is mounted.
+        kind: "ext4", "nfs4", ... or "unknown".
+        options: mount options of this place and of the file system, for example "ro" and "noexec".
+    """
+
+    point: str
+    kind: str
+    options: frozenset[str]
+
+    @property
+    def network(self) -> bool:
+        """Whether other machines see the same files."""
+        return self.kind in _NETWORK or self.kind.startswith(("fuse.s3", "fuse.gcs", "fuse.mount-s3"))
+
+
+def mount_of(path: Path) -> Mount:
+    """Return the file system that holds a path, or would hold it if it were made."""
+    try:
+        text = _TABLE.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return Mount("", "unknown", frozenset())
+    place = os.path.realpath(path)
+    best = Mount("", "unknown", frozenset())
+    for line in text.splitlines():
+        mount = _parse(line)
+        inside = place == mount.point or place.startswith(mount.point.rstrip("/") + "/")
+        if inside and len(mount.point) >= len(best.point):  # of two on one point the later hides the earlier
+            best = mount
+    return best
+
+
+def _parse(line: str) -> Mount:
+    # ID PARENT DEV ROOT POINT OPTIONS [TAGS...] - TYPE SOURCE SUPER_OPTIONS; blanks are octal escapes
+    left, _, right = line.partition(" - ")
+    point, options = left.split()[4:6]
+    kind, *rest = right.split()
+    everything = {*options.split(","), *(rest[-1].split(",") if rest else ())}
+    return Mount(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), point), kind, frozenset(everything))
