@@ -47,8 +47,8 @@ _CHILD_WEIGHT_COPIES = 3
 class BuildRow:
     """What became of one bucket.
 
-    `state` is "hit", "compiled" or "failed". `why` says what a hit replaced or why it failed. `seconds` is the time
-    this build spent on it, `size_bytes` what its blobs weigh.
+    `state` is "hit", "compiled" or "failed". `why`, `hint` and `log` say why it failed, what to do, and what the
+    compiler last said. `seconds` is the time this build spent on it, `size_bytes` what its blobs weigh.
     """
 
     bucket: Bucket
@@ -57,6 +57,7 @@ class BuildRow:
     seconds: float = 0.0
     size_bytes: int = 0
     why: str = ""
+    hint: str | None = None
     log: str = ""
 
 
@@ -197,15 +198,20 @@ def default_plan(catalog: Catalog) -> Plan | None:
 
 def remember_plan(catalog: Catalog, plan: Plan) -> None:
     """Add these buckets to the model's default plan, if the store can be written; a damaged plan is replaced."""
+    name, store = catalog.model.name, catalog.store
     try:
-        before = default_plan(catalog)
+        saved = store.load_plan(name)
+        before = None if saved is None else Plan.from_json(saved)
     except (CorruptEntry, PlanError):
-        before = None
+        saved = before = None
     merged = plan if before is None else before | plan
-    if merged == before:
+    others = (family for family in (saved or {}).get("families", ()) if not catalog.replaces(family))
+    families = {catalog.family, *others}
+    document = merged.to_json(model=name, source="build", families=families)
+    if document == saved:
         return
     try:
-        catalog.store.save_plan(catalog.model.name, merged.to_json(model=catalog.model.name, source="build"))
+        store.save_plan(name, document)
     except CacheError as error:
         log.warning("the plan of %s was not saved: %s", catalog.model.name, error.message)
 
@@ -299,7 +305,9 @@ class _Builder:
         except BucketsError as error:
             self._tell(bucket, "failed")
             log = getattr(error, "log", "")
-            return BuildRow(bucket, "failed", name, time.monotonic() - start, why=error.message, log=log)
+            return BuildRow(
+                bucket, "failed", name, time.monotonic() - start, why=error.message, hint=error.hint, log=log
+            )
         self._tell(bucket, "compiled")
         size = sum(blob.size for blob in manifest.blobs)
         return BuildRow(bucket, "compiled", name, time.monotonic() - start, size)

@@ -23,6 +23,9 @@ from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import Blob, Manifest
 
+# What an upgrade changes in a family.
+_VERSIONS = ("runtime", "source")
+
 
 @dataclass(frozen=True)
 class Catalog:
@@ -89,6 +92,12 @@ class Catalog:
         refused = [self.store.check(answer) for answer in answers] + self._unreadable()
         return refused[0] if refused else Answer(Status.ABSENT, "", why="not built")
 
+    def replaces(self, family: str) -> bool:
+        """Whether this family stands where another did before an upgrade: alike but for library versions and source."""
+        manifests = [answer.manifest for answer in self.store.family(family) if answer.manifest is not None]
+        theirs = manifests[0].parts["family"] if manifests else {}
+        return all(theirs.get(name, mine) == mine for name, mine in self.family_parts.items() if name not in _VERSIONS)
+
     def usable(self) -> dict[Bucket, list[Answer]]:
         """Return, for each bucket, the entries that say they run here, best first. Blobs are not read yet."""
         warm = {b: [a for a in answers if a.status is Status.WARM] for b, answers in self._ranked().items()}
@@ -131,9 +140,10 @@ class Catalog:
     def _ranked(self) -> dict[Bucket, list[Answer]]:
         found: dict[Bucket, list[Answer]] = {}
         for answer in self.store.family(self.family):
-            if answer.manifest is not None and answer.manifest.parts["family"] == self.family_parts:
-                bucket = Bucket(**answer.manifest.parts["bucket"])
-                found.setdefault(bucket, []).append(self._fit(answer))
+            manifest = answer.manifest
+            if manifest is None or manifest.parts["family"] != self.family_parts or manifest.bucket is None:
+                continue
+            found.setdefault(manifest.bucket, []).append(self._fit(answer))
         return {bucket: sorted(answers, key=self._preference) for bucket, answers in found.items()}
 
     def _fit(self, answer: Answer) -> Answer:

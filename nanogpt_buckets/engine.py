@@ -18,7 +18,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from nanogpt_buckets.builder import open_catalog
+from nanogpt_buckets import last_run
+from nanogpt_buckets.builder import Listener, open_catalog
 from nanogpt_buckets.dispatch import Dispatcher
 from nanogpt_buckets.errors import TokenizerError, UsageError
 from nanogpt_buckets.generation import Generation, Row, Token
@@ -42,7 +43,7 @@ class Engine:
         self._shelf = shelf
         self._arch = shelf.catalog.model.architecture
         self.tokenizer = tokenizer_for(shelf.catalog.model, tokenizer)
-        self._report = Report(shelf.catalog.backend.name, shelf.catalog.model.name)
+        self._report = shelf.report
         self._dispatcher = Dispatcher(shelf.executable, shelf.cost, self._arch.block_size, self._report)
         self._lock = threading.RLock()
 
@@ -60,6 +61,7 @@ class Engine:
         cached_only: bool = False,
         lazy: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
+        on_progress: Listener | None = None,
     ) -> Engine:
         """Open a model and load its compiled buckets.
 
@@ -75,13 +77,15 @@ class Engine:
             cached_only: never compile, whatever else is said.
             lazy: load each bucket when it is first needed.
             cache_dir: the store; None for the default.
+            on_progress: told what becomes of each bucket that is compiled; see `build`.
 
         Raises:
             CacheMiss: no bucket is built and none may be compiled.
             BucketsError: the model, its tokenizer or the cache cannot be used.
         """
         catalog = open_catalog(model, backend=backend, target=target, dtype=dtype, cache_dir=cache_dir)
-        shelf = Shelf(catalog, plan, on_miss="promote" if cached_only and on_miss == "build" else on_miss)
+        on_miss = "promote" if cached_only and on_miss == "build" else on_miss
+        shelf = Shelf(catalog, plan, on_miss=on_miss, on_progress=on_progress)
         engine = cls(shelf, tokenizer)
         if not lazy:
             shelf.load_all()
@@ -186,12 +190,13 @@ class Engine:
     def report(self) -> Report:
         """Return a copy of the counters since load."""
         with self._lock:
-            self._report.promotions = self._shelf.promotions
             return copy.deepcopy(self._report)
 
     def close(self) -> None:
-        """Let go of buckets and weights; the engine cannot be used afterwards."""
+        """Let go of buckets and weights and keep the counters as this node's last run; the engine is then of no use."""
         with self._lock:
+            if self._report.steps and not self._shelf.closed:
+                last_run.save(self._report)
             self._shelf.close()
 
     def __enter__(self) -> Engine:

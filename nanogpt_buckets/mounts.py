@@ -12,9 +12,9 @@ from pathlib import Path
 
 _TABLE = Path("/proc/self/mountinfo")
 _NETWORK = frozenset(
-    {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4",
-     "smb3", "smbfs", "virtiofs", "wekafs"}
-)  # fmt: skip
+    ("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs", "wekafs")
+)
+_NETWORK_STARTS = ("virtiofs", "fuse.gcs", "fuse.glusterfs", "fuse.mount-s3", "fuse.s3", "fuse.sshfs")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Mount:
     @property
     def network(self) -> bool:
         """Whether other machines see the same files."""
-        return self.kind in _NETWORK or self.kind.startswith(("fuse.s3", "fuse.gcs", "fuse.mount-s3"))
+        return self.kind in _NETWORK or self.kind.startswith(_NETWORK_STARTS)
 
 
 def mount_of(path: Path) -> Mount:

@@ -36,6 +36,8 @@ class Report:
         backend: which backend ran.
         model: name of the model.
         buckets: per bucket.
+        hits: buckets loaded that had been built before.
+        compiled: buckets compiled first, because they were missing.
         new_tokens: tokens generated.
         switches: steps that ran in another bucket than the step before.
         crops: contexts cut to their last block_size tokens.
@@ -47,6 +49,8 @@ class Report:
     backend: str
     model: str
     buckets: dict[Bucket, BucketCount] = field(default_factory=dict)
+    hits: int = 0
+    compiled: int = 0
     new_tokens: int = 0
     switches: int = 0
     crops: int = 0
@@ -109,6 +113,6 @@ class Report:
             }
             for bucket, count in sorted(self.buckets.items())
         ]
-        names = ("backend", "model", "new_tokens", "switches", "crops", "promotions", "seconds", "seed")
+        names = ("backend", "model", "hits", "compiled", "new_tokens", "switches", "crops", "promotions", "seconds")
         derived = ("steps", "real_tokens", "padded_tokens", "waste", "tokens_per_s", "overhead_s")
-        return {name: getattr(self, name) for name in (*names, *derived)} | {"buckets": rows}
+        return {name: getattr(self, name) for name in (*names, *derived, "seed")} | {"buckets": rows}

@@ -15,7 +15,7 @@ from pathlib import Path
 from nanogpt_buckets import settings
 from nanogpt_buckets.backends.base import Executable
 from nanogpt_buckets.backends.eager import EagerBackend
-from nanogpt_buckets.builder import build_missing, default_plan, remember_plan
+from nanogpt_buckets.builder import Listener, build_missing, default_plan, remember_plan
 from nanogpt_buckets.catalog import Catalog
 from nanogpt_buckets.dispatch import cheapest, group
 from nanogpt_buckets.errors import CacheError, CacheMiss, CompileFailed, UsageError
@@ -23,6 +23,7 @@ from nanogpt_buckets.model.checkpoint import Weights
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.plan.cost import step_flops
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
+from nanogpt_buckets.report import Report
 from nanogpt_buckets.store.answer import Answer
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Shelf:
         catalog: the model's entries.
         plan: buckets to use; None for the model's default plan.
         on_miss: "promote" or "build".
+        on_progress: told what becomes of each bucket that is compiled; see `build`.
 
     Raises:
         UsageError: on_miss is unknown.
@@ -44,16 +46,25 @@ class Shelf:
         CacheMiss: nothing is built and nothing may be.
     """
 
-    def __init__(self, catalog: Catalog, plan: Plan | Iterable[Bucket] | None, *, on_miss: str) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        plan: Plan | Iterable[Bucket] | None,
+        *,
+        on_miss: str,
+        on_progress: Listener | None = None,
+    ) -> None:
         if on_miss not in ON_MISS:
             raise UsageError(f"on_miss {on_miss!r} is unknown", hint=f"choices: {', '.join(ON_MISS)}")
         self.catalog = catalog
-        self.promotions = 0
+        self.report = Report(catalog.backend.name, catalog.model.name)
         self._on_miss = on_miss
-        self._closed = False
+        self._on_progress = on_progress
+        self.closed = False
         self._executables: dict[Bucket, Executable] = {}
         self._refused: dict[Bucket, CacheError] = {}
         self._said: set[Bucket] = set()
+        self._compiled: set[Bucket] = set()
         self._plan = self._wanted(plan)
         self._entries: dict[Bucket, list[Answer]] = catalog.usable() if catalog.backend.compiles else {}
         if on_miss == "promote" and not self._available():
@@ -90,7 +101,7 @@ class Shelf:
             CacheMiss: nothing that is built reaches the longest row, and nothing may be compiled.
             CompileFailed: it had to be compiled and could not be.
         """
-        if self._closed:
+        if self.closed:
             raise UsageError("this engine is closed")
         block_size = self.catalog.model.architecture.block_size
         need = min(max(max(lengths) for lengths in batches) + more_tokens, block_size)
@@ -110,7 +121,7 @@ class Shelf:
         for executable in self._executables.values():
             executable.close()
         self._executables.clear()
-        self._closed = True
+        self.closed = True
 
     # --- what is wanted and what is there --------------------------------------------------------------------------
 
@@ -169,6 +180,7 @@ class Shelf:
             try:
                 self._executables[bucket] = self._load_entry(bucket, answer)
                 self._refused.pop(bucket, None)
+                self.report.hits += bucket not in self._compiled
                 return True
             except CacheError as error:
                 log.warning("bucket %s, entry %s: %s", bucket, answer.key[:12], error.message)
@@ -183,6 +195,7 @@ class Shelf:
         milliseconds = 1000 * (time.perf_counter() - start)
         size = sum(len(content) for content in artifact.blobs.values())
         log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", bucket, answer.key[:12], size, milliseconds)
+        self.catalog.store.mark_used(answer.manifest.family, answer.key)
         blobs = "-".join(blob.sha256[:16] for blob in answer.manifest.blobs)
         self._canary(executable, bucket, f"{self._weights.digest[:32]}-{blobs}")
         return executable
@@ -220,11 +233,13 @@ class Shelf:
     def _build(self, missing: list[Bucket]) -> None:
         names = ", ".join(map(str, missing))
         log.warning("compiling %d missing bucket(s) of %s first: %s", len(missing), self.catalog.model.name, names)
-        report = build_missing(self.catalog, missing)
-        for row in report.rows:
+        for row in build_missing(self.catalog, missing, on_progress=self._on_progress).rows:
             if row.state == "failed":
-                raise CompileFailed(f"bucket {row.bucket} could not be compiled: {row.why}")
-            log.warning("bucket %s: %s after %.0f s", row.bucket, row.state, row.seconds)
+                raise CompileFailed(f"bucket {row.bucket} could not be compiled: {row.why}", hint=row.hint)
+            if row.state == "compiled":
+                self._compiled.add(row.bucket)
+                self.report.compiled += 1
+            log.info("bucket %s: %s after %.0f s", row.bucket, row.state, row.seconds)
         self._entries = self.catalog.usable()
         self._refused = {bucket: error for bucket, error in self._refused.items() if bucket not in missing}
 
@@ -232,7 +247,7 @@ class Shelf:
         """Say once for each planned bucket that it would have run, had it been built."""
         lacking = [bucket for bucket in self._plan if bucket not in self._executables and bucket not in used]
         missed = self._used(batches, more_tokens, self._plan) & set(lacking) if lacking else set()
-        self.promotions += bool(missed)
+        self.report.promotions += bool(missed)
         for bucket in sorted(missed - self._said):
             state = "damaged" if bucket in self._refused else "not built"
             command = self._command([bucket])

@@ -14,7 +14,7 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
     "errors", "mounts", "settings", "child", "key", "model", "steps", "plan", "backends", "store", "catalog", "builder",
-    "sampling", "textstream", "generation", "report", "dispatch", "shelf", "engine", "cli", "__main__",
+    "sampling", "textstream", "generation", "report", "last_run", "dispatch", "shelf", "engine", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
     "errors",
@@ -25,6 +25,7 @@ NO_TORCH = (
     "key",
     "store",
     "report",
+    "last_run",
     "cli",
     "catalog",
     "builder",

@@ -5,6 +5,7 @@ Knows nothing of what is built already, of cost, or of files.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,15 +100,16 @@ class Plan(Sequence[Bucket]):
     def __getitem__(self, index: Any) -> Any:
         return self.buckets[index]
 
-    def to_json(self, *, model: str, source: str) -> dict[str, Any]:
+    def to_json(self, *, model: str, source: str, families: Iterable[str] = ()) -> dict[str, Any]:
         """Return the content of a plan file.
 
         Args:
             model: name of the model the plan is for.
             source: who made it, for example "build".
+            families: those whose entries of these buckets are in use, and so are not to be pruned.
         """
         buckets = [bucket.to_json() for bucket in self.buckets]
-        return {"format": 1, "model": model, "buckets": buckets, "source": source}
+        return {"format": 1, "model": model, "buckets": buckets, "source": source, "families": sorted(families)}
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
@@ -119,8 +121,11 @@ class Plan(Sequence[Bucket]):
         if not isinstance(data, Mapping) or data.get("format") != 1:
             raise PlanError("this is not a plan file of format 1")
         rows = data.get("buckets")
-        if not isinstance(rows, list) or not set(data) <= {"format", "model", "buckets", "source"}:
+        if not isinstance(rows, list) or not set(data) <= {"format", "model", "buckets", "source", "families"}:
             raise PlanError("the plan file has unknown fields or no list of buckets")
+        families = data.get("families", [])
+        if not isinstance(families, list) or not all(re.fullmatch("[0-9a-f]{64}", str(family)) for family in families):
+            raise PlanError("the plan file names families that are no digests")
         return cls(_bucket_from_json(row) for row in rows)
 
 

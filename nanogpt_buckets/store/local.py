@@ -16,6 +16,7 @@ import contextlib
 import errno
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from nanogpt_buckets.store.tree import Tree
 from nanogpt_buckets.store.trust import check_location
 
 _STALE_SECONDS = 24 * 3600
+_USED_EVERY_S = 3600
 _PLAN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
@@ -102,6 +104,30 @@ class LocalStore:
             for answer in self.family(family):
                 yield family, answer
 
+    def find(self, prefix: str) -> tuple[str, Answer]:
+        """Return the family and what is known of the one entry whose key begins so.
+
+        Raises:
+            UsageError: the beginning is no hex digits, or several keys begin so.
+            CacheError: none does.
+        """
+        if re.fullmatch(r"[0-9a-f]{1,64}", prefix) is None:
+            raise UsageError(f"{prefix!r} is not the beginning of a key", hint="nanogpt-buckets cache ls")
+        found = [(family, answer) for family, answer in self.entries() if answer.key.startswith(prefix)]
+        if not found:
+            raise CacheError(f"no entry of {self.root} begins with {prefix}", hint="nanogpt-buckets cache ls")
+        if len(found) > 1:
+            keys = ", ".join(answer.key[: len(prefix) + 8] for _, answer in found)
+            raise UsageError(f"{len(found)} entries begin with {prefix}", hint=f"give more of one of: {keys}")
+        return found[0]
+
+    def mark_used(self, family: str, key: str) -> None:
+        """Note on the manifest that it was loaded, at most once an hour, if the store can be written; never fails."""
+        path = self.entry_path(family, key)
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _USED_EVERY_S:
+                os.utime(path)
+
     def read_blob(self, blob: Blob) -> bytes:
         """Read a blob once and return exactly the bytes that were hashed.
 
@@ -110,7 +136,7 @@ class LocalStore:
             TransientError: it cannot be read this time.
             UntrustedStore: others could have written the store.
         """
-        path = self._blob_path(blob.sha256)
+        path = self.blob_path(blob.sha256)
         check_location(self.root, path.parent)
         try:
             return read_verified(path, blob.sha256, blob.size)
@@ -191,7 +217,7 @@ class LocalStore:
     def _damaged_blobs(self, manifest: Manifest) -> list[Path]:
         """Return the blobs of the entry about to be replaced that are not what their name says: of use to nobody."""
         before = self.look(manifest.family, manifest.key).manifest
-        return [self._blob_path(blob.sha256) for blob in before.blobs if self._is_damaged(blob)] if before else []
+        return [self.blob_path(blob.sha256) for blob in before.blobs if self._is_damaged(blob)] if before else []
 
     def _is_damaged(self, blob: Blob) -> bool:
         try:
@@ -201,11 +227,13 @@ class LocalStore:
         return False
 
     def _put_blob(self, blob: Blob, data: bytes) -> None:
-        path = self._blob_path(blob.sha256)
+        path = self.blob_path(blob.sha256)
         self._tree.make_directory(path.parent)
         damaged = False
         try:
             read_verified(path, blob.sha256, blob.size)
+            with contextlib.suppress(OSError):
+                os.utime(path)  # young again: whoever is pruning will leave it
             return
         except FileNotFoundError:
             pass
@@ -285,11 +313,15 @@ class LocalStore:
         with held(path, mode=0o600 | self._tree.mode() & 0o666, timeout_s=timeout_s, cancelled=cancelled) as worked:
             yield worked
 
+    def leftovers(self) -> list[Path]:
+        """Return files that only a running process needs: staged ones and locks."""
+        return [self._tree.v1 / name / file for name in ("tmp", "locks") for file in list_names(self._tree.v1 / name)]
+
     def blob_paths(self) -> list[Path]:
         """Return the path of every blob, whether or not a manifest names it."""
         blobs = self._tree.v1 / "blobs"
         found = ((prefix, name) for prefix in list_names(blobs) for name in list_names(blobs / prefix))
-        return [self._blob_path(name) for prefix, name in found if is_digest(name) and name.startswith(prefix)]
+        return [self.blob_path(name) for prefix, name in found if is_digest(name) and name.startswith(prefix)]
 
     def _family_path(self, family: str) -> Path:
         return self._tree.v1 / "entries" / require_digest(family)
@@ -298,7 +330,8 @@ class LocalStore:
         """Return where a key's manifest is."""
         return self._family_path(family) / f"{require_digest(key)}.json"
 
-    def _blob_path(self, sha256: str) -> Path:
+    def blob_path(self, sha256: str) -> Path:
+        """Return where a blob is."""
         return self._tree.v1 / "blobs" / require_digest(sha256)[:2] / sha256
 
     def _plan_path(self, name: str) -> Path:

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.backends.base import Contract
-from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry
+from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry, PlanError
+from nanogpt_buckets.plan.bucket import Bucket
 
 FORMAT = 1
 MAX_BYTES = 256 * 1024
@@ -72,6 +73,14 @@ class Manifest:
     contains_weights: bool
     stats: dict[str, int]
     gate: dict[str, Any]
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """The bucket it was compiled for; None if this release has no such buckets."""
+        try:
+            return Bucket(**self.parts["bucket"])
+        except (KeyError, TypeError, PlanError):
+            return None
 
 
 _FIELDS = frozenset(field.name for field in fields(Manifest)) | {"format"}

@@ -1,0 +1,261 @@
+"""What to delete from a store, as a value: planned, shown, and only then done.
+
+Entries go before the blobs that they alone name, so that wherever deleting stops no entry lacks a blob. What somebody
+touched after the plan was made stays. Whatever a newer release wrote is left alone, and so are the blobs it may need.
+Knows nothing of terminals, nor of how an age or a size is written.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nanogpt_buckets.backends.host import version_tuple
+from nanogpt_buckets.errors import CacheError, CorruptEntry, PlanError
+from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.store.answer import Answer, Status
+from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.manifest import Manifest
+from nanogpt_buckets.store.trust import check_location
+
+# A blob that no entry names may be one whose manifest is about to be written.
+_YOUNG_S = 3600.0
+# Longer than any compilation: what a running process staged or locked is younger.
+_STALE_S = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Doomed:
+    """One file to delete.
+
+    Args:
+        path: the file.
+        what: "entry", "blob" or "leftover".
+        name: the key of an entry, else the file's name.
+        why: in words.
+        bytes: its size.
+        mtime_ns: when it was last written or used; the file stays if that has changed.
+    """
+
+    path: Path
+    what: str
+    name: str
+    why: str
+    bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """What would be deleted, in the order in which it would be, and what was left out and why."""
+
+    files: tuple[Doomed, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """What deleting it frees."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def entries(self) -> int:
+        """How many entries go."""
+        return sum(file.what == "entry" for file in self.files)
+
+
+def plan_removal(store: LocalStore, prefixes: Iterable[str]) -> Deletion:
+    """Plan to delete the entries whose keys begin so, and the blobs that they alone name.
+
+    Raises:
+        UsageError: a beginning is not one key's.
+        CacheError: there is no such entry.
+        UntrustedStore: others could have written the store.
+    """
+    check_location(store.root)
+    chosen = {answer.key: "asked for" for _, answer in map(store.find, prefixes)}
+    entries = list(store.entries())
+    pins = _pins(store, [])
+    notes = [
+        f"entry {answer.key[:12]} is in plan {pins[pin]}"
+        for family, answer in entries
+        if answer.key in chosen and (pin := _pin(family, answer)) in pins
+    ]
+    return _deletion(store, entries, chosen, notes)
+
+
+def plan_prune(
+    store: LocalStore,
+    *,
+    older_than_s: float | None = None,
+    max_bytes: int | None = None,
+    old_toolchains: bool = False,
+) -> Deletion:
+    """Plan to delete what is damaged or of no use, and more if asked.
+
+    Damaged entries, blobs that no entry names, and what killed processes left always go. Entries of a saved plan stay
+    whatever their age and size, unless they are damaged or an old toolchain's.
+
+    Args:
+        store: the store.
+        older_than_s: delete entries that were neither built nor loaded for so long.
+        max_bytes: delete the longest unused entries until no more than this is left.
+        old_toolchains: delete entries made for older versions of the libraries that are installed here.
+
+    Raises:
+        UntrustedStore: others could have written the store.
+        TransientError: a directory cannot be listed this time.
+    """
+    check_location(store.root)
+    notes: list[str] = []
+    entries = list(store.entries())
+    pins = _pins(store, notes)
+    chosen = {a.key: f"damaged: {a.why}" for _, a in map(_with_blobs(store), entries) if a.status is Status.CORRUPT}
+    readable = [(f, a, a.manifest) for f, a in entries if a.manifest is not None]
+    if old_toolchains:
+        chosen |= {a.key: why for _, a, manifest in readable if (why := _outdated(manifest))}
+    free = [(family, answer) for family, answer, _ in readable if _pin(family, answer) not in pins]
+    used = {answer.key: store.entry_path(family, answer.key).stat().st_mtime for family, answer in free}
+    if older_than_s is not None:
+        limit = time.time() - older_than_s
+        chosen |= {key: "not used for too long" for key, when in used.items() if when < limit and key not in chosen}
+    if max_bytes is not None:
+        candidates = sorted((key for key in used if key not in chosen), key=lambda key: (used[key], key))
+        left = _shrink([(a.key, manifest) for _, a, manifest in readable], candidates, chosen, max_bytes)
+        if left > max_bytes:
+            notes.append(f"{left} bytes are in plans, or cannot be judged, and stay; asked for at most {max_bytes}")
+    return _deletion(store, entries, chosen, notes, all_unused=True)
+
+
+def delete(deletion: Deletion, on_file: Callable[[Doomed], None] | None = None) -> int:
+    """Do what was planned and return the bytes freed.
+
+    Raises:
+        CacheError: something could not be deleted; the rest was.
+    """
+    freed, refused = 0, ""
+    for file in deletion.files:
+        try:
+            if file.path.lstat().st_mtime_ns == file.mtime_ns:
+                file.path.unlink()
+                freed += file.bytes
+        except FileNotFoundError:
+            pass  # somebody else's prune was quicker
+        except OSError as error:
+            refused = refused or f"{file.path} cannot be deleted: {error.strerror or error}"
+        if on_file is not None:
+            on_file(file)
+    if refused:
+        raise CacheError(refused, hint="the cache must be writable; what could be deleted is gone")
+    return freed
+
+
+def pinned(store: LocalStore) -> dict[tuple[str, Bucket], str]:
+    """Return which plan keeps what: (family, bucket) -> the plan's name."""
+    return _pins(store, [])
+
+
+def _pins(store: LocalStore, notes: list[str]) -> dict[tuple[str, Bucket], str]:
+    pins: dict[tuple[str, Bucket], str] = {}
+    for name in store.plan_names():
+        try:
+            saved: dict[str, Any] = store.load_plan(name) or {}
+            plan = Plan.from_json(saved)
+        except (CorruptEntry, PlanError) as error:
+            notes.append(f"plan {name} keeps nothing: {error.message}")
+            continue
+        pins |= {(family, bucket): name for family in saved.get("families", ()) for bucket in plan}
+    return pins
+
+
+def _pin(family: str, answer: Answer) -> tuple[str, Bucket] | None:
+    bucket = answer.manifest.bucket if answer.manifest is not None else None
+    return None if bucket is None else (family, bucket)
+
+
+def _with_blobs(store: LocalStore) -> Callable[[tuple[str, Answer]], tuple[str, Answer]]:
+    """Return a function that calls an entry damaged if a blob is missing or has another size; contents are not read."""
+
+    def look(entry: tuple[str, Answer]) -> tuple[str, Answer]:
+        family, answer = entry
+        for blob in answer.manifest.blobs if answer.manifest else ():
+            path = store.blob_path(blob.sha256)
+            if not path.is_file() or path.stat().st_size != blob.size:
+                return family, Answer(Status.CORRUPT, answer.key, why=f"{blob.role} is missing or has another size")
+        return family, answer
+
+    return look
+
+
+def _outdated(manifest: Manifest) -> str:
+    """Say which library of an entry is older than the one installed here, if any is."""
+    for library, made_for in manifest.parts["family"]["runtime"].items():
+        try:
+            installed = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+        if version_tuple(made_for) < version_tuple(installed):
+            return f"made for {library} {made_for}, {installed} is installed"
+    return ""
+
+
+def _shrink(entries: list[tuple[str, Manifest]], candidates: list[str], chosen: dict[str, str], max_bytes: int) -> int:
+    """Add candidates to those chosen until the rest is small enough; return how large the rest then is."""
+
+    def left() -> int:
+        blobs = {blob.sha256: blob.size for key, manifest in entries if key not in chosen for blob in manifest.blobs}
+        return sum(blobs.values())
+
+    for key in candidates:
+        if left() <= max_bytes:
+            break
+        chosen[key] = "longest unused"
+    return left()
+
+
+def _deletion(
+    store: LocalStore,
+    entries: list[tuple[str, Answer]],
+    chosen: Mapping[str, str],
+    notes: list[str],
+    all_unused: bool = False,
+) -> Deletion:
+    """Put together the chosen entries, the blobs that they alone name and, if asked, all that nothing uses."""
+    doomed = [(family, answer) for family, answer in entries if answer.key in chosen]
+    kept = [answer for _, answer in entries if answer.key not in chosen]
+    files = [_doomed(store.entry_path(f, a.key), "entry", a.key, chosen[a.key]) for f, a in doomed]
+    needed = {blob.sha256 for answer in kept for blob in (answer.manifest.blobs if answer.manifest else ())}
+    theirs = {blob.sha256 for _, answer in doomed for blob in (answer.manifest.blobs if answer.manifest else ())}
+    unreadable = [answer for answer in kept if answer.manifest is None]
+    if unreadable:
+        notes = [*notes, f"all blobs stay: {len(unreadable)} entries cannot be read by this release and may need them"]
+    else:
+        files += _blobs(store, needed, theirs, all_unused)
+    if all_unused:
+        old = time.time() - _STALE_S
+        left = (_doomed(path, "leftover", path.name, "left by a process that ended") for path in store.leftovers())
+        files += [file for file in left if file is not None and file.mtime_ns < old * 1e9]
+    return Deletion(tuple(file for file in files if file is not None), tuple(notes))
+
+
+def _blobs(store: LocalStore, needed: set[str], theirs: set[str], all_unused: bool) -> Iterator[Doomed | None]:
+    young = time.time() - _YOUNG_S
+    for path in store.blob_paths():
+        if path.name in theirs - needed:
+            yield _doomed(path, "blob", path.name, "of a deleted entry")
+        elif all_unused and path.name not in needed:
+            file = _doomed(path, "blob", path.name, "no entry names it")
+            if file is not None and file.mtime_ns < young * 1e9:
+                yield file
+
+
+def _doomed(path: Path, what: str, name: str, why: str) -> Doomed | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return Doomed(path, what, name, why, found.st_size, found.st_mtime_ns)
