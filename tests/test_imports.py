@@ -14,7 +14,8 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
     "errors", "mounts", "settings", "child", "key", "model", "steps", "plan", "backends", "store", "catalog", "builder",
-    "sampling", "textstream", "generation", "report", "last_run", "dispatch", "shelf", "engine", "cli", "__main__",
+    "sampling", "textstream", "generation", "report", "last_run", "dispatch", "shelf", "engine", "measure", "doctor",
+    "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
     "errors",
@@ -26,6 +27,7 @@ NO_TORCH = (
     "store",
     "report",
     "last_run",
+    "doctor",
     "cli",
     "catalog",
     "builder",
@@ -80,7 +82,9 @@ def loaded_after(*arguments: str) -> set[str]:
     return {name.split(".")[0] for name in run.stderr.split()}
 
 
-@pytest.mark.parametrize("arguments", ["--help", "cache ls", "cache dir", "cache verify", "build --help"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "cache ls", "cache dir", "cache verify", "cache prune", "doctor", "build --help"]
+)
 def test_light_commands_load_neither_torch_nor_transformers_nor_rich(arguments):
     assert loaded_after(*arguments.split()) & {"torch", "transformers", "rich", "numpy"} == set()
 

@@ -37,13 +37,18 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(match.group(1).split()) if match else frozenset()
 
 
+def levels_here() -> list[str]:
+    """Return the instruction-set levels this CPU has, highest first."""
+    return [level for level, flags in LEVELS.items() if flags <= cpu_flags()]
+
+
 def choose_level(requested: str | None) -> str:
     """Return the instruction-set level to build for: the one asked for, or the highest this host has.
 
     Raises:
         BackendUnavailable: unknown, or the host could not run (so not check) what would be built.
     """
-    supported = [level for level, flags in LEVELS.items() if flags <= cpu_flags()]
+    supported = levels_here()
     if requested is None:
         return supported[0] if supported else NATIVE
     if requested == NATIVE or requested in supported:

@@ -19,6 +19,11 @@ _paths: dict[str, str] = {}
 _lock = threading.Lock()
 
 
+def in_memory() -> bool:
+    """Whether this system has sealed anonymous files; without, private copies on disk take their place."""
+    return hasattr(os, "memfd_create")
+
+
 def library_path(content: bytes) -> str:
     """Return a path that holds exactly `content` until this process ends.
 
@@ -28,7 +33,7 @@ def library_path(content: bytes) -> str:
     digest = hashlib.sha256(content).hexdigest()
     with _lock:
         if digest not in _paths:
-            make = _sealed_memory if hasattr(os, "memfd_create") else _private_file
+            make = _sealed_memory if in_memory() else _private_file
             _paths[digest] = make(content, digest)
         return _paths[digest]
 

@@ -7,7 +7,6 @@ Exit codes: 0 ok, 1 a negative answer or a known failure, 2 usage, 3 a miss wher
 from __future__ import annotations
 
 import io
-import logging
 import os
 import sys
 from typing import Any
@@ -24,7 +23,10 @@ _COMMANDS = {
     "build": ("nanogpt_buckets.cli.build", "Compile the buckets of a plan that are not built yet."),
     "generate": ("nanogpt_buckets.cli.generate", "Continue a prompt."),
     "status": ("nanogpt_buckets.cli.status", "Say which buckets of a plan are built."),
-    "cache": ("nanogpt_buckets.cli.cache", "Look at the cache: dir, ls, verify."),
+    "bench": ("nanogpt_buckets.cli.bench", "Time the built buckets and compare them with the eager model."),
+    "report": ("nanogpt_buckets.cli.report", "Say what the last run on this machine did."),
+    "doctor": ("nanogpt_buckets.cli.doctor", "Say what works on this machine and what is wrong."),
+    "cache": ("nanogpt_buckets.cli.cache", "Look at the cache and clear it: dir, ls, show, verify, rm, prune."),
 }
 
 
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    output.set_verbosity(output.NORMAL)
     try:
         result: Any = cli.main(arguments, prog_name="nanogpt-buckets", standalone_mode=False)
         sys.stdout.flush()
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        output.say("interrupted")
+        output.complain("interrupted")
         sys.exit(130)
     except BrokenPipeError:
         # the reader has gone; keep the interpreter from complaining about it at exit
@@ -97,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get(_DEBUG_VARIABLE):
             raise
-        output.say(f"error: {type(error).__name__}: {error}".splitlines()[0])
-        output.say(f"hint: this is a bug in nanogpt-buckets; {_DEBUG_VARIABLE}=1 shows where")
+        output.complain(f"error: {type(error).__name__}: {error}".splitlines()[0])
+        output.complain(f"hint: this is a bug in nanogpt-buckets; {_DEBUG_VARIABLE}=1 shows where")
         sys.exit(1)
     sys.exit(result if isinstance(result, int) else 0)

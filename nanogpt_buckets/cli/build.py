@@ -8,7 +8,7 @@ import click
 
 from nanogpt_buckets.builder import BuildReport, build_missing, open_catalog
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import json_option, model_options, plan_options, read_plan
+from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import CompileFailed
 from nanogpt_buckets.plan.bucket import Plan
 from nanogpt_buckets.plan.ladder import default_ladder
@@ -18,7 +18,7 @@ from nanogpt_buckets.plan.ladder import default_ladder
 @plan_options
 @model_options
 @click.option("-j", "--jobs", type=click.IntRange(min=1), help="Compiler processes at a time. Default: what fits.")
-@json_option
+@output_options
 def build(
     seq: tuple[int, ...] | None,
     batch: tuple[int, ...],
@@ -49,8 +49,10 @@ def build(
     else:
         _show(report)
     for row in report.rows:
+        if row.state == "failed":
+            output.error(CompileFailed(f"bucket {row.bucket} was not built: {row.why}", hint=row.hint))
         if row.log:
-            output.say(f"bucket {row.bucket}: end of the compiler's log:\n{row.log.rstrip()}")
+            output.complain(f"bucket {row.bucket}: end of the compiler's log:\n{row.log.rstrip()}")
     return CompileFailed.exit_code if report.failed else 0
 
 
@@ -66,8 +68,5 @@ def _show(report: BuildReport) -> None:
         for r in report.rows
     ]
     output.table(("BUCKET", "STATE", "TIME", "SIZE", "KEY"), rows)
-    for row in report.rows:
-        if row.why:
-            output.say(f"bucket {row.bucket} failed: {row.why}")
     counts = f"{report.hits} hits, {report.compiled} compiled, {report.failed} failed"
     output.say(f"{report.model} on {report.backend} ({report.target}): {counts}, in {report.cache_dir}")

@@ -1,25 +1,32 @@
-"""`nanogpt-buckets cache`: dir, ls, verify. Imports no torch."""
+"""`nanogpt-buckets cache`: dir, ls, show, verify, rm, prune. Imports no torch."""
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from nanogpt_buckets import settings
+from nanogpt_buckets.backends import host
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import cache_dir_option, json_option
-from nanogpt_buckets.errors import CorruptEntry
-from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.cli.options import Command, Size, TimeSpan, cache_dir_option, output_options
+from nanogpt_buckets.errors import CorruptEntry, UsageError
 from nanogpt_buckets.store.answer import Answer
 from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.prune import Deletion, delete, pinned, plan_prune, plan_removal
 from nanogpt_buckets.store.verify import verify as verify_store
+
+_SHAPE = {"n_layer": "L", "n_head": "H", "n_embd": "C", "vocab_size": "V"}
 
 
 @click.group()
 def cache() -> None:
-    """Look at the cache."""
+    """Look at the cache and clear it."""
 
 
 @cache.command("dir")
@@ -34,51 +41,121 @@ def dir_(cache_dir: Path | None) -> None:
 
 @cache.command()
 @cache_dir_option
-@json_option
+@output_options
 def ls(cache_dir: Path | None, as_json: bool) -> None:
     """List every entry.
 
     Example: nanogpt-buckets cache ls --json
     """
     store = LocalStore(settings.cache_dir(cache_dir))
-    rows = [_row(answer) for _, answer in store.entries()]
+    rows = [_row(store, family, answer) for family, answer in store.entries()]
     if as_json:
         output.document(rows)
         return
-    headers = ("KEY", "STATE", "BUCKET", "BACKEND", "TARGET", "DTYPE", "MODEL", "SIZE")
-    output.table(headers, [[row[name.lower()] for name in headers[:-1]] + [output.size(row["bytes"])] for row in rows])
-    output.say(f"{len(rows)} entries, {output.size(sum(row['bytes'] for row in rows))}, in {store.root}")
+    headers = ("KEY", "STATE", "BUCKET", "BACKEND", "TORCH", "TARGET", "DTYPE", "MODEL")
+    lines = [
+        [row["key"][:12], *(row[name.lower()] for name in headers[1:]), output.size(row["bytes"]),
+         output.age(time.time() - row["last_used"])]
+        for row in rows
+    ]  # fmt: skip
+    output.table((*headers, "SIZE", "UNUSED"), lines)
+    total = output.size(sum(row["bytes"] for row in rows))
+    output.say(f"{output.count(len(rows), 'entry', 'entries')}, {total}, in {store.root}")
 
 
-def _row(answer: Answer) -> dict[str, Any]:
+@cache.command()
+@click.argument("key")
+@cache_dir_option
+@output_options
+def show(key: str, cache_dir: Path | None, as_json: bool) -> None:
+    """Show all that is known of one entry: what it was made of, needs, measured, and which plan keeps it.
+
+    KEY may be the beginning of a key, as cache ls shows it.
+
+    Example: nanogpt-buckets cache show 4b316b3a2404
+    """
+    store = LocalStore(settings.cache_dir(cache_dir))
+    family, answer = store.find(key)
+    described = _described(store, family, answer)
+    if as_json:
+        output.document(described)
+    else:
+        output.table(("FIELD", "VALUE"), list(_lines(described)))
+
+
+def _described(store: LocalStore, family: str, answer: Answer) -> dict[str, Any]:
+    manifest = answer.manifest
+    bucket = manifest.bucket if manifest else None
+    pinned_by = pinned(store).get((family, bucket)) if bucket else None
+    known = _row(store, family, answer) | {"family": family, "pinned_by": pinned_by}
+    known["path"] = str(store.entry_path(family, answer.key))
+    if manifest is None:
+        return known
+    blobs = [{"role": b.role, "bytes": b.size, "path": str(store.blob_path(b.sha256))} for b in manifest.blobs]
+    lack = host.unmet(manifest.requires)
+    return known | {
+        "runs_here": lack is None,
+        "lacks": lack or "",
+        "requires": manifest.requires,
+        "stats": manifest.stats,
+        "gate": manifest.gate,
+        "parts": manifest.parts,
+        "blobs": blobs,
+    }
+
+
+def _lines(value: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
+    """Yield one line per plain value, named by its path: parts.family.dtype."""
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _lines(inner, f"{within}{name}.")
+        elif isinstance(inner, list) and any(isinstance(item, dict) for item in inner):
+            yield from _lines({str(index): item for index, item in enumerate(inner)}, f"{within}{name}.")
+        else:
+            yield f"{within}{name}", " ".join(map(str, inner)) if isinstance(inner, list) else str(inner)
+
+
+def _row(store: LocalStore, family: str, answer: Answer) -> dict[str, Any]:
     row: dict[str, Any] = {"key": answer.key, "state": answer.status.value, "why": answer.why, "bytes": 0}
     blank = dict.fromkeys(("bucket", "backend", "target", "dtype", "model", "torch"), "")
+    row |= blank | {"contains_weights": False, "last_used": _last_used(store.entry_path(family, answer.key))}
     if answer.manifest is None:
-        return row | blank
+        return row
     parts = answer.manifest.parts
-    family, arch = parts["family"], parts["family"]["architecture"]
+    named = parts["family"]
+    arch = named.get("architecture", {})
     return row | {
-        "bucket": str(Bucket(**parts["bucket"])),
-        "backend": family["backend"],
-        "target": parts["target"],
-        "dtype": family["dtype"],
-        "model": f"{arch['n_layer']}L {arch['n_head']}H {arch['n_embd']}C {arch['vocab_size']}V",
-        "torch": family["runtime"].get("torch", ""),
+        "bucket": str(answer.manifest.bucket or "unknown"),
+        "backend": named.get("backend", ""),
+        "target": parts.get("target", ""),
+        "dtype": named.get("dtype", ""),
+        "model": " ".join(f"{arch.get(name, '?')}{unit}" for name, unit in _SHAPE.items()),
+        "torch": named.get("runtime", {}).get("torch", ""),
         "bytes": sum(blob.size for blob in answer.manifest.blobs),
         "contains_weights": answer.manifest.contains_weights,
     }
 
 
+def _last_used(path: Path) -> int:
+    """Return when an entry was built or last loaded, to the hour, in seconds since 1970."""
+    try:
+        return int(path.stat().st_mtime)
+    except OSError:
+        return 0
+
+
 @cache.command()
 @cache_dir_option
-@json_option
+@output_options
 def verify(cache_dir: Path | None, as_json: bool) -> int:
     """Read every manifest and blob and compare them with their digests. Exit 4 if anything is damaged.
 
     Example: nanogpt-buckets cache verify
     """
     store = LocalStore(settings.cache_dir(cache_dir))
-    result = verify_store(store)
+    blobs = store.blob_paths()
+    with output.progress("verifying", len(blobs)) as advance:
+        result = verify_store(store, on_file=lambda size: advance(1))
     if as_json:
         problems = [{"path": problem.path, "what": problem.what} for problem in result.problems]
         counts = {"entries": result.entries, "blobs": result.blobs, "bytes": result.bytes}
@@ -89,3 +166,91 @@ def verify(cache_dir: Path | None, as_json: bool) -> int:
         found = f"{len(result.problems)} damaged" if result.problems else "all intact"
         output.say(f"{result.entries} entries, {result.blobs} blobs, {output.size(result.bytes)}: {found}")
     return CorruptEntry.exit_code if result.problems else 0
+
+
+def _deletion_options(command: Command) -> Command:
+    """Add --dry-run and --yes."""
+    for option in (
+        click.option("-y", "--yes", is_flag=True, help="Do not ask."),
+        click.option("-n", "--dry-run", is_flag=True, help="Show what would be deleted; delete nothing."),
+    ):
+        command = option(command)
+    return command
+
+
+@cache.command()
+@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+@_deletion_options
+@cache_dir_option
+@output_options
+def rm(keys: tuple[str, ...], dry_run: bool, yes: bool, cache_dir: Path | None, as_json: bool) -> int:
+    """Delete entries, and the compiled libraries that no other entry uses.
+
+    KEY may be the beginning of a key, as cache ls shows it.
+
+    Example: nanogpt-buckets cache rm 4b316b3a2404 --dry-run
+    """
+    store = LocalStore(settings.cache_dir(cache_dir))
+    return _carry_out(plan_removal(store, keys), dry_run, yes, as_json)
+
+
+@cache.command()
+@click.option("--older-than", type=TimeSpan(), help="Entries neither built nor loaded for so long, for example 30d.")
+@click.option("--max-size", type=Size(), help="The longest unused entries, until no more than this is left: 5GB.")
+@click.option("--old-toolchains", is_flag=True, help="Entries made for library versions older than those installed.")
+@_deletion_options
+@cache_dir_option
+@output_options
+def prune(
+    older_than: float | None, max_size: float | None, old_toolchains: bool, dry_run: bool, yes: bool,
+    cache_dir: Path | None, as_json: bool,
+) -> int:  # fmt: skip
+    """Delete what is damaged or of no use and, if asked, what is old.
+
+    Damaged entries, libraries that no entry names and what killed processes left always go. What a saved plan names
+    stays whatever its age and the cache's size, unless it is damaged or an old toolchain's.
+
+    Example: nanogpt-buckets cache prune --older-than 30d --old-toolchains --dry-run
+    """
+    store = LocalStore(settings.cache_dir(cache_dir))
+    size = None if max_size is None else int(max_size)
+    deletion = plan_prune(store, older_than_s=older_than, max_bytes=size, old_toolchains=old_toolchains)
+    return _carry_out(deletion, dry_run, yes, as_json)
+
+
+def _carry_out(deletion: Deletion, dry_run: bool, yes: bool, as_json: bool) -> int:
+    """Show what would go, ask, and do it."""
+    if not as_json and deletion.files:
+        names = ((file.what, file.name[:12], output.size(file.bytes), file.why) for file in deletion.files)
+        output.table(("WHAT", "NAME", "SIZE", "WHY"), list(names))
+    for note in deletion.notes:
+        output.say(f"note: {note}")
+    wanted = bool(deletion.files) and not dry_run
+    agreed = wanted and (yes or _agrees(deletion))
+    freed = _delete(deletion) if agreed else 0
+    if as_json:
+        files = [asdict(file) | {"path": str(file.path)} for file in deletion.files]
+        output.document({"bytes": deletion.bytes, "deleted": agreed, "freed": freed, "files": files})
+    if not deletion.files:
+        output.say("there is nothing to delete")
+    elif agreed:
+        output.say(f"deleted {output.count(deletion.entries, 'entry', 'entries')}, {output.size(freed)} freed")
+    else:
+        output.say(f"nothing was deleted; {_amount(deletion)} would go")
+    return 1 if wanted and not agreed else 0
+
+
+def _delete(deletion: Deletion) -> int:
+    with output.progress("deleting", len(deletion.files)) as advance:
+        return delete(deletion, on_file=lambda file: advance(1))
+
+
+def _amount(deletion: Deletion) -> str:
+    files = output.count(len(deletion.files), "file", "files")
+    return f"{output.count(deletion.entries, 'entry', 'entries')}, {files}, {output.size(deletion.bytes)}"
+
+
+def _agrees(deletion: Deletion) -> bool:
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError("nobody can be asked here, so deleting needs --yes", hint="--dry-run shows what would go")
+    return click.confirm(f"Delete {_amount(deletion)}?", err=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import json_option, model_options
+from nanogpt_buckets.cli.options import model_options, output_options
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenizer import well_formed
 
@@ -39,7 +39,7 @@ _PARTING = "---------------"
 @click.option("--cached-only", is_flag=True, help="Never compile; exit 3 if nothing that is built reaches.")
 @click.option("--device", type=click.Choice(["cpu"]), default="cpu", help="sample.py's flag; only cpu.")
 @click.option("--compile", "compiled", type=bool, default=True, metavar="BOOL", help="False runs the eager backend.")
-@json_option
+@output_options
 def generate(
     prompt: str | None, start: str | None, model: str, init_from: str | None, out_dir: Path, backend: str,
     cached_only: bool, compiled: bool, as_json: bool, device: str, target: str | None, dtype: str,
@@ -57,11 +57,10 @@ def generate(
         model = str(out_dir / "ckpt.pt") if init_from == "resume" else init_from
     from nanogpt_buckets.engine import Engine
 
-    engine = Engine.load(
+    with output.BuildProgress() as update, Engine.load(
         model, backend=backend if compiled else "eager", target=target, dtype=dtype, tokenizer=tokenizer,
-        on_miss="build", cached_only=cached_only, lazy=True, cache_dir=cache_dir,
-    )  # fmt: skip
-    with engine:
+        on_miss="build", cached_only=cached_only, lazy=True, cache_dir=cache_dir, on_progress=update,
+    ) as engine:  # fmt: skip
         sampling["stop"] = list(stop) or None
         if num_samples == 1 and not as_json and sys.stdout.isatty():
             _stream(engine, text, sampling)
@@ -83,9 +82,8 @@ def _prompt(prompt: str | None, start: str | None) -> str:
         raise UsageError(f"the prompt file {text.removeprefix('FILE:')} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError("the prompt is not UTF-8 text") from None
-    return well_formed(
-        text
-    )  # bytes that are no UTF-8 arrive from the shell as lone surrogates, which cannot be printed
+    # bytes that are no UTF-8 arrive from the shell as lone surrogates, which cannot be printed
+    return well_formed(text)
 
 
 def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,8 @@ import click
 
 from nanogpt_buckets.backends import BACKENDS
 from nanogpt_buckets.backends.base import DTYPES
-from nanogpt_buckets.errors import PlanError
+from nanogpt_buckets.cli import output
+from nanogpt_buckets.errors import PlanError, UsageError
 from nanogpt_buckets.plan.bucket import Plan
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,6 +34,41 @@ class WholeNumbers(click.ParamType[tuple[int, ...]]):
                 self.fail(f"{text.strip()!r} is not a positive whole number; write for example 32,64,128", param, ctx)
             numbers.append(int(text))
         return tuple(numbers)
+
+
+class _Amount(click.ParamType[float]):
+    """A number with a unit; each subclass has its own."""
+
+    units: Mapping[str, float]
+    example: str
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the amount in the smallest unit."""
+        if not isinstance(value, str):
+            return float(value)
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
+        unit = self.units.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            self.fail(f"{value!r} is no amount; write for example {self.example}", param, ctx)
+        return float(match[1]) * unit
+
+
+class TimeSpan(_Amount):
+    """A time in seconds, written 30d, 12h or 90min."""
+
+    name = "AGE"
+    units: Mapping[str, float] = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+    example = "30d or 12h"
+
+
+class Size(_Amount):
+    """A size in bytes, written 5GB or 500MB."""
+
+    name = "SIZE"
+    units: Mapping[str, float] = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12} | {
+        "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40
+    }  # fmt: skip
+    example = "5GB or 500MB"
 
 
 def model_options(command: Command) -> Command:
@@ -73,7 +110,32 @@ cache_dir_option = click.option(
     "--cache-dir", type=click.Path(path_type=Path), metavar="DIR",
     help="Directory of compiled buckets. Default: $NANOGPT_BUCKETS_CACHE_DIR, else the user's cache directory.",
 )  # fmt: skip
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as one JSON document.")
+
+
+def output_options(command: Command) -> Command:
+    """Add --json, -q and -v; the latter two take effect at once and are not passed on."""
+    for option in (
+        click.option(
+            "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbosity,
+            help="Also say what is loaded, from where, and how long it took.",
+        ),
+        click.option(
+            "-q", "--quiet", is_flag=True, expose_value=False, callback=_set_verbosity,
+            help="Say nothing but data and errors.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the data as one JSON document."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _set_verbosity(ctx: click.Context, param: click.Parameter, given: bool) -> None:
+    if not given:
+        return
+    if "verbosity" in ctx.meta:
+        raise UsageError("-q and -v contradict each other", hint="give one of them")
+    ctx.meta["verbosity"] = output.QUIET if param.name == "quiet" else output.VERBOSE
+    output.set_verbosity(ctx.meta["verbosity"])
 
 
 def read_plan(seq: tuple[int, ...] | None, batch: tuple[int, ...], plan_file: Path | None) -> Plan | None:

@@ -6,15 +6,41 @@ rich is imported only where a person watches a terminal.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.plan.bucket import Bucket
+
+QUIET, NORMAL, VERBOSE = -1, 0, 1
+_LOG_LEVELS = {QUIET: logging.ERROR, NORMAL: logging.WARNING, VERBOSE: logging.INFO}
+_ENDS = ("hit", "compiled", "failed")
+
+_verbosity = NORMAL
+
+
+def set_verbosity(verbosity: int) -> None:
+    """Say everything that is worth it (VERBOSE), the usual (NORMAL), or only errors (QUIET)."""
+    global _verbosity
+    _verbosity = verbosity
+    library = logging.getLogger("nanogpt_buckets")
+    library.setLevel(_LOG_LEVELS[verbosity])
+    library.addHandler(_LOG_LINES)  # adding it again changes nothing
+
+
+class _LogLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(record.getMessage())
+
+
+_LOG_LINES = _LogLines()
 
 
 def data(text: str) -> None:
@@ -28,15 +54,21 @@ def document(value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Tell something that is not data."""
+    """Tell something that is not data, unless told to be quiet."""
+    if _verbosity > QUIET:
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """Tell something that even those who want quiet must know."""
     print(text, file=sys.stderr, flush=True)
 
 
 def error(problem: BucketsError) -> None:
     """Show an error in one sentence, with its hint."""
-    say(f"error: {problem.message}")
+    complain(f"error: {problem.message}")
     if problem.hint:
-        say(f"hint: {problem.hint}")
+        complain(f"hint: {problem.hint}")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -59,46 +91,92 @@ def size(n_bytes: int) -> str:
     return f"{amount:.1f} TB"
 
 
+def count(number: int, one: str, many: str) -> str:
+    """Return a number with its noun."""
+    return f"{number} {one if number == 1 else many}"
+
+
+def age(seconds: float) -> str:
+    """Return a time span for people: 3 h."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def _watched() -> bool:
+    """Whether a person watches stderr and wants to see things move."""
+    return _verbosity > QUIET and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how much of something is done; yields a function to call with each amount."""
+    if not _watched():
+        yield lambda amount: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda amount: bars.advance(task, amount)
+
+
 class BuildProgress:
     """Shows what becomes of each bucket: a live line each on a terminal, one line when it is done elsewhere.
 
-    Use it in a `with` statement and pass `update` to `build`.
+    Use it in a `with` statement and pass `update` to `build`. Nothing is live before the first update, nor after all
+    buckets are done, so that other output is not disturbed.
     """
 
     def __init__(self) -> None:
-        self._live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._live = _watched()
+        self._lock = threading.Lock()
         self._started: dict[Bucket, float] = {}
         self._tasks: dict[Bucket, Any] = {}
+        self._open: set[Bucket] = set()
         self._bars: Any = None
 
     def __enter__(self) -> Callable[[Bucket, str], None]:
-        if self._live:
-            from rich.console import Console
-            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            self._bars = Progress(*columns, console=Console(stderr=True))
-            self._bars.start()
         return self.update
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+        with self._lock:
+            self._stop()
 
     def update(self, bucket: Bucket, phase: str) -> None:
         """Show a bucket's new phase; called from several threads."""
-        ended = phase in ("hit", "compiled", "failed")
-        if phase == "compiling":
-            self._started[bucket] = time.monotonic()
-        start = self._started.get(bucket, time.monotonic())
-        if self._bars is None:
-            if phase != "waiting":
+        with self._lock:
+            if phase == "compiling":
+                self._started[bucket] = time.monotonic()
+            if self._live:
+                self._show(bucket, phase)
+            elif phase != "waiting":
+                start = self._started.get(bucket, time.monotonic())
                 elapsed = f" after {time.monotonic() - start:.0f} s" if phase in ("compiled", "failed") else ""
                 say(f"bucket {bucket}: {phase}{elapsed}")
-            return
+
+    def _show(self, bucket: Bucket, phase: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        if self._bars is None:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._bars = Progress(*columns, console=Console(stderr=True))
+            self._bars.start()
+        ended = phase in _ENDS
+        (self._open.discard if ended else self._open.add)(bucket)
         description = f"bucket {bucket!s:>8}  {phase}"
         if bucket not in self._tasks:
             self._tasks[bucket] = self._bars.add_task(description, total=1)
         self._bars.update(self._tasks[bucket], description=description, completed=1 if ended else 0)
+        if not self._open:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars, self._tasks = None, {}

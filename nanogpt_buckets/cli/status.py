@@ -8,7 +8,7 @@ import click
 
 from nanogpt_buckets.builder import default_plan, open_catalog
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import json_option, model_options, plan_options, read_plan
+from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import PlanError
 from nanogpt_buckets.store.answer import Status
 
@@ -16,7 +16,7 @@ from nanogpt_buckets.store.answer import Status
 @click.command()
 @plan_options
 @model_options
-@json_option
+@output_options
 def status(
     seq: tuple[int, ...] | None,
     batch: tuple[int, ...],

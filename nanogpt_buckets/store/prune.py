@@ -193,7 +193,8 @@ def _with_blobs(store: LocalStore) -> Callable[[tuple[str, Answer]], tuple[str, 
 
 def _outdated(manifest: Manifest) -> str:
     """Say which library of an entry is older than the one installed here, if any is."""
-    for library, made_for in manifest.parts["family"]["runtime"].items():
+    runtime = manifest.parts["family"].get("runtime", {})
+    for library, made_for in runtime.items():
         try:
             installed = metadata.version(library)
         except metadata.PackageNotFoundError:
@@ -232,7 +233,10 @@ def _deletion(
     theirs = {blob.sha256 for _, answer in doomed for blob in (answer.manifest.blobs if answer.manifest else ())}
     unreadable = [answer for answer in kept if answer.manifest is None]
     if unreadable:
-        notes = [*notes, f"all blobs stay: {len(unreadable)} entries cannot be read by this release and may need them"]
+        notes = [
+            *notes,
+            f"all blobs stay: {len(unreadable)} of the entries cannot be read by this release and may need them",
+        ]
     else:
         files += _blobs(store, needed, theirs, all_unused)
     if all_unused:

@@ -1,0 +1,93 @@
+"""`nanogpt-buckets bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nanogpt_buckets.builder import default_plan, open_catalog
+from nanogpt_buckets.cli import output
+from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
+from nanogpt_buckets.errors import CacheMiss, UsageError
+
+if TYPE_CHECKING:
+    from nanogpt_buckets.measure import Figures, Spread
+
+
+@click.command()
+@plan_options
+@model_options
+@click.option("--runs", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps of each kind.")
+@output_options
+def bench(
+    seq: tuple[int, ...] | None,
+    batch: tuple[int, ...],
+    plan_file: Path | None,
+    model: str,
+    backend: str,
+    target: str | None,
+    dtype: str,
+    cache_dir: Path | None,
+    runs: int,
+    as_json: bool,
+) -> None:
+    """Time each built bucket and compare it with the eager model: speed-up and difference of the logits.
+
+    Without --seq or --plan: what is built of the model's default plan. Compiled and eager steps take turns; figures are
+    medians, with the smallest and largest in brackets. Exit 3 if a bucket is not built.
+
+    Example: nanogpt-buckets bench --model demo
+    """
+    plan = read_plan(seq, batch, plan_file)
+    catalog = open_catalog(model, backend=backend, target=target, dtype=dtype, cache_dir=cache_dir)
+    if not catalog.backend.compiles:
+        raise UsageError(
+            f"the {catalog.backend.name} backend compiles nothing: it is the baseline", hint="leave it out"
+        )
+    usable = catalog.usable()
+    asked = plan or default_plan(catalog) or sorted(usable)
+    missing = [bucket for bucket in asked if bucket not in usable]
+    built = [bucket for bucket in asked if bucket in usable]
+    if not built or (plan and missing):
+        named = ", ".join(map(str, missing)) or "no bucket"
+        raise CacheMiss(
+            f"{named} of model {catalog.model.name} not built in {catalog.store.root}",
+            hint=f"nanogpt-buckets build --model {model}",
+        )
+    from nanogpt_buckets.measure import measure
+
+    weights = catalog.model.weights(catalog.dtype).tensors
+    with output.progress("measuring", runs * len(built)) as advance:
+        figures = [measure(catalog, usable[b], b, weights, runs=runs, on_run=advance) for b in built]
+    if as_json:
+        names = {"model": catalog.model.name, "backend": catalog.backend.name, "dtype": catalog.dtype, "runs": runs}
+        output.document(names | {"buckets": [figure.to_json() for figure in figures]})
+    else:
+        _show(figures)
+    for bucket in missing:
+        output.say(f"bucket {bucket} is in the plan and not built")
+
+
+def _show(figures: list[Figures]) -> None:
+    headers = ("BUCKET", "SIZE", "LOAD", "STEP", "TOKENS/S", "EAGER STEP", "SPEED-UP", "MAX DIFF", "MEAN DIFF")
+    rows = [
+        (
+            str(f.bucket),
+            output.size(f.bytes),
+            f"{f.load_ms.median:.1f} ms",
+            _spread(f.step_ms),
+            f"{f.tokens_per_s:.1f}",
+            _spread(f.eager_ms),
+            f"{f.speed_up:.2f}x",
+            f"{f.max_difference:.1e}",
+            f"{f.mean_difference:.1e}",
+        )
+        for f in figures
+    ]
+    output.table(headers, rows)
+
+
+def _spread(times: Spread) -> str:
+    return f"{times.median:.2f} ms ({times.min:.2f}..{times.max:.2f})"

@@ -1,0 +1,40 @@
+"""`nanogpt-buckets doctor`. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from nanogpt_buckets import settings
+from nanogpt_buckets.cli import output
+from nanogpt_buckets.cli.options import output_options
+from nanogpt_buckets.doctor import Verdict, examine
+
+
+@click.command()
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@output_options
+def doctor(path: Path | None, as_json: bool) -> int:
+    """Say what works on this machine and what is wrong, and how to mend it. Exit 1 if something is wrong.
+
+    PATH is a cache directory to look at instead of the default one. Nothing is changed.
+
+    Example: nanogpt-buckets doctor /mnt/shared/buckets
+    """
+    findings = examine(settings.cache_dir(path))
+    counts = {verdict: sum(f.verdict is verdict for f in findings) for verdict in Verdict}
+    if as_json:
+        output.document({"problems": counts[Verdict.PROBLEM], "warnings": counts[Verdict.WARNING]}
+                        | {"findings": [asdict(finding) for finding in findings]})  # fmt: skip
+    else:
+        output.table(("TOPIC", "WHAT", "STATE", "FOUND"), [(f.topic, f.name, f.verdict, f.value) for f in findings])
+    for finding in findings:
+        if finding.verdict is not Verdict.OK:
+            output.complain(f"{finding.verdict}: {finding.topic}, {finding.name}: {finding.value}")
+            if finding.hint:
+                output.complain(f"hint: {finding.hint}")
+    problems = output.count(counts[Verdict.PROBLEM], "problem", "problems")
+    output.say(f"{problems}, {output.count(counts[Verdict.WARNING], 'warning', 'warnings')}")
+    return 1 if counts[Verdict.PROBLEM] else 0

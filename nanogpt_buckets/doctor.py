@@ -1,0 +1,207 @@
+"""What works on this machine and what is wrong: versions, processor, backend, compiler, and the two directories.
+
+Every finding is a fact with a verdict; what is wrong comes with the way out. Changes nothing, except that it may find
+out where this node's own directory is. Knows nothing of models, nor of how findings are shown.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+
+from nanogpt_buckets import backends, settings
+from nanogpt_buckets.backends import host, memfile
+from nanogpt_buckets.errors import BucketsError
+from nanogpt_buckets.mounts import Mount, mount_of
+from nanogpt_buckets.store.answer import Status
+from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.trust import check_location
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken", "safetensors")
+_VARIABLES = (
+    settings.CACHE_DIR_VARIABLE, settings.LOCAL_DIR_VARIABLE, "NANOGPT_BUCKETS_DEBUG", "XDG_CACHE_HOME", "HF_HOME",
+    "HF_HUB_OFFLINE", "TMPDIR", "CXX", "OMP_NUM_THREADS",
+)  # fmt: skip
+# A few buckets of the largest model; a compiler's working directory.
+_LOW_BYTES = 200_000_000
+_LOW_FILES = 1000
+
+
+class Verdict(StrEnum):
+    """OK, something that will limit you, or something that will fail."""
+
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact.
+
+    Args:
+        topic: what it is about, for example "cache".
+        name: which fact, for example "owner".
+        value: in words.
+        verdict: what it means.
+        hint: what to do about it, or what it means, if that is not plain.
+    """
+
+    topic: str
+    name: str
+    value: str
+    verdict: Verdict = Verdict.OK
+    hint: str = ""
+
+
+def examine(cache_dir: Path) -> list[Finding]:
+    """Look at this machine and at one cache directory; never raises for what it finds."""
+    return [
+        *_versions(),
+        *_machine(),
+        *_backend(),
+        *_cache(cache_dir),
+        *_local(),
+        *_directory("temporary", Path(tempfile.gettempdir()), needed_to="build"),
+        *(Finding("environment", name, os.environ[name]) for name in _VARIABLES if name in os.environ),
+    ]
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("versions", "nanogpt-buckets", metadata.version("nanogpt-buckets"))
+    yield Finding("versions", "python", f"{platform.python_version()} ({sys.executable})")
+    for library in _LIBRARIES:
+        try:
+            yield Finding("versions", library, metadata.version(library))
+        except metadata.PackageNotFoundError:
+            hint = "pip install --force-reinstall nanogpt-buckets"
+            yield Finding("versions", library, "not installed", Verdict.PROBLEM, hint)
+
+
+def _machine() -> Iterator[Finding]:
+    libraries = ", ".join(f"{name} {number}" for name, number in sorted(host.own_versions().items()))
+    yield Finding("machine", "system", f"{platform.system()} {platform.machine()}, {libraries or 'C library unknown'}")
+    yield Finding("machine", "processors", f"{host.cpu_count()} usable, {_processor()}")
+    yield Finding("machine", "memory", f"{host.available_memory_bytes() / 1e9:.1f} GB available")
+    if memfile.in_memory():
+        yield Finding(
+            "machine", "libraries from memory", "yes: a noexec cache works, nothing can change after the check"
+        )
+    else:
+        hint = "libraries are loaded from private copies in the local directory, which must allow execution"
+        yield Finding("machine", "libraries from memory", "no", Verdict.WARNING, hint)
+
+
+def _processor() -> str:
+    text = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "of unknown kind"
+
+
+def _backend() -> Iterator[Finding]:
+    neuron = "devices are here, but " if list(Path("/dev").glob("neuron*")) else ""
+    yield Finding("backend", "neuron", f"{neuron}not in this release")
+    if Path("/dev/nvidiactl").exists():
+        yield Finding("backend", "cuda", "a GPU is here; this release runs on the CPU")
+    chosen = backends.choose()
+    why = "it is the only one of this release that compiles"
+    yield Finding("backend", "chosen", f"{chosen.name} on the CPU: {why}")
+    try:
+        yield Finding(
+            "backend",
+            "target",
+            f"{chosen.target(None)}; this CPU can run {', '.join([*host.levels_here(), host.NATIVE])}",
+        )
+    except (BucketsError, metadata.PackageNotFoundError) as error:
+        yield Finding("backend", "target", str(error), Verdict.PROBLEM, getattr(error, "hint", None) or "")
+        return
+    compiler = chosen.compiler()
+    if compiler is None:
+        hint = "install g++ or set CXX; buckets that are built already run without"
+        yield Finding("backend", "compiler", "none found", Verdict.WARNING, hint)
+    else:
+        yield Finding("backend", "compiler", ", ".join(f"{name} {text}" for name, text in sorted(compiler.items())))
+
+
+def _cache(path: Path) -> Iterator[Finding]:
+    yield from _directory("cache", path, needed_to="build into it")
+    try:
+        check_location(path)
+        if path.is_dir():
+            yield Finding("cache", "trust", "only you or root can write it")
+            yield _content(LocalStore(path))
+    except BucketsError as error:
+        yield Finding("cache", "trust", error.message, Verdict.PROBLEM, error.hint or "")
+
+
+def _content(store: LocalStore) -> Finding:
+    """Count entries and bytes; manifests are read, blobs are not."""
+    states = [answer.status for _, answer in store.entries()]
+    size = sum(path.stat().st_size for path in store.blob_paths() if path.exists())
+    damaged = states.count(Status.CORRUPT)
+    text = f"{len(states)} entries, {size / 1e6:.1f} MB of compiled code"
+    if damaged:
+        hint = "nanogpt-buckets cache verify names them; the next build replaces them"
+        return Finding("cache", "content", f"{text}, {damaged} damaged", Verdict.PROBLEM, hint)
+    return Finding("cache", "content", text)
+
+
+def _local() -> Iterator[Finding]:
+    try:
+        path = settings.local_dir()
+    except BucketsError as error:
+        yield Finding("local", "directory", error.message, Verdict.PROBLEM, error.hint or "")
+        return
+    yield from _directory("local", path, needed_to="prepare weights")
+    if mount_of(path).network:
+        hint = f"name a directory on this machine's own disk in {settings.LOCAL_DIR_VARIABLE}"
+        yield Finding("local", "place", "shared over a network", Verdict.WARNING, hint)
+    weights = [file.stat().st_size for file in path.rglob("*.safetensors")] if path.is_dir() else []
+    yield Finding("local", "content", f"{len(weights)} prepared models, {sum(weights) / 1e6:.1f} MB")
+
+
+def _directory(topic: str, path: Path, *, needed_to: str) -> Iterator[Finding]:
+    """Say where a directory is, whose, on what, and whether it can be written and has room."""
+    mount = mount_of(path)
+    try:
+        place = next(place for place in (path, *path.parents) if place.exists())
+        found, room = place.stat(), os.statvfs(place)
+    except OSError as error:
+        yield Finding(topic, "directory", f"{path}: {error.strerror}", Verdict.PROBLEM, "use another directory")
+        return
+    yield Finding(topic, "directory", str(path) if place == path else f"{path} (not there yet)")
+    if place == path:
+        yield Finding(topic, "owner", f"{_user(found.st_uid)}, mode {stat.S_IMODE(found.st_mode):04o}")
+    options = ", ".join(sorted(mount.options & {"ro", "rw", "noexec"}))
+    yield Finding(topic, "file system", f"{mount.kind} on {mount.point or '?'} ({options or 'options unknown'})")
+    yield _writable(topic, place, mount, needed_to)
+    free_files = room.f_favail if room.f_files else None
+    text = f"{room.f_bavail * room.f_frsize / 1e9:.1f} GB free, "
+    text += "files not counted" if free_files is None else f"{free_files} files more"
+    low = room.f_bavail * room.f_frsize < _LOW_BYTES or (free_files is not None and free_files < _LOW_FILES)
+    hint = "make room: nanogpt-buckets cache prune --dry-run" if low else ""
+    yield Finding(topic, "room", text, Verdict.WARNING if low else Verdict.OK, hint)
+
+
+def _writable(topic: str, place: Path, mount: Mount, needed_to: str) -> Finding:
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK) and "ro" not in mount.options:
+        return Finding(topic, "writable", "yes")
+    hint = f"needed to {needed_to}; what is there already can be used"
+    return Finding(topic, "writable", "no" if place.is_dir() else f"no: {place} is a file", Verdict.WARNING, hint)
+
+
+def _user(uid: int) -> str:
+    try:
+        import pwd
+
+        return f"{pwd.getpwuid(uid).pw_name} ({uid})"
+    except (ImportError, KeyError):
+        return str(uid)

@@ -1,0 +1,148 @@
+"""How fast one built bucket is, and how far its logits are from the eager model's, on this machine and these weights.
+
+Compiled and eager steps take turns, so that whatever else the machine does meets both. Knows nothing of terminals, nor
+of which buckets to measure.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_buckets.backends.base import Executable
+from nanogpt_buckets.backends.eager import EagerBackend
+from nanogpt_buckets.catalog import Catalog
+from nanogpt_buckets.errors import CacheError
+from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.store.answer import Answer
+
+_LOADS = 5
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Several measurements of one thing."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one bucket.
+
+    Args:
+        bucket: the bucket.
+        key: of the entry that was measured.
+        bytes: what its blobs weigh.
+        load_ms: reading, verifying and loading it, files in the page cache.
+        step_ms: one step with every row full.
+        eager_ms: the same step uncompiled.
+        tokens_per_s: new tokens per second of steps; a step makes one per row.
+        speed_up: eager's median step over the compiled one's.
+        max_difference: largest absolute difference of any logit.
+        mean_difference: mean absolute difference of the logits.
+    """
+
+    bucket: Bucket
+    key: str
+    bytes: int
+    load_ms: Spread
+    step_ms: Spread
+    eager_ms: Spread
+    tokens_per_s: float
+    speed_up: float
+    max_difference: float
+    mean_difference: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as plain JSON."""
+        return asdict(self) | {"bucket": self.bucket.to_json()}
+
+
+def measure(
+    catalog: Catalog,
+    answers: Sequence[Answer],
+    bucket: Bucket,
+    weights: Mapping[str, Tensor],
+    *,
+    runs: int,
+    on_run: Callable[[int], None] = lambda amount: None,
+) -> Figures:
+    """Measure the best intact entry of a bucket.
+
+    Args:
+        catalog: the model's entries.
+        answers: entries of the bucket that run here, best first.
+        bucket: which.
+        weights: of the model, in the catalog's dtype.
+        runs: steps of each kind that are timed; one more of each warms up.
+        on_run: called after each.
+
+    Raises:
+        CacheError: none of the entries can be loaded.
+    """
+    executable, answer, load_ms = _load(catalog, answers, weights)
+    arch = catalog.model.architecture
+    eager = EagerBackend().run_eagerly(arch, bucket, weights)
+    generator = torch.Generator().manual_seed(0)
+    B, S = bucket.batch_size, bucket.seq_len
+    ids = torch.randint(arch.vocab_size, (B, S), generator=generator, dtype=torch.int32)  # (B, S)
+    last = torch.full((B,), S - 1, dtype=torch.int32)  # (B,)
+    difference = (executable(ids, last) - eager(ids, last)).abs()  # (B, V)
+    step_ms, eager_ms = [], []
+    for _ in range(runs):
+        step_ms.append(_milliseconds(executable, ids, last))
+        eager_ms.append(_milliseconds(eager, ids, last))
+        on_run(1)
+    executable.close()
+    step, baseline = _spread(step_ms), _spread(eager_ms)
+    return Figures(
+        bucket=bucket,
+        key=answer.key,
+        bytes=sum(blob.size for blob in answer.manifest.blobs) if answer.manifest else 0,
+        load_ms=load_ms,
+        step_ms=step,
+        eager_ms=baseline,
+        tokens_per_s=1000 * B / step.median,
+        speed_up=baseline.median / step.median,
+        max_difference=difference.max().item(),
+        mean_difference=difference.mean().item(),
+    )
+
+
+def _load(
+    catalog: Catalog, answers: Sequence[Answer], weights: Mapping[str, Tensor]
+) -> tuple[Executable, Answer, Spread]:
+    """Load the first entry that can be, several times over."""
+    refused: CacheError | None = None
+    for answer in answers:
+        assert answer.manifest is not None
+        try:
+            times = []
+            for _ in range(_LOADS):
+                start = time.perf_counter()
+                executable = catalog.backend.load(catalog.artifact(answer.manifest), weights)
+                times.append(1000 * (time.perf_counter() - start))
+            return executable, answer, _spread(times)
+        except CacheError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _milliseconds(executable: Executable, ids: Tensor, last: Tensor) -> float:
+    start = time.perf_counter()
+    executable(ids, last)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))

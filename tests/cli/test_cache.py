@@ -1,0 +1,177 @@
+"""`cache` on the command line: what is shown is what is there; nothing is deleted before somebody agreed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanogpt_buckets.cli import main
+
+
+@pytest.fixture
+def cache(demo_cache, tmp_path, monkeypatch):
+    """Return a copy of the demo's cache, without a plan, which commands in this process use."""
+    copy = tmp_path / "copy"
+    shutil.copytree(demo_cache, copy)
+    shutil.rmtree(copy / "v1" / "plans")
+    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(copy))
+    return copy
+
+
+@pytest.fixture
+def run(capsys):
+    """Return a function that runs a command and returns its exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["cache", *arguments])
+        return (end.value.code, *capsys.readouterr())
+
+    return run
+
+
+def keys(cache) -> list[str]:
+    return sorted(path.stem for path in (cache / "v1" / "entries").glob("*/*.json"))
+
+
+def test_ls_tells_what_each_entry_is_and_when_it_was_last_used(cache, run):
+    first = next((cache / "v1" / "entries").glob("*/*.json"))
+    os.utime(first, (time.time() - 3 * 86400,) * 2)
+
+    code, out, err = run("ls")
+    rows = json.loads(run("ls", "--json")[1])
+
+    lines = out.splitlines()
+    header = ["KEY", "STATE", "BUCKET", "BACKEND", "TORCH", "TARGET", "DTYPE", "MODEL", "SIZE", "UNUSED"]
+    assert (code, lines[0].split()) == (0, header)
+    assert "3 d" in next(line for line in lines if line.startswith(first.stem[:12]))
+    assert "2 entries" in err
+    assert sorted(row["key"] for row in rows) == keys(cache)
+    assert {row["contains_weights"] for row in rows} == {False}
+
+
+def test_show_takes_the_beginning_of_a_key_and_tells_everything(cache, run):
+    key = keys(cache)[0]
+
+    code, out, _ = run("show", key[:10])
+    shown = json.loads(run("show", key[:10], "--json")[1])
+
+    assert code == 0
+    assert (shown["key"], shown["state"], shown["runs_here"], shown["pinned_by"]) == (key, "warm", True, None)
+    assert shown["parts"]["family"]["architecture"]["n_layer"] == 4
+    assert os.path.getsize(shown["blobs"][0]["path"]) == shown["bytes"] == shown["blobs"][0]["bytes"]
+    assert json.loads(Path(shown["path"]).read_bytes())["body"]["key"] == key
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split()) > 1)
+    assert lines["key"] == key
+    assert lines["parts.family.architecture.n_layer"] == "4"
+    assert lines["requires.machine"] == shown["requires"]["machine"]
+
+
+def test_show_names_the_plan_that_keeps_an_entry(demo_cache, run, monkeypatch):
+    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(demo_cache))
+
+    shown = json.loads(run("show", keys(demo_cache)[0], "--json")[1])
+
+    assert shown["pinned_by"] == "demo"
+
+
+def test_show_says_of_a_damaged_entry_what_is_wrong(cache, run):
+    path = next((cache / "v1" / "entries").glob("*/*.json"))
+    path.write_bytes(b"{}")
+
+    code, out, _ = run("show", path.stem)
+
+    assert code == 0
+    assert "corrupt" in out
+    assert "does not match its own digest" in out
+
+
+def test_a_dry_run_deletes_nothing_and_says_how_much_would_go(cache, run):
+    before = keys(cache)
+
+    code, out, err = run("rm", before[0][:12], "--dry-run")
+
+    assert (code, keys(cache)) == (0, before)
+    assert [line.split()[0] for line in out.splitlines()] == ["WHAT", "entry", "blob"]
+    assert "nothing was deleted; 1 entry, 2 files, 1.7 MB would go" in err
+
+
+def test_without_a_terminal_deleting_needs_yes(cache, run, monkeypatch):
+    before = keys(cache)
+
+    code, _, err = run("rm", before[0])
+
+    assert (code, keys(cache)) == (2, before)
+    assert err.endswith(
+        "error: nobody can be asked here, so deleting needs --yes\nhint: --dry-run shows what would go\n"
+    )
+
+
+def test_rm_deletes_exactly_what_was_named_and_its_bytes(cache, run):
+    gone, kept = keys(cache)
+
+    code, _, err = run("rm", gone, "--yes")
+
+    assert (code, keys(cache)) == (0, [kept])
+    assert "deleted 1 entry, 1.7 MB freed" in err
+    assert run("verify")[0] == 0
+    assert run("rm", gone, "--yes")[0] == 1
+
+
+def test_prune_as_json_says_what_was_freed(cache, run):
+    document = json.loads(run("prune", "--older-than", "0s", "--yes", "--json")[1])
+
+    assert (document["deleted"], document["freed"]) == (True, document["bytes"])
+    assert [file["what"] for file in document["files"]] == ["entry", "entry", "blob", "blob"]
+    assert keys(cache) == []
+    assert json.loads(run("prune", "--json")[1]) == {"bytes": 0, "deleted": False, "freed": 0, "files": []}
+
+
+@pytest.mark.parametrize(
+    ("size", "entries_left"), [("0", 0), ("2MB", 1), ("0.002 GB", 1), ("2MiB", 1), ("5gb", 2), ("1TB", 2)]
+)
+def test_sizes_are_written_with_units(cache, run, size, entries_left):
+    assert run("prune", "--max-size", size, "-y")[0] == 0
+    assert len(keys(cache)) == entries_left
+
+
+@pytest.mark.parametrize(("span", "entries_left"), [("2d", 2), ("20h", 0), ("1w", 2), ("90min", 0), ("3600s", 0)])
+def test_ages_are_written_with_units(cache, run, span, entries_left):
+    for path in (cache / "v1" / "entries").glob("*/*.json"):
+        os.utime(path, (time.time() - 86400,) * 2)
+
+    assert run("prune", "--older-than", span, "-y")[0] == 0
+    assert len(keys(cache)) == entries_left
+
+
+@pytest.mark.parametrize(
+    "option", ["--older-than=-1d", "--older-than=1 year", "--max-size=x", "--max-size=-1", "--max-size=1e9"]
+)
+def test_an_amount_that_is_none_is_refused_with_an_example(cache, run, option):
+    code, _, err = run("prune", option, "-y")
+
+    assert code == 2
+    assert "write for example" in err
+    assert len(keys(cache)) == 2
+
+
+@pytest.mark.parametrize(("answer", "code", "entries_left"), [("y", 0, 1), ("n", 1, 2)])
+def test_on_a_terminal_the_plan_is_shown_and_then_asked_for(cache, answer, code, entries_left):
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "nanogpt_buckets", "cache", "rm", keys(cache)[0]]
+    child = subprocess.Popen(command, stdin=terminal, stderr=terminal, stdout=subprocess.PIPE, env=os.environ)
+    os.close(terminal)
+    os.write(master, f"{answer}\n".encode())
+    out = child.communicate(timeout=60)[0]
+    os.close(master)
+
+    assert (child.returncode, len(keys(cache))) == (code, entries_left)
+    assert b"asked for" in out
