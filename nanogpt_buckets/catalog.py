@@ -90,7 +90,7 @@ class Catalog:
             if checked.status is Status.WARM:
                 return checked
         refused = [self.store.check(answer) for answer in answers] + self._unreadable()
-        return refused[0] if refused else Answer(Status.ABSENT, "", why="not built")
+        return refused[0] if refused else Answer(Status.ABSENT, "", why=self._why_absent(bucket))
 
     def replaces(self, family: str) -> bool:
         """Whether this family stands where another did before an upgrade: alike but for library versions and source."""
@@ -136,6 +136,20 @@ class Catalog:
             stats=dict(artifact.stats),
             gate=dict(artifact.gate),
         )
+
+    def _why_absent(self, bucket: Bucket) -> str:
+        """Say that a bucket is not built, and how the most alike one of this architecture differs from it."""
+        differences: list[list[str]] = []
+        for _, answer in self.store.entries():
+            manifest = answer.manifest
+            if manifest is not None and manifest.bucket == bucket:
+                theirs = manifest.parts["family"]
+                if theirs.get("architecture") == self.family_parts["architecture"]:
+                    differences.append(key.difference(self.family_parts, theirs))
+        if not differences:
+            return "not built"
+        lines = ["another release's source" if x.startswith("source:") else x for x in min(differences, key=len)]
+        return f"not built; there is one with {', '.join(lines)}"
 
     def _ranked(self) -> dict[Bucket, list[Answer]]:
         found: dict[Bucket, list[Answer]] = {}

@@ -52,7 +52,7 @@ def load() -> dict[str, Any]:
         raise BucketsError(
             f"no run has been recorded in {path.parent}", hint='nanogpt-buckets generate "ROMEO:" --model demo'
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BucketsError(f"{path} cannot be read: {error}", hint="the next run replaces it") from error
 
 

@@ -313,3 +313,49 @@ def test_an_interrupted_build_leaves_no_child_and_nothing_half_written(sent, tmp
         assert said.rstrip().endswith("interrupted")
         assert "Traceback" not in said
         assert list(scratch.iterdir()) == []
+
+
+# --- plans pin families -----------------------------------------------------------------------------------------------
+
+
+def upgraded(monkeypatch, version: str) -> None:
+    monkeypatch.setattr(InductorBackend, "runtime", lambda self: {"torch": version})
+
+
+def demo_catalog(dtype="float32"):
+    return open_catalog("demo", backend="auto", target=None, dtype=dtype, cache_dir=None)
+
+
+def pinned_families() -> set[str]:
+    return set(demo_catalog().store.load_plan("demo")["families"])
+
+
+def test_a_plan_names_the_families_whose_buckets_are_in_use():
+    pretend_build([32])
+    assert pinned_families() == {demo_catalog().family}
+
+    pretend_build([32], dtype="bfloat16")
+    assert pinned_families() == {demo_catalog().family, demo_catalog("bfloat16").family}
+
+
+def test_building_after_an_upgrade_lets_go_of_the_family_it_replaces_and_of_no_other(monkeypatch):
+    pretend_build([32])
+    pretend_build([32], dtype="bfloat16")
+    bfloat16 = demo_catalog("bfloat16").family
+
+    upgraded(monkeypatch, "99.0")
+    pretend_build([32])
+
+    assert pinned_families() == {demo_catalog().family, bfloat16}
+
+
+def test_after_an_upgrade_status_says_what_the_bucket_that_is_there_was_built_for(monkeypatch):
+    from importlib.metadata import version
+
+    pretend_build([32])
+    upgraded(monkeypatch, "99.0")
+
+    assert demo_catalog().best(Bucket(1, 32)).why == (
+        f"not built; there is one with runtime.torch: {version('torch')}, not 99.0"
+    )
+    assert demo_catalog().best(Bucket(1, 64)).why == "not built"

@@ -11,8 +11,10 @@ from nanogpt_buckets.builder import default_plan, open_catalog
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import CacheMiss, UsageError
+from nanogpt_buckets.plan.bucket import Bucket, Plan
 
 if TYPE_CHECKING:
+    from nanogpt_buckets.catalog import Catalog
     from nanogpt_buckets.measure import Figures, Spread
 
 
@@ -51,11 +53,7 @@ def bench(
     missing = [bucket for bucket in asked if bucket not in usable]
     built = [bucket for bucket in asked if bucket in usable]
     if not built or (plan and missing):
-        named = ", ".join(map(str, missing)) or "no bucket"
-        raise CacheMiss(
-            f"{named} of model {catalog.model.name} not built in {catalog.store.root}",
-            hint=f"nanogpt-buckets build --model {model}",
-        )
+        raise _miss(catalog, missing, plan)
     from nanogpt_buckets.measure import measure
 
     weights = catalog.model.weights(catalog.dtype).tensors
@@ -68,6 +66,18 @@ def bench(
         _show(figures)
     for bucket in missing:
         output.say(f"bucket {bucket} is in the plan and not built")
+
+
+def _miss(catalog: Catalog, missing: list[Bucket], plan: Plan | None) -> CacheMiss:
+    what = "no bucket is built"
+    if missing:
+        what = f"bucket {', '.join(map(str, missing))} {'are' if len(missing) > 1 else 'is'} not built"
+    name = catalog.model.name if catalog.model.path is None else catalog.model.path
+    seq = ",".join(map(str, sorted({bucket.seq_len for bucket in missing})))
+    return CacheMiss(
+        f"{what} for model {catalog.model.name} in {catalog.store.root}",
+        hint=f"nanogpt-buckets build --model {name}" + (f" --seq {seq}" if plan else ""),
+    )
 
 
 def _show(figures: list[Figures]) -> None:

@@ -20,7 +20,6 @@ from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.plan.bucket import Bucket
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
-_LOG_LEVELS = {QUIET: logging.ERROR, NORMAL: logging.WARNING, VERBOSE: logging.INFO}
 _ENDS = ("hit", "compiled", "failed")
 
 _verbosity = NORMAL
@@ -31,8 +30,9 @@ def set_verbosity(verbosity: int) -> None:
     global _verbosity
     _verbosity = verbosity
     library = logging.getLogger("nanogpt_buckets")
-    library.setLevel(_LOG_LEVELS[verbosity])
+    library.setLevel(logging.INFO if verbosity == VERBOSE else logging.NOTSET)
     library.addHandler(_LOG_LINES)  # adding it again changes nothing
+    _LOG_LINES.setLevel(logging.ERROR if verbosity == QUIET else logging.NOTSET)
 
 
 class _LogLines(logging.Handler):

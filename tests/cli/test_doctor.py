@@ -1,0 +1,179 @@
+"""`doctor` on healthy machines and on ones made ill: what is wrong is named, with the way out, by exit code too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nanogpt_buckets import __version__, doctor, settings
+from nanogpt_buckets.backends import inductor
+from nanogpt_buckets.cli import main
+from nanogpt_buckets.mounts import Mount
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["doctor", *arguments])
+        return (end.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def facts(run):
+    """Return a function that runs doctor and returns its exit code and findings by "topic name"."""
+
+    def facts(*arguments: str) -> tuple[int, dict[str, dict]]:
+        code, out, _ = run(*arguments, "--json")
+        return code, {f"{row['topic']} {row['name']}": row for row in json.loads(out)["findings"]}
+
+    return facts
+
+
+@contextmanager
+def no_compiler(monkeypatch) -> Iterator[None]:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    inductor._cxx_version.cache_clear()
+    yield
+    inductor._cxx_version.cache_clear()
+
+
+def test_a_healthy_machine_has_no_problem_and_every_fact(facts, demo_cache):
+    import torch
+
+    code, found = facts(str(demo_cache))
+
+    assert code == 0
+    assert found["versions nanogpt-buckets"]["value"] == __version__
+    assert found["versions torch"]["value"] == torch.__version__
+    assert "inductor" in found["backend chosen"]["value"]
+    assert "g++" in found["backend compiler"]["value"]
+    assert found["backend neuron"]["value"].endswith("not in this release")
+    assert found["cache directory"]["value"] == str(demo_cache)
+    assert found["cache content"]["value"].startswith("2 entries, 3.")
+    assert found["cache owner"]["value"].endswith("mode 0700")
+    assert found["cache file system"]["value"].split()[0] != "unknown"
+    assert found["local directory"]["value"].startswith(str(settings.local_dir()))
+    assert found["environment NANOGPT_BUCKETS_CACHE_DIR"]["value"] == str(settings.cache_dir())
+
+
+def test_people_get_a_table_and_the_counts(run):
+    code, out, err = run()
+
+    assert code == 0
+    assert out.splitlines()[0].split() == ["TOPIC", "WHAT", "STATE", "FOUND"]
+    assert err.splitlines()[-1].startswith("0 problems, ")
+
+
+def test_it_changes_nothing(run, demo_cache):
+    before = {path: path.stat().st_mtime_ns for path in demo_cache.rglob("*")}
+
+    run(str(demo_cache))
+    run(str(demo_cache.parent / "not-there"))
+
+    assert {path: path.stat().st_mtime_ns for path in demo_cache.rglob("*")} == before
+    assert not (demo_cache.parent / "not-there").exists()
+
+
+def test_a_cache_others_can_write_is_a_problem_with_the_command_that_mends_it(run, facts, tmp_path):
+    cache = tmp_path / "open"
+    cache.mkdir()
+    cache.chmod(0o777)
+
+    code, found = facts(str(cache))
+    err = run(str(cache))[2]
+
+    assert (code, found["cache trust"]["verdict"]) == (1, "problem")
+    assert f"hint: chmod go-w {cache}" in err
+    assert "1 problem, " in err
+
+
+def test_damaged_entries_are_a_problem(facts, demo_cache, tmp_path):
+    shutil.copytree(demo_cache, tmp_path / "copy")
+    next((tmp_path / "copy" / "v1" / "entries").glob("*/*.json")).write_bytes(b"{}")
+
+    code, found = facts(str(tmp_path / "copy"))
+
+    assert (code, found["cache content"]["verdict"]) == (1, "problem")
+    assert "1 damaged" in found["cache content"]["value"]
+    assert "cache verify" in found["cache content"]["hint"]
+
+
+def test_no_compiler_is_a_warning_because_hits_still_work(facts, monkeypatch):
+    with no_compiler(monkeypatch):
+        code, found = facts()
+
+    assert (code, found["backend compiler"]["verdict"]) == (0, "warning")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "name", "verdict"),
+    [
+        ("tmpfs", {"ro", "noexec"}, "cache writable", "warning"),
+        ("tmpfs", {"rw", "noexec"}, "cache writable", "ok"),
+        ("nfs4", {"rw"}, "local place", "warning"),
+    ],
+)
+def test_mounts_that_limit_are_said(facts, monkeypatch, kind, options, name, verdict):
+    monkeypatch.setattr(doctor, "mount_of", lambda path: Mount("/somewhere", kind, frozenset(options)))
+
+    code, found = facts()
+
+    assert (code, found[name]["verdict"]) == (0, verdict)
+    assert found["cache file system"]["value"] == f"{kind} on /somewhere ({', '.join(sorted(options))})"
+
+
+def test_a_file_in_the_directorys_place_is_said(facts, tmp_path):
+    (tmp_path / "file").write_text("")
+
+    _, found = facts(str(tmp_path / "file"))
+
+    assert found["cache writable"]["verdict"] != "ok"
+    assert "is a file" in found["cache writable"]["value"]
+
+
+def test_little_room_is_a_warning(facts, monkeypatch):
+    monkeypatch.setattr(doctor, "_LOW_BYTES", 10**18)
+
+    _, found = facts()
+
+    assert found["cache room"]["verdict"] == "warning"
+    assert "prune" in found["cache room"]["hint"]
+
+
+def test_a_missing_library_is_a_problem(facts, monkeypatch):
+    monkeypatch.setattr(doctor, "_LIBRARIES", ("torch", "no-such-library"))
+
+    code, found = facts()
+
+    assert (code, found["versions no-such-library"]["verdict"]) == (1, "problem")
+
+
+def test_a_private_directory_that_is_not_private_is_a_problem(facts, monkeypatch, tmp_path):
+    monkeypatch.delenv("NANOGPT_BUCKETS_LOCAL_DIR")
+    monkeypatch.setattr(settings, "mount_of", lambda path: Mount("/", "nfs4", frozenset()))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    settings.local_dir().chmod(0o777)
+
+    code, found = facts()
+
+    assert (code, found["local directory"]["verdict"]) == (1, "problem")
+    assert "private" in found["local directory"]["value"]
+
+
+def test_prepared_weights_are_counted(facts, demo_cache, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "a", "--model", "demo", "-n", "1", "-q", "--cache-dir", str(demo_cache)])
+    capsys.readouterr()
+
+    size = sum(path.stat().st_size for path in Path(settings.local_dir()).rglob("*.safetensors"))
+
+    assert size > 3_000_000
+    assert facts()[1]["local content"]["value"] == f"1 prepared models, {size / 1e6:.1f} MB"
