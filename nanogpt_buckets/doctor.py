@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import stat
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ _VARIABLES = (
 # A few buckets of the largest model; a compiler's working directory.
 _LOW_BYTES = 200_000_000
 _LOW_FILES = 1000
+_CHILD_TIMEOUT_S = 120
+# What backends/inductor.py needs of torch to load a bucket.
+_LOADER = "from torch._C._aoti import AOTIModelContainerRunnerCpu"
 
 
 class Verdict(StrEnum):
@@ -113,7 +117,8 @@ def _backend() -> Iterator[Finding]:
         yield Finding("backend", "cuda", "a GPU is here; this release runs on the CPU")
     chosen = backends.choose()
     why = "it is the only one of this release that compiles"
-    yield Finding("backend", "chosen", f"{chosen.name} on the CPU: {why}")
+    yield Finding("backend", "chosen", f"{chosen.name}: {why}")
+    yield Finding("backend", "device", "cpu")
     try:
         yield Finding(
             "backend",
@@ -123,12 +128,27 @@ def _backend() -> Iterator[Finding]:
     except (BucketsError, metadata.PackageNotFoundError) as error:
         yield Finding("backend", "target", str(error), Verdict.PROBLEM, getattr(error, "hint", None) or "")
         return
+    yield _loader()
     compiler = chosen.compiler()
     if compiler is None:
         hint = "install g++ or set CXX; buckets that are built already run without"
         yield Finding("backend", "compiler", "none found", Verdict.WARNING, hint)
     else:
         yield Finding("backend", "compiler", ", ".join(f"{name} {text}" for name, text in sorted(compiler.items())))
+
+
+def _loader() -> Finding:
+    """Try, in a child, whether torch can be imported and has what loads compiled buckets."""
+    command = [sys.executable, "-c", _LOADER]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("backend", "loader", str(error), Verdict.PROBLEM, "is this machine overloaded?")
+    if done.returncode == 0:
+        return Finding("backend", "loader", "torch can be imported and loads compiled buckets")
+    said = done.stderr.strip().splitlines()
+    why = said[-1] if said else f"ended with code {done.returncode}"
+    return Finding("backend", "loader", f"torch cannot be used: {why}", Verdict.PROBLEM, "reinstall torch")
 
 
 def _cache(path: Path) -> Iterator[Finding]:

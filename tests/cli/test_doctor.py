@@ -55,6 +55,7 @@ def test_a_healthy_machine_has_no_problem_and_every_fact(facts, demo_cache):
     assert found["versions torch"]["value"] == torch.__version__
     assert "inductor" in found["backend chosen"]["value"]
     assert "g++" in found["backend compiler"]["value"]
+    assert found["backend loader"]["value"].startswith("torch can be imported")
     assert found["backend neuron"]["value"].endswith("not in this release")
     assert found["cache directory"]["value"] == str(demo_cache)
     assert found["cache content"]["value"].startswith("2 entries, 3.")
@@ -154,6 +155,16 @@ def test_a_missing_library_is_a_problem(facts, monkeypatch):
     code, found = facts()
 
     assert (code, found["versions no-such-library"]["verdict"]) == (1, "problem")
+
+
+def test_a_torch_that_cannot_be_imported_is_a_problem(facts, monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    code, found = facts()
+
+    assert (code, found["backend loader"]["verdict"]) == (1, "problem")
+    assert "libgomp.so.1" in found["backend loader"]["value"]
 
 
 def test_a_private_directory_that_is_not_private_is_a_problem(facts, monkeypatch, tmp_path):
