@@ -6,6 +6,7 @@ executable came to be.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -111,7 +112,8 @@ class Dispatcher:
         start = time.perf_counter()
         logits = executable(*inputs)[: len(contexts)]  # (B, V) -> (n, V)
         self._report.count_step(bucket, [len(context) for context in contexts], time.perf_counter() - start)
-        if not torch.isfinite(logits).all():
+        # NaN if any logit is; several times faster than asking each
+        if not all(math.isfinite(extreme) for extreme in logits.aminmax()):
             raise NonFiniteLogits(
                 f"bucket {bucket} returned logits that are not finite",
                 hint="the weights may be damaged; compare with --backend eager",

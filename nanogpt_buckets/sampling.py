@@ -5,6 +5,7 @@ The compiled graph ends at logits, so every bucket shares this one sampler. Know
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 from nanogpt_buckets.errors import UsageError
 
 RNGS = ("per-row", "nanogpt")
+# Logits whose largest is looked at first in search of the k-th largest.
+_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,8 @@ def draw_per_row(logits: Tensor, sampling: Sampling, prompt: int, sample: int, s
     if sampling.temperature == 0:
         return greedy(logits)
     values, ids = candidates(logits, sampling)  # (n), (n)
-    weights = torch.exp(values)  # (n)
-    cdf = weights.cumsum(0) / weights.sum()  # (n)
-    position = int(torch.searchsorted(cdf, uniform(sampling.seed, prompt, sample, step), right=True))
+    cdf = torch.exp(values).cumsum(0)  # (n), not divided by its last
+    position = bisect.bisect_right(cdf.tolist(), uniform(sampling.seed, prompt, sample, step) * float(cdf[-1]))
     return int(ids[min(position, len(ids) - 1)])
 
 
@@ -104,12 +106,13 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         Scaled logits less the largest, float64 (n), and their ids int64 (n).
     """
     if sampling.top_k and sampling.top_k < len(logits):
-        threshold = logits.topk(sampling.top_k).values[-1]
-        ids = (logits >= threshold).nonzero().squeeze(1)  # (n): ties with the k-th stay
+        ids = likeliest(logits, sampling.top_k)  # (n)
     else:
         ids = torch.arange(len(logits))
-    ids = ids[logits[ids] > -math.inf]
     values, order = torch.sort(logits[ids].double(), descending=True, stable=True)
+    if values[-1] == -math.inf:  # asked once, because what follows costs more than all of them are worth
+        kept = values > -math.inf
+        values, order = values[kept], order[kept]
     # from the likeliest down, so that no temperature, however small, overflows
     values, ids = (values - values[0]) / sampling.temperature, ids[order]
     if sampling.top_p is not None and sampling.top_p < 1:
@@ -117,6 +120,21 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         keep = probabilities.cumsum(0) - probabilities < sampling.top_p  # the mass before a token is short of p
         values, ids = values[keep], ids[keep]
     return values, ids
+
+
+def likeliest(logits: Tensor, k: int) -> Tensor:
+    """Return the ids int64 (n) of the k largest logits (V) and of what equals the k-th, in order of id; k is below V.
+
+    The k-th largest of the maxima of chunks is a lower bound of the k-th largest logit, for each of k chunks has one
+    that reaches it. What is below cannot be among the k largest, and that leaves few to sort.
+    """
+    chunks = len(logits) // _CHUNK
+    if chunks < k:
+        return (logits >= logits.topk(k).values[-1]).nonzero().squeeze(1)
+    maxima = logits[: chunks * _CHUNK].view(chunks, _CHUNK).amax(dim=1)  # (chunks)
+    ids = (logits >= maxima.topk(k).values[-1]).nonzero().squeeze(1)  # (m), m at least k
+    values = logits[ids]
+    return ids[values >= values.topk(k).values[-1]]
 
 
 def uniform(seed: int, prompt: int, sample: int, step: int) -> float:

@@ -166,7 +166,10 @@ class Shelf:
 
     @functools.cached_property
     def _weights(self) -> Weights:
-        return self.catalog.model.weights(self.catalog.dtype)
+        start = time.perf_counter()
+        weights = self.catalog.model.weights(self.catalog.dtype)
+        log.info("mapped weights %s, %.1f ms", weights.digest[:12], 1000 * (time.perf_counter() - start))
+        return weights
 
     def _load(self, bucket: Bucket) -> bool:
         """Load a bucket from its best intact entry; False, and never tried again, if it has none."""
@@ -189,15 +192,16 @@ class Shelf:
 
     def _load_entry(self, bucket: Bucket, answer: Answer) -> Executable:
         assert answer.manifest is not None
+        weights = self._weights  # converted on a node that meets them first, which is none of this bucket's time
         start = time.perf_counter()
         artifact = self.catalog.artifact(answer.manifest)
-        executable = self.catalog.backend.load(artifact, self._weights.tensors)
+        executable = self.catalog.backend.load(artifact, weights.tensors)
         milliseconds = 1000 * (time.perf_counter() - start)
         size = sum(len(content) for content in artifact.blobs.values())
         log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", bucket, answer.key[:12], size, milliseconds)
         self.catalog.store.mark_used(answer.manifest.family, answer.key)
         blobs = "-".join(blob.sha256[:16] for blob in answer.manifest.blobs)
-        self._canary(executable, bucket, f"{self._weights.digest[:32]}-{blobs}")
+        self._canary(executable, bucket, f"{weights.digest[:32]}-{blobs}")
         return executable
 
     def _canary(self, executable: Executable, bucket: Bucket, pair: str) -> None:

@@ -14,6 +14,7 @@ from nanogpt_buckets.sampling import (
     draw_nanogpt,
     draw_per_row,
     greedy,
+    likeliest,
     mask_undecodable,
     uniform,
 )
@@ -52,6 +53,19 @@ def test_top_k_keeps_ties_with_the_kth():
     _, ids = candidates(LOGITS, Sampling(temperature=1.0, top_k=1))
 
     assert ids.tolist() == [1, 3]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 700), st.data())
+def test_the_likeliest_are_those_that_reach_the_kth(n, data):
+    k = data.draw(st.integers(1, n - 1))  # few of n: by chunks; many: by sorting all
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    logits = (torch.randn(n) * 3).round()  # many ties
+    logits[torch.rand(n) < data.draw(st.sampled_from([0.0, 0.5]))] = -math.inf
+
+    kth = sorted(logits.tolist(), reverse=True)[k - 1]
+
+    assert likeliest(logits, k).tolist() == [i for i, logit in enumerate(logits.tolist()) if logit >= kth]
 
 
 @pytest.mark.parametrize("top_k", [None, 0, 5, 50])
