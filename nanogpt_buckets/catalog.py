@@ -9,7 +9,8 @@ Knows nothing of compiling or running. Imports no torch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -25,6 +26,8 @@ from nanogpt_buckets.store.manifest import Blob, Manifest
 
 # What an upgrade changes in a family.
 _VERSIONS = ("runtime", "source")
+# Why a bucket is absent, unless one for another toolchain is here.
+NOT_BUILT = "not built"
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,17 @@ class Catalog:
             gate=dict(artifact.gate),
         )
 
+    def build_command(self, buckets: Iterable[Bucket] = ()) -> str:
+        """Return the command that builds these buckets, or the default ladder if there are none, for a hint."""
+        wanted = list(buckets)
+        batch = ",".join(map(str, sorted({bucket.batch_size for bucket in wanted})))
+        seq = ",".join(map(str, sorted({bucket.seq_len for bucket in wanted})))
+        name = self.model.name if self.model.path is None else shlex.quote(str(self.model.path))
+        rows = f" --batch {batch}" if batch not in ("", "1") else ""
+        lengths = f" --seq {seq}" if seq else ""
+        dtype = "" if self.dtype == "float32" else f" --dtype {self.dtype}"
+        return f"nanogpt-buckets build --model {name}{rows}{lengths}{dtype}"
+
     def _why_absent(self, bucket: Bucket) -> str:
         """Say that a bucket is not built, and how the most alike one of this architecture differs from it."""
         differences: list[list[str]] = []
@@ -147,9 +161,9 @@ class Catalog:
                 if theirs.get("architecture") == self.family_parts["architecture"]:
                     differences.append(key.difference(self.family_parts, theirs))
         if not differences:
-            return "not built"
+            return NOT_BUILT
         lines = ["another release's source" if x.startswith("source:") else x for x in min(differences, key=len)]
-        return f"not built; there is one with {', '.join(lines)}"
+        return f"{NOT_BUILT}; there is one with {', '.join(lines)}"
 
     def _ranked(self) -> dict[Bucket, list[Answer]]:
         found: dict[Bucket, list[Answer]] = {}

@@ -32,15 +32,16 @@ class BucketsError(Exception):
 
     Args:
         message: one sentence, without a full stop, holding the user's own value.
-        hint: what to do, preferably a command that can be pasted.
+        hint: what to do, preferably a command that can be pasted; None gives the hint usual for the kind of error.
     """
 
     exit_code = 1
+    usual_hint: str | None = None
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = self.usual_hint if hint is None else hint
 
     def __str__(self) -> str:
         return self.message
@@ -67,6 +68,8 @@ class PlanError(UsageError):
 class ModelError(BucketsError):
     """The model cannot be used."""
 
+    usual_hint = "see that the file is there and that this user may read it"
+
 
 class ModelNotFound(ModelError, FileNotFoundError):
     """No such model, file, or local copy of the weights."""
@@ -75,13 +78,19 @@ class ModelNotFound(ModelError, FileNotFoundError):
 class UnsupportedModel(ModelError):
     """A model we could read but would not compute exactly."""
 
+    usual_hint = "what can be used: gpt2 to gpt2-xl, folders of class GPT2LMHeadModel, checkpoints of nanoGPT"
+
 
 class CheckpointDamaged(ModelError):
     """A checkpoint that is truncated, is something else, or holds pickled objects we refuse."""
 
+    usual_hint = "copy, download or save the model again; nothing of it was used"
+
 
 class TokenizerError(BucketsError, ValueError):
     """There is no tokenizer, or it is not the one this model was trained with."""
+
+    usual_hint = "give the tokenizer the model was trained with: --tokenizer and a meta.pkl, a folder, or gpt2"
 
 
 class UnknownCharacter(TokenizerError):
@@ -100,14 +109,19 @@ class CompileFailed(BucketsError):
     """At least one bucket could not be compiled or did not pass the gate."""
 
     exit_code = 5
+    usual_hint = "nanogpt-buckets doctor examines the compiler"
 
 
 class CacheError(BucketsError):
     """The cache directory cannot be used."""
 
+    usual_hint = "nanogpt-buckets doctor examines the cache directory"
+
 
 class TransientError(CacheError):
     """The cache could not be read or written this time; nothing stored was changed."""
+
+    usual_hint = "nothing was changed; try again, and if it fails again ask nanogpt-buckets doctor"
 
 
 class CacheMiss(CacheError):
@@ -120,6 +134,7 @@ class CorruptEntry(CacheError):
     """Stored bytes are not what their digest says they are."""
 
     exit_code = 4
+    usual_hint = "nanogpt-buckets build compiles what is damaged again"
 
 
 class UntrustedStore(CacheError):
@@ -132,3 +147,4 @@ class IncompatibleEntry(CacheError):
     """Made for another machine or by a newer release; left alone."""
 
     exit_code = 7
+    usual_hint = "nanogpt-buckets build compiles one for this machine"

@@ -16,7 +16,7 @@ from nanogpt_buckets import settings
 from nanogpt_buckets.backends.base import Executable
 from nanogpt_buckets.backends.eager import EagerBackend
 from nanogpt_buckets.builder import Listener, build_missing, default_plan, remember_plan
-from nanogpt_buckets.catalog import Catalog
+from nanogpt_buckets.catalog import NOT_BUILT, Catalog
 from nanogpt_buckets.dispatch import cheapest, group
 from nanogpt_buckets.errors import CacheError, CacheMiss, CompileFailed, UsageError
 from nanogpt_buckets.model.checkpoint import Weights
@@ -24,7 +24,7 @@ from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.plan.cost import step_flops
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
 from nanogpt_buckets.report import Report
-from nanogpt_buckets.store.answer import Answer
+from nanogpt_buckets.store.answer import ERRORS, Answer
 
 log = logging.getLogger(__name__)
 
@@ -254,26 +254,22 @@ class Shelf:
         self.report.promotions += bool(missed)
         for bucket in sorted(missed - self._said):
             state = "damaged" if bucket in self._refused else "not built"
-            command = self._command([bucket])
+            command = self.catalog.build_command([bucket])
             log.warning("bucket %s is %s; a larger one runs in its place (%s)", bucket, state, command)
         self._said |= missed
 
     def _refusal(self, need: int) -> CacheError | None:
         return next((error for bucket, error in self._refused.items() if bucket.holds(1, need)), None)
 
-    def _miss(self, what: str, need: int = 0) -> CacheMiss:
+    def _miss(self, what: str, need: int = 0) -> CacheError:
+        """Return the error of a miss; what is here and cannot be used gives it its kind and reason."""
         block_size = self.catalog.model.architecture.block_size
         lacking = [bucket for bucket in self._plan if bucket not in self._entries and bucket.holds(1, need)]
-        buckets = lacking or [Bucket(1, rung_for(need or block_size, block_size))]
-        return CacheMiss(
-            f"{what} for model {self.catalog.model.name} in {self.catalog.store.root}", hint=self._command(buckets)
-        )
-
-    def _command(self, buckets: list[Bucket]) -> str:
-        batch = ",".join(map(str, sorted({bucket.batch_size for bucket in buckets})))
-        seq = ",".join(map(str, sorted({bucket.seq_len for bucket in buckets})))
-        model = self.catalog.model
-        name = model.name if model.path is None else str(model.path)
-        rows = "" if batch == "1" else f" --batch {batch}"
-        dtype = "" if self.catalog.dtype == "float32" else f" --dtype {self.catalog.dtype}"
-        return f"nanogpt-buckets build --model {name}{rows} --seq {seq}{dtype}"
+        command = self.catalog.build_command(lacking or ([Bucket(1, rung_for(need, block_size))] if need else []))
+        message = f"{what} for model {self.catalog.model.name} in {self.catalog.store.root}"
+        answers = [self.catalog.best(bucket) for bucket in lacking]
+        for answer in answers:
+            if answer.status in ERRORS:
+                return ERRORS[answer.status](f"{message}: {answer.why}", hint=answer.hint or command)
+        alike = [answer.why for answer in answers if answer.why != NOT_BUILT]
+        return CacheMiss(f"{message}: {alike[0]}" if alike else message, hint=command)

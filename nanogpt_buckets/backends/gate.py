@@ -33,6 +33,8 @@ BFLOAT16_FACTOR = 2.0
 class GateFailed(CompileFailed):
     """A compiled bucket does not compute what the eager model computes."""
 
+    usual_hint = "it was thrown away; --backend eager runs without compiling, another --target may compile rightly"
+
 
 def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229) -> dict[str, Tensor]:
     """Return weights under which every part of the network matters: N(0, 0.05), LayerNorm gains around 1.

@@ -15,7 +15,7 @@ import click
 
 from nanogpt_buckets import __version__
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.errors import BucketsError
+from nanogpt_buckets.errors import BucketsError, UsageError
 
 _DEBUG_VARIABLE = "NANOGPT_BUCKETS_DEBUG"
 
@@ -44,9 +44,21 @@ class _Group(click.Group):
         command: click.Command = getattr(importlib.import_module(_COMMANDS[cmd_name][0]), cmd_name)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the command; what it cannot take, its help explains."""
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            error.hint = error.hint or _see_help(f"{ctx.command_path} {ctx.invoked_subcommand}")
+            raise
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+def _see_help(command: str) -> str:
+    return f"{command} --help says what it takes"
 
 
 def _dashes(name: str) -> str:
@@ -81,15 +93,19 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "nanogpt-buckets"
+        output.error(UsageError(error.format_message().rstrip("."), hint=_see_help(command)))
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         output.complain("interrupted")
         sys.exit(130)
     except BrokenPipeError:
-        # the reader has gone; keep the interpreter from complaining about it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.forget_stdout()  # the reader has gone, and knows
         sys.exit(1)
     except BucketsError as error:
         if os.environ.get(_DEBUG_VARIABLE):

@@ -72,12 +72,8 @@ def _miss(catalog: Catalog, missing: list[Bucket], plan: Plan | None) -> CacheMi
     what = "no bucket is built"
     if missing:
         what = f"bucket {', '.join(map(str, missing))} {'are' if len(missing) > 1 else 'is'} not built"
-    name = catalog.model.name if catalog.model.path is None else catalog.model.path
-    seq = ",".join(map(str, sorted({bucket.seq_len for bucket in missing})))
-    return CacheMiss(
-        f"{what} for model {catalog.model.name} in {catalog.store.root}",
-        hint=f"nanogpt-buckets build --model {name}" + (f" --seq {seq}" if plan else ""),
-    )
+    hint = catalog.build_command(missing if plan else ())
+    return CacheMiss(f"{what} for model {catalog.model.name} in {catalog.store.root}", hint=hint)
 
 
 def _show(figures: list[Figures]) -> None:

@@ -52,7 +52,7 @@ def build(
         if row.state == "failed":
             output.error(CompileFailed(f"bucket {row.bucket} was not built: {row.why}", hint=row.hint))
         if row.log:
-            output.complain(f"bucket {row.bucket}: end of the compiler's log:\n{row.log.rstrip()}")
+            output.detail(f"bucket {row.bucket}: end of the compiler's log:\n{row.log.rstrip()}")
     return CompileFailed.exit_code if report.failed else 0
 
 

@@ -88,10 +88,10 @@ def _prompt(prompt: str | None, start: str | None) -> str:
 
 def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:
     tokens = engine.stream(text, **sampling)
-    print(text, end="", flush=True)
+    output.put(text)
     for token in tokens:
-        print(token.text, end="", flush=True)
-    print(flush=True)
+        output.put(token.text or "")
+    output.put("\n")
 
 
 def _print_all(engine: Engine, text: str, num_samples: int, sampling: dict[str, Any], as_json: bool) -> None:

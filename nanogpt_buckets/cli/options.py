@@ -117,7 +117,7 @@ def output_options(command: Command) -> Command:
     for option in (
         click.option(
             "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbosity,
-            help="Also say what is loaded, from where, and how long it took.",
+            help="Also say what is loaded, how long it took, and what a failed compiler said.",
         ),
         click.option(
             "-q", "--quiet", is_flag=True, expose_value=False, callback=_set_verbosity,

@@ -45,12 +45,42 @@ _LOG_LINES = _LogLines()
 
 def data(text: str) -> None:
     """Print data for people."""
-    print(text, flush=True)
+    put(f"{text}\n")
 
 
 def document(value: Any) -> None:
     """Print data for programs: one JSON document on one line."""
-    print(json.dumps(value, ensure_ascii=True, default=str), flush=True)
+    put(f"{json.dumps(value, ensure_ascii=True, default=str)}\n")
+
+
+def put(text: str) -> None:
+    """Write on stdout, at once.
+
+    Raises:
+        BrokenPipeError: the reader has gone.
+        BucketsError: it cannot be written for another reason.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        forget_stdout()
+        raise BucketsError(
+            f"standard output cannot be written: {problem.strerror}", hint="see whether its disk is full"
+        ) from None
+
+
+def forget_stdout() -> None:
+    """Keep the interpreter from trying at exit to write what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def detail(text: str) -> None:
+    """Tell something that only those want who asked for more."""
+    if _verbosity == VERBOSE:
+        complain(text)
 
 
 def say(text: str) -> None:

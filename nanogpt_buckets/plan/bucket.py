@@ -13,6 +13,8 @@ from typing import Any
 from nanogpt_buckets.errors import PlanError
 
 STEPS = ("recompute",)
+# So that ids, and what is counted in tokens, fit in 32 bits.
+_MOST_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True, order=True)
@@ -25,7 +27,7 @@ class Bucket:
         step: "recompute".
 
     Raises:
-        PlanError: a size is not a positive whole number, or the step is unknown.
+        PlanError: a size is not a positive whole number, the bucket holds too many tokens, or the step is unknown.
     """
 
     batch_size: int
@@ -37,6 +39,11 @@ class Bucket:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(f"{name} is {value!r}; it must be a positive whole number")
+        if self.batch_size * self.seq_len > _MOST_TOKENS:
+            raise PlanError(
+                f"a bucket of batch_size {self.batch_size} and seq_len {self.seq_len} is too large",
+                hint=f"batch_size times seq_len may be {_MOST_TOKENS} at most",
+            )
         if self.step not in STEPS:
             raise PlanError(f"step {self.step!r} is unknown", hint=f"steps: {', '.join(STEPS)}")
 

@@ -1,0 +1,144 @@
+"""The executable as a user meets it: its flags, its real output, and scripts that call the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+DEMO = ["--model", "demo"]
+
+
+def test_generate_prints_prompt_and_text_on_stdout_and_the_rest_on_stderr(cli, demo_cache):
+    arguments = ("generate", "ROMEO:", *DEMO, "--max-new-tokens", "20", "--seed", "1337")
+    first, second = cli(*arguments, cache=demo_cache), cli(*arguments, cache=demo_cache)
+
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith(b"ROMEO:")
+    assert len(first.stdout) == len("ROMEO:") + 20 + 1
+    assert first.stdout == second.stdout
+    assert b"20 tokens" in first.stderr
+    assert b"tokens/s on inductor" in first.stderr
+    assert b"1x16 x11, 1x32 x9" in first.stderr
+
+
+def test_sample_pys_flags_work_in_both_spellings(cli, demo_cache):
+    dashes = cli("generate", *DEMO, "--start=KING", "--max-new-tokens=5", "--top-k=3", "--seed=2", cache=demo_cache)
+    same = cli("generate", *DEMO, "--start=KING", "--max_new_tokens=5", "--top_k=3", "--seed=2", cache=demo_cache)
+
+    assert dashes.returncode == 0, dashes.stderr
+    assert dashes.stdout == same.stdout
+    many = cli("generate", "a", *DEMO, "--num_samples=2", "--max_new_tokens=3", cache=demo_cache)
+    assert many.stdout.count(b"---------------\n") == 2
+
+
+@pytest.mark.parametrize("way", ["argument", "file", "stdin"])
+def test_the_prompt_may_be_text_a_file_or_standard_input(cli, demo_cache, tmp_path, way):
+    (tmp_path / "prompt.txt").write_text("ROMEO:")
+    prompt = {"argument": "ROMEO:", "file": f"FILE:{tmp_path / 'prompt.txt'}", "stdin": "-"}[way]
+
+    run = cli("generate", prompt, *DEMO, "--max-new-tokens=4", "--seed=1", cache=demo_cache, stdin="ROMEO:")
+
+    assert run.stdout.startswith(b"ROMEO:")
+    assert len(run.stdout) == len("ROMEO:") + 4 + 1
+
+
+def test_odd_prompts_and_odd_terminals_stop_nothing(cli, demo_cache):
+    eager = ("--backend=eager", "--max-new-tokens=1")
+    run = cli("generate", "caf\udce9", *DEMO, *eager, cache=demo_cache)
+    assert run.returncode == 1
+    assert b"position 3 is not among the 83" in run.stderr
+
+    run = cli("generate", "\u6f22", *DEMO, *eager, cache=demo_cache, PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
+    assert run.returncode == 1
+    assert b"character '?' (U+6F22)" in run.stderr
+
+
+def test_generate_json_is_one_document(cli, demo_cache):
+    run = cli("generate", "ROMEO:", *DEMO, "--max-new-tokens=4", "--json", "--seed=1", cache=demo_cache)
+    document = json.loads(run.stdout)
+
+    assert document["generations"][0]["new_tokens"] == 4
+    assert document["generations"][0]["text"].startswith("ROMEO:")
+    assert document["report"]["backend"] == "inductor"
+
+
+def test_the_eager_backend_is_one_flag_away(cli, demo_cache):
+    arguments = ("generate", "ROMEO:", *DEMO, "--max-new-tokens=9", "--seed=1")
+
+    compiled = cli(*arguments, cache=demo_cache)
+    eager = cli(*arguments, "--backend", "eager", cache=demo_cache)
+    like_nanogpt = cli(*arguments, "--compile=False", cache=demo_cache)
+
+    assert compiled.stdout == eager.stdout == like_nanogpt.stdout
+    assert b"on eager" in like_nanogpt.stderr
+
+
+def test_status_says_what_is_warm_by_its_exit_code(cli, demo_cache):
+    warm = cli("status", *DEMO, "--seq", "16,32", cache=demo_cache)
+    some = cli("status", *DEMO, "--seq", "16,64", "--json", cache=demo_cache)
+    plan = cli("status", *DEMO, cache=demo_cache)
+
+    assert (warm.returncode, some.returncode, plan.returncode) == (0, 1, 0)
+    assert [row["state"] for row in json.loads(some.stdout)["buckets"]] == ["warm", "missing"]
+    assert b"2 of 2 buckets warm" in plan.stderr
+
+
+def test_build_again_is_all_hits_as_json(cli, demo_cache):
+    run = cli("build", *DEMO, "--seq", "32,16,16", "--json", cache=demo_cache)
+
+    document = json.loads(run.stdout)
+    assert (document["hits"], document["compiled"], document["failed"]) == (2, 0, 0)
+    assert [row["bucket"]["seq_len"] for row in document["buckets"]] == [16, 32]
+
+
+def test_cache_ls_and_verify(cli, demo_cache):
+    rows = json.loads(cli("cache", "ls", "--json", cache=demo_cache).stdout)
+    verify = cli("cache", "verify", "--json", cache=demo_cache)
+
+    assert sorted(row["bucket"] for row in rows) == ["1x16", "1x32"]
+    assert all(len(row["key"]) == 64 and row["state"] == "warm" for row in rows)
+    assert (verify.returncode, json.loads(verify.stdout)["problems"]) == (0, [])
+    assert cli("cache", "dir", cache=demo_cache).stdout.decode() == f"{demo_cache}\n"
+
+
+def test_help_names_every_command_and_the_exit_codes(cli):
+    text = cli("--help").stdout.decode()
+
+    assert all(name in text for name in ("build", "generate", "status", "cache", "Exit codes", "130"))
+    for command in ("build", "generate", "status", "cache ls", "cache verify", "cache dir"):
+        assert "Example: " in cli(*command.split(), "--help").stdout.decode()
+
+
+# --- scripts without a guard ------------------------------------------------------------------------------------------
+
+SCRIPT = "from nanogpt_buckets import generate\nprint(generate('ROMEO:', model='demo', max_new_tokens={n}, seed=1))\n"
+
+
+def test_generate_compiles_in_a_cold_cache_from_any_script(tmp_path):
+    script = SCRIPT.format(n=20)  # 25 tokens: the shortest rung of the demo's ladder, 32, is compiled
+    (tmp_path / "script.py").write_text(script)
+    ways = {"file": [str(tmp_path / "script.py")], "-c": ["-c", script], "stdin": ["-"]}
+
+    def run(way: str) -> subprocess.CompletedProcess[str]:
+        variables = {"PYTHONPATH": str(Path(__file__).parents[2]), "NANOGPT_BUCKETS_CACHE_DIR": str(tmp_path / way)}
+        return subprocess.run(
+            [sys.executable, *ways[way]],
+            input=script if way == "stdin" else "",
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | variables,
+        )
+
+    with ThreadPoolExecutor(len(ways)) as pool:  # each compiles in a cache of its own
+        for done in pool.map(run, ways):
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.startswith("ROMEO:")
+            assert done.stdout.count("ROMEO:") == 1, "the script ran once"
+            assert "compiling 1 missing bucket(s) of demo first: 1x32" in done.stderr
