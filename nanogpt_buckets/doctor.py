@@ -93,7 +93,7 @@ def _versions() -> Iterator[Finding]:
 def _machine() -> Iterator[Finding]:
     libraries = ", ".join(f"{name} {number}" for name, number in sorted(host.own_versions().items()))
     yield Finding("machine", "system", f"{platform.system()} {platform.machine()}, {libraries or 'C library unknown'}")
-    yield Finding("machine", "processors", f"{host.cpu_count()} usable, {_processor()}")
+    yield _processors()
     yield Finding("machine", "memory", f"{host.available_memory_bytes() / 1e9:.1f} GB available")
     if memfile.in_memory():
         yield Finding(
@@ -102,6 +102,15 @@ def _machine() -> Iterator[Finding]:
     else:
         hint = "libraries are loaded from private copies in the local directory, which must allow execution"
         yield Finding("machine", "libraries from memory", "no", Verdict.WARNING, hint)
+
+
+def _processors() -> Finding:
+    usable, seen = host.cpu_count(), host.visible_cpu_count()
+    text = f"{usable} usable, {_processor()}"
+    if usable == seen or "OMP_NUM_THREADS" in os.environ:
+        return Finding("machine", "processors", text)
+    hint = f"OMP_NUM_THREADS={usable}: torch starts a thread for each of {seen} processors, more than the quota"
+    return Finding("machine", "processors", text, Verdict.WARNING, hint)
 
 
 def _processor() -> str:

@@ -173,9 +173,14 @@ def available_memory_bytes() -> int:
 
 def cpu_count() -> int:
     """Return the processors this process may run on, the container's quota included."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = visible_cpu_count()
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         return max(1, min(count, int(quota) // int(period))) if quota != "max" else count
     except (OSError, ValueError):
         return count
+
+
+def visible_cpu_count() -> int:
+    """Return the processors this process may run on; OpenMP sees these, and not a container's quota."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

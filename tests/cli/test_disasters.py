@@ -177,6 +177,22 @@ def test_a_local_directory_that_is_full_or_read_only(cli, mount, demo_cache):
     said(cli(*CACHED, cache=demo_cache, NANOGPT_BUCKETS_LOCAL_DIR=str(local)), 1, "Read-only", "LOCAL_DIR")
 
 
+def test_a_container_with_a_read_only_home_and_a_temporary_directory_that_may_not_execute(cli, mount, demo_cache):
+    small = mount("size=8m,noexec,nosuid,nodev")
+    places = {"HOME": "/proc/nowhere", "TMPDIR": str(small), "NANOGPT_BUCKETS_LOCAL_DIR": str(small / "local")}
+
+    run = cli(*CACHED, cache=demo_cache, **places)
+    assert (run.returncode, run.stdout[:6]) == (0, b"ROMEO:"), run.stderr
+
+    # and without that one writable directory
+    said(
+        cli(*CACHED, cache=demo_cache, **places | {"NANOGPT_BUCKETS_LOCAL_DIR": "/proc/nowhere"}),
+        1,
+        "/proc",
+        "LOCAL_DIR",
+    )
+
+
 def test_a_cache_that_is_not_there(cli, tmp_path):
     nowhere = tmp_path / "no" / "where"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt_buckets import __version__, doctor, settings
-from nanogpt_buckets.backends import inductor
+from nanogpt_buckets.backends import host, inductor
 from nanogpt_buckets.cli import main
 from nanogpt_buckets.mounts import Mount
 
@@ -63,6 +63,19 @@ def test_a_healthy_machine_has_no_problem_and_every_fact(facts, demo_cache):
     assert found["cache file system"]["value"].split()[0] != "unknown"
     assert found["local directory"]["value"].startswith(str(settings.local_dir()))
     assert found["environment NANOGPT_BUCKETS_CACHE_DIR"]["value"] == str(settings.cache_dir())
+
+
+def test_a_containers_quota_that_openmp_does_not_see_is_a_warning_with_the_number_to_set(facts, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(host, "visible_cpu_count", lambda: 64)
+    monkeypatch.setattr(host, "cpu_count", lambda: 3)
+
+    found = facts()[1]["machine processors"]
+    assert found["verdict"] == "warning"
+    assert found["hint"].startswith("OMP_NUM_THREADS=3:")
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert facts()[1]["machine processors"]["verdict"] == "ok"
 
 
 def test_people_get_a_table_and_the_counts(run):
