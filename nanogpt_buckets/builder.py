@@ -10,37 +10,33 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanogpt_buckets import backends, child, key, settings
+from nanogpt_buckets import backends, child, failures, key
 from nanogpt_buckets.backends import host, worker
-from nanogpt_buckets.backends.base import DTYPES, Artifact, BuildRequest
-from nanogpt_buckets.catalog import Catalog
+from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest
+from nanogpt_buckets.catalog import Catalog, open_catalog
 from nanogpt_buckets.errors import (
     BackendUnavailable,
     BucketsError,
     CacheError,
+    CompileFailed,
     CorruptEntry,
     PlanError,
     UsageError,
 )
 from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.store.answer import Status
-from nanogpt_buckets.store.local import LocalStore
 
 log = logging.getLogger(__name__)
 
 # How long to wait for another builder that holds the same key before compiling it as well.
 _LOCK_TIMEOUT_S = 600.0
-# A child's imports and compiler, and how many copies of the weights the gate holds at its peak.
-_CHILD_BASE_BYTES = 1_300_000_000
-_CHILD_WEIGHT_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -114,12 +110,13 @@ def build(
     dtype: str = "float32",
     jobs: int | None = None,
     executor: Executor | None = None,
+    compiler_args: str | Sequence[str] = (),
     cache_dir: str | os.PathLike[str] | None = None,
     on_progress: Listener | None = None,
 ) -> BuildReport:
     """Compile what is missing of a plan and add the plan to the model's default one.
 
-    Neither weights nor network are needed: artifacts carry no weights.
+    Neither weights nor network are needed where artifacts carry no weights, that is everywhere but on Neuron.
 
     Args:
         plan: the buckets.
@@ -129,6 +126,7 @@ def build(
         dtype: "float32" or "bfloat16".
         jobs: children at a time; None for as many as processors and memory allow.
         executor: runs `compile_bucket(request)` instead of a child of this process; it may be on another machine.
+        compiler_args: flags for neuronx-cc, as a line or a list.
         cache_dir: the store; None for the default.
         on_progress: called from worker threads with a bucket and its phase: "waiting", "compiling", "checking", "hit",
             "compiled" or "failed".
@@ -137,11 +135,13 @@ def build(
         One row per bucket. Failed buckets are rows, not exceptions.
 
     Raises:
-        PlanError: the plan is empty or has a bucket longer than the model's block_size.
+        PlanError: the plan is empty, has a bucket longer than the model's block_size, or is too large for the device.
         UsageError: an unknown dtype, backend or number of jobs, or a backend that compiles nothing.
         BackendUnavailable: there is something to compile and no compiler.
     """
-    catalog = open_catalog(model, backend=backend, target=target, dtype=dtype, cache_dir=cache_dir)
+    catalog = open_catalog(
+        model, backend=backend, target=target, dtype=dtype, compiler_args=compiler_args, cache_dir=cache_dir
+    )
     return build_missing(catalog, plan, jobs=jobs, executor=executor, on_progress=on_progress)
 
 
@@ -152,8 +152,12 @@ def build_missing(
     jobs: int | None = None,
     executor: Executor | None = None,
     on_progress: Listener | None = None,
+    retry: bool = True,
 ) -> BuildReport:
-    """Do what `build` says for a catalog that is open already."""
+    """Do what `build` says for a catalog that is open already.
+
+    Without `retry`, what this node failed to compile within the last hour fails at once.
+    """
     if not catalog.backend.compiles:
         raise UsageError(
             f"the {catalog.backend.name} backend compiles nothing, so there is nothing to build",
@@ -162,32 +166,11 @@ def build_missing(
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs is {jobs}; it must be at least 1")
     plan = (plan if isinstance(plan, Plan) else Plan(plan)).check(catalog.model.architecture.block_size)
-    rows = _Builder(catalog, executor, on_progress or (lambda bucket, phase: None)).run(plan, jobs)
+    catalog.check_memory(plan)
+    rows = _Builder(catalog, executor, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)
     remember_plan(catalog, plan)
     target = catalog.backend.target(catalog.target)
     return BuildReport(catalog.model.name, catalog.backend.name, target, catalog.store.root, rows)
-
-
-def open_catalog(
-    model: str | os.PathLike[str],
-    *,
-    backend: str,
-    target: str | None,
-    dtype: str,
-    cache_dir: str | os.PathLike[str] | None,
-) -> Catalog:
-    """Resolve what the user typed into one model, one backend and one store.
-
-    Raises:
-        UsageError: an unknown dtype or backend.
-        ModelError: the model cannot be used.
-    """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is unknown", hint=f"dtypes: {', '.join(DTYPES)}")
-    chosen = backends.choose(backend, target)
-    if chosen.compiles:
-        chosen.target(target)  # refuse an impossible target before anything else is done
-    return Catalog(open_model(model), chosen, dtype, LocalStore(settings.cache_dir(cache_dir)), target)
 
 
 def default_plan(catalog: Catalog) -> Plan | None:
@@ -204,7 +187,7 @@ def remember_plan(catalog: Catalog, plan: Plan) -> None:
         before = None if saved is None else Plan.from_json(saved)
     except (CorruptEntry, PlanError):
         saved = before = None
-    merged = plan if before is None else before | plan
+    merged = plan if before is None or not catalog.fits(before | plan) else before | plan
     others = (family for family in (saved or {}).get("families", ()) if not catalog.replaces(family))
     families = {catalog.family, *others}
     document = merged.to_json(model=name, source="build", families=families)
@@ -229,37 +212,47 @@ def compile_bucket(request: dict[str, Any], on_event: Callable[[child.Event], No
     with tempfile.TemporaryDirectory(prefix="nanogpt-buckets-") as directory:
         workdir = Path(directory)
         # nothing of the compiler's may land outside this directory, which goes when the child is done
-        environment = {"TMPDIR": directory}
-        result = child.run(worker.__name__, request, workdir=workdir, on_event=on_event, environment=environment)
+        build = BuildRequest.from_json(request)
+        backend = backends.choose(build.backend, arguments=build.arguments)
+        result = child.run(
+            worker.__name__,
+            request,
+            workdir=workdir,
+            on_event=on_event,
+            environment={"TMPDIR": directory} | backend.child_environment(build),
+            timeout_s=backend.timeout_s,
+        )
         return worker.artifact_from_json(result, workdir)
 
 
-def default_jobs(arch: Architecture, missing: int) -> int:
+def default_jobs(backend: Backend, arch: Architecture, missing: int) -> int:
     """Return how many children may run at once: bounded by buckets, processors and memory."""
-    child_bytes = _CHILD_BASE_BYTES + _CHILD_WEIGHT_COPIES * 4 * arch.n_params
-    return max(1, min(missing, host.cpu_count(), host.available_memory_bytes() // child_bytes))
+    by_memory = host.available_memory_bytes() // backend.child_bytes(arch)
+    return max(1, min(missing, host.cpu_count(), by_memory))
 
 
 class _Builder:
     """One run of `build`: finds what is missing, compiles it, publishes it."""
 
-    def __init__(self, catalog: Catalog, executor: Executor | None, on_progress: Listener) -> None:
+    def __init__(self, catalog: Catalog, executor: Executor | None, on_progress: Listener, retry: bool) -> None:
         self._catalog = catalog
         self._executor = executor
         self._tell = on_progress
+        self._retry = retry
         self._stopped = False
 
     def run(self, plan: Plan, jobs: int | None) -> tuple[BuildRow, ...]:
         rows = {bucket: row for bucket in plan if (row := self._hit(bucket))}
         missing = sorted((b for b in plan if b not in rows), key=lambda b: -b.batch_size * b.seq_len)
         if missing and self._catalog.key_parts(missing[0]) is None:
+            backend = self._catalog.backend
             raise BackendUnavailable(
-                f"{len(missing)} of {len(plan)} buckets are missing and there is no C++ compiler to build them with",
-                hint="install g++, or use a cache directory in which they are built",
+                f"{len(missing)} of {len(plan)} buckets are missing and there is no {backend.needs} to build them with",
+                hint=backend.install,
             )
         if missing:
             self._catalog.store.prepare()  # a directory that cannot be written is said before minutes of compiling
-            count = jobs or default_jobs(self._catalog.model.architecture, len(missing))
+            count = jobs or default_jobs(self._catalog.backend, self._catalog.model.architecture, len(missing))
             rows |= self._build_all(missing, count)
         return tuple(rows[bucket] for bucket in plan)
 
@@ -300,14 +293,18 @@ class _Builder:
                 adopted = self._hit(bucket, time.monotonic() - start)
                 if adopted is not None:
                     return adopted
+                if not self._retry and (why := failures.recall(name)):
+                    raise CompileFailed(why, hint=f"to try again: {self._catalog.build_command([bucket])}")
                 artifact = self._compile(bucket)
                 manifest = self._catalog.store.publish(self._catalog.manifest(parts, artifact), artifact.blobs)
         except BucketsError as error:
             self._tell(bucket, "failed")
             log = getattr(error, "log", "")
+            failures.remember(name, getattr(error, "kind", ""), error.message)
             return BuildRow(
                 bucket, "failed", name, time.monotonic() - start, why=error.message, hint=error.hint, log=log
             )
+        failures.forget(name)
         self._tell(bucket, "compiled")
         size = sum(blob.size for blob in manifest.blobs)
         return BuildRow(bucket, "compiled", name, time.monotonic() - start, size)
@@ -323,6 +320,8 @@ class _Builder:
             dtype=catalog.dtype,
             target=catalog.backend.target(catalog.target),
             lowering=catalog.backend.lowering(),
+            arguments=catalog.backend.arguments,
+            weights=str(catalog.model.weights(catalog.dtype).path) if catalog.backend.inlines_weights else None,
         ).to_json()
         try:
             if self._executor is not None:

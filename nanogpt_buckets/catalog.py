@@ -9,23 +9,25 @@ Knows nothing of compiling or running. Imports no torch.
 from __future__ import annotations
 
 import functools
+import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from nanogpt_buckets import key
+from nanogpt_buckets import backends, key, settings
 from nanogpt_buckets.backends import host
-from nanogpt_buckets.backends.base import Artifact, Backend
-from nanogpt_buckets.model.checkpoint import Model
-from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.backends.base import DTYPES, Artifact, Backend
+from nanogpt_buckets.errors import PlanError, UsageError
+from nanogpt_buckets.model.checkpoint import Model, open_model
+from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import Blob, Manifest
 
-# What an upgrade changes in a family.
-_VERSIONS = ("runtime", "source")
+# What an upgrade, or training a model of the same name on, changes in a family.
+_CHANGING = ("runtime", "source", "weights")
 # Why a bucket is absent, unless one for another toolchain is here.
 NOT_BUILT = "not built"
 
@@ -58,8 +60,8 @@ class Catalog:
             runtime=self.backend.runtime(),
             source=key.source_digest(*self.backend.sources),
             lowering=self.backend.lowering(),
-            flags=[],
-            weights=None,
+            flags=self.backend.flags(),
+            weights=self.model.weights(self.dtype).digest if self.backend.inlines_weights else None,
         )
 
     @functools.cached_property
@@ -96,10 +98,10 @@ class Catalog:
         return refused[0] if refused else Answer(Status.ABSENT, "", why=self._why_absent(bucket))
 
     def replaces(self, family: str) -> bool:
-        """Whether this family stands where another did before an upgrade: alike but for library versions and source."""
+        """Whether this family stands where another did before: alike but for library versions, source and weights."""
         manifests = [answer.manifest for answer in self.store.family(family) if answer.manifest is not None]
         theirs = manifests[0].parts["family"] if manifests else {}
-        return all(theirs.get(name, mine) == mine for name, mine in self.family_parts.items() if name not in _VERSIONS)
+        return all(theirs.get(name, mine) == mine for name, mine in self.family_parts.items() if name not in _CHANGING)
 
     def usable(self) -> dict[Bucket, list[Answer]]:
         """Return, for each bucket, the entries that say they run here, best first. Blobs are not read yet."""
@@ -135,10 +137,42 @@ class Catalog:
             outputs=artifact.outputs,
             weights=artifact.weights,
             requires=dict(artifact.requires),
-            contains_weights=False,
+            contains_weights=self.backend.inlines_weights,
             stats=dict(artifact.stats),
             gate=dict(artifact.gate),
         )
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether the buckets of a plan fit into the memory of the device they are built for."""
+        limit = self._most_buckets()
+        return limit is None or len(plan) <= limit
+
+    def check_memory(self, plan: Plan) -> None:
+        """Refuse a plan whose buckets, each with its own copy of the weights, do not fit the device.
+
+        Raises:
+            PlanError: with the largest part of the plan that does.
+        """
+        limit = self._most_buckets()
+        if limit is None or len(plan) <= limit:
+            return
+        target = self.backend.target(self.target)
+        needed, capacity = len(plan) * self._bucket_bytes(), self.backend.capacity(target) or 0
+        # the longest reach every prompt; those between save time only
+        kept = sorted(plan, key=lambda bucket: (bucket.seq_len, bucket.batch_size))[len(plan) - limit :]
+        raise PlanError(
+            f"{len(plan)} buckets of {self.model.name} hold {needed / 1e9:.1f} GB of weights, "
+            f"and a {target} core has room for {capacity / 1e9:.1f} GB",
+            hint=f"the largest part that fits: {self.build_command(kept)}" if kept else "try --dtype bfloat16",
+        )
+
+    def _bucket_bytes(self) -> int:
+        return self.model.architecture.n_params * (4 if self.dtype == "float32" else 2)
+
+    def _most_buckets(self) -> int | None:
+        """Return how many buckets fit on a device, or None where weights are not in them."""
+        capacity = self.backend.capacity(self.backend.target(self.target)) if self.backend.inlines_weights else None
+        return None if capacity is None else capacity // self._bucket_bytes()
 
     def build_command(self, buckets: Iterable[Bucket] = ()) -> str:
         """Return the command that builds these buckets, or the default ladder if there are none, for a hint."""
@@ -149,7 +183,8 @@ class Catalog:
         rows = f" --batch {batch}" if batch not in ("", "1") else ""
         lengths = f" --seq {seq}" if seq else ""
         dtype = "" if self.dtype == "float32" else f" --dtype {self.dtype}"
-        return f"nanogpt-buckets build --model {name}{rows}{lengths}{dtype}"
+        target = "" if self.target is None else f" --target {self.target}"
+        return f"nanogpt-buckets build --model {name}{rows}{lengths}{dtype}{target}"
 
     def _why_absent(self, bucket: Bucket) -> str:
         """Say that a bucket is not built, and how the most alike one of this architecture differs from it."""
@@ -190,3 +225,28 @@ class Catalog:
         newest = [tuple(-n for n in host.version_tuple(text)) for text in sorted(parts["compiler"].values())]
         runs_here = answer.status is Status.WARM
         return (not runs_here, not own_compiler, host.level_rank(parts["target"]), newest, answer.key)
+
+
+def open_catalog(
+    model: str | os.PathLike[str],
+    *,
+    backend: str,
+    target: str | None,
+    dtype: str,
+    cache_dir: str | os.PathLike[str] | None,
+    compiler_args: str | Sequence[str] = (),
+    cores: int = 1,
+) -> Catalog:
+    """Resolve what the user typed into one model, one backend and one store.
+
+    Raises:
+        UsageError: an unknown dtype or backend, or an argument it does not take.
+        BackendUnavailable: the backend cannot be used, or not for this target.
+        ModelError: the model cannot be used.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown", hint=f"dtypes: {', '.join(DTYPES)}")
+    chosen = backends.choose(backend, target, arguments=compiler_args, cores=cores)
+    if chosen.compiles:
+        chosen.target(target)  # refuse an impossible target before anything else is done
+    return Catalog(open_model(model), chosen, dtype, LocalStore(settings.cache_dir(cache_dir)), target)

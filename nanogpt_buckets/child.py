@@ -19,7 +19,7 @@ import sysconfig
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nanogpt_buckets.errors import BucketsError
 
@@ -27,8 +27,12 @@ Event = dict[str, Any]
 
 # What would change generated code, or point a compiler at somebody else's cache. A child gets none of it.
 _SCRUBBED_PREFIXES = ("TORCHINDUCTOR_", "TRITON_", "TORCH_COMPILE", "TORCH_LOGS", "AOT_INDUCTOR_", "INDUCTOR_")
-_SCRUBBED_NAMES = ("ATEN_CPU_CAPABILITY", "PYTHONSTARTUP", "PYTHONINSPECT", "CXXFLAGS", "CFLAGS", "CPPFLAGS", "LDFLAGS")
+_SCRUBBED_NAMES = (
+    "ATEN_CPU_CAPABILITY", "PYTHONSTARTUP", "PYTHONINSPECT", "CXXFLAGS", "CFLAGS", "CPPFLAGS", "LDFLAGS",
+    "NEURON_CC_FLAGS", "NEURON_COMPILE_CACHE_URL",
+)  # fmt: skip
 _LOG_TAIL_BYTES = 4000
+_LONGEST_S = 24 * 3600.0
 
 _running: set[subprocess.Popen[bytes]] = set()
 
@@ -36,10 +40,11 @@ _running: set[subprocess.Popen[bytes]] = set()
 class ChildFailed(BucketsError):
     """The child ended without a result.
 
-    `log` holds the end of what it wrote on stderr.
+    `log` holds the end of what it wrote on stderr, `kind` the name of the error it ended with, if it named one.
     """
 
     log: str = ""
+    kind: str = ""
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -64,6 +69,7 @@ def run(
     workdir: Path,
     on_event: Callable[[Event], None] | None = None,
     environment: Mapping[str, str] | None = None,
+    timeout_s: float = _LONGEST_S,
 ) -> Event:
     """Run `python -m module` on one request and return its last event.
 
@@ -73,6 +79,7 @@ def run(
         workdir: the child's working directory; its stderr is kept there in child.log.
         on_event: called with each event as it comes, the last one included.
         environment: added to the cleaned environment.
+        timeout_s: it is killed after so many seconds.
 
     Raises:
         ChildFailed: it ended, or was killed, without a result.
@@ -80,18 +87,19 @@ def run(
     log_path = workdir / "child.log"
     last: Event = {}
     with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=workdir,
-            env=clean_environment(environment),
-            start_new_session=True,
-        )
+        process = _start(module, workdir, log, environment)
         assert process.stdin is not None
         assert process.stdout is not None
         _running.add(process)
+        overran = threading.Event()
+
+        def stop() -> None:
+            overran.set()
+            _kill_group(process)
+
+        timer = threading.Timer(timeout_s, stop)
+        timer.daemon = True
+        timer.start()
         try:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -102,10 +110,25 @@ def run(
                     on_event(last)
             status = process.wait()
         finally:
+            timer.cancel()
             _end(process)
     if status != 0 or last.get("event") != "done":
-        raise _failure(last, status, log_path)
+        raise _failure(last, status, log_path, f"was ended after {timeout_s:.0f} s" if overran.is_set() else "")
     return last
+
+
+def _start(
+    module: str, workdir: Path, log: IO[bytes], environment: Mapping[str, str] | None
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        cwd=workdir,
+        env=clean_environment(environment),
+        start_new_session=True,
+    )
 
 
 def end_all() -> None:
@@ -130,9 +153,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 stream.close()
 
 
-def _failure(last: Event, status: int, log_path: Path) -> ChildFailed:
+def _failure(last: Event, status: int, log_path: Path, stopped: str) -> ChildFailed:
     if last.get("event") == "error":
         reason = str(last.get("message"))
+    elif stopped:
+        reason = f"the child {stopped} without a result"
     elif status < 0:
         reason = f"the child was killed by {signal.Signals(-status).name}"
         if status == -signal.SIGKILL:
@@ -140,6 +165,7 @@ def _failure(last: Event, status: int, log_path: Path) -> ChildFailed:
     else:
         reason = f"the child ended with status {status} and no result"
     failure = ChildFailed(reason, hint=last.get("hint"))
+    failure.kind = str(last.get("kind", ""))
     failure.log = log_path.read_bytes()[-_LOG_TAIL_BYTES:].decode("utf-8", "replace")
     return failure
 
@@ -163,7 +189,7 @@ def serve(handler: Callable[[dict[str, Any], Callable[..., None]], Mapping[str, 
     try:
         result = handler(request, emit)
     except BucketsError as error:
-        emit("error", message=error.message, hint=error.hint)
+        emit("error", message=error.message, hint=error.hint, kind=type(error).__name__)
         sys.exit(1)
     except BaseException as error:
         emit("error", message=f"{type(error).__name__}: {error}".strip().splitlines()[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -76,15 +77,23 @@ class Dispatcher:
         cost: of one step in a bucket.
         block_size: contexts longer than this are cropped to their last block_size tokens, as nanoGPT does.
         report: where steps are counted.
+        at_once: how many groups may run at the same time, on as many cores.
     """
 
     def __init__(
-        self, executables: Callable[[Bucket], Executable], cost: Cost, block_size: int, report: Report
+        self,
+        executables: Callable[[Bucket], Executable],
+        cost: Cost,
+        block_size: int,
+        report: Report,
+        *,
+        at_once: int = 1,
     ) -> None:
         self._executables = executables
         self._cost = cost
         self._block_size = block_size
         self._report = report
+        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="core") if at_once > 1 else None
 
     def run(self, contexts: Sequence[Sequence[int]], buckets: Sequence[Bucket]) -> Tensor:
         """Return the logits that follow each context, in the order given.
@@ -101,24 +110,29 @@ class Dispatcher:
         """
         cropped = [context[-self._block_size :] for context in contexts]
         self._report.crops += sum(len(context) > self._block_size for context in contexts)
+        groups = group([len(context) for context in cropped], buckets, self._cost)
+        run = map if self._pool is None else self._pool.map
+        contexts_of = [[cropped[row] for row in members] for _, members in groups]
+        done = run(self._run_bucket, [bucket for bucket, _ in groups], contexts_of)
         rows: dict[int, Tensor] = {}
-        for bucket, members in group([len(context) for context in cropped], buckets, self._cost):
-            logits = self._run_bucket(bucket, [cropped[row] for row in members])  # (n, V)
+        for (bucket, members), (logits, seconds) in zip(groups, done, strict=True):
+            self._report.count_step(bucket, [len(cropped[row]) for row in members], seconds)
             rows |= dict(zip(members, logits, strict=True))
         return torch.stack([rows[row] for row in range(len(contexts))])  # (N, V)
 
-    def _run_bucket(self, bucket: Bucket, contexts: list[Sequence[int]]) -> Tensor:
+    def _run_bucket(self, bucket: Bucket, contexts: list[Sequence[int]]) -> tuple[Tensor, float]:
+        """Return the logits (n, V) of n contexts, and the seconds spent inside the bucket."""
         executable, inputs = self._executables(bucket), pad(contexts, bucket)
         start = time.perf_counter()
         logits = executable(*inputs)[: len(contexts)]  # (B, V) -> (n, V)
-        self._report.count_step(bucket, [len(context) for context in contexts], time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         # NaN if any logit is; several times faster than asking each
         if not all(math.isfinite(extreme) for extreme in logits.aminmax()):
             raise NonFiniteLogits(
                 f"bucket {bucket} returned logits that are not finite",
                 hint="the weights may be damaged; compare with --backend eager",
             )
-        return logits
+        return logits, seconds
 
 
 def pad(contexts: Sequence[Sequence[int]], bucket: Bucket) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from nanogpt_buckets import backends, settings
 from nanogpt_buckets.backends import host, memfile
+from nanogpt_buckets.backends.neuron import device, sdk
 from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.mounts import Mount, mount_of
 from nanogpt_buckets.store.answer import Status
@@ -120,30 +121,77 @@ def _processor() -> str:
 
 
 def _backend() -> Iterator[Finding]:
-    neuron = "devices are here, but " if list(Path("/dev").glob("neuron*")) else ""
-    yield Finding("backend", "neuron", f"{neuron}not in this release")
+    yield from _neuron()
     if Path("/dev/nvidiactl").exists():
         yield Finding("backend", "cuda", "a GPU is here; this release runs on the CPU")
     chosen = backends.choose()
-    why = "it is the only one of this release that compiles"
+    why = "there is a Neuron device" if chosen.name == "neuron" else "there is no Neuron device"
     yield Finding("backend", "chosen", f"{chosen.name}: {why}")
-    yield Finding("backend", "device", "cpu")
     try:
-        yield Finding(
-            "backend",
-            "target",
-            f"{chosen.target(None)}; this CPU can run {', '.join([*host.levels_here(), host.NATIVE])}",
-        )
+        target = chosen.target(None)
     except (BucketsError, metadata.PackageNotFoundError) as error:
         yield Finding("backend", "target", str(error), Verdict.PROBLEM, getattr(error, "hint", None) or "")
         return
+    levels = [*host.levels_here(), host.NATIVE]
+    also = f"; this CPU can run {', '.join(levels)}" if target in levels else ""
+    yield Finding("backend", "target", f"{target}{also}")
     yield _loader()
     compiler = chosen.compiler()
     if compiler is None:
-        hint = "install g++ or set CXX; buckets that are built already run without"
-        yield Finding("backend", "compiler", "none found", Verdict.WARNING, hint)
+        hint = f"{chosen.install}; buckets that are built already run without"
+        yield Finding("backend", "compiler", f"no {chosen.needs} found", Verdict.WARNING, hint)
     else:
         yield Finding("backend", "compiler", ", ".join(f"{name} {text}" for name, text in sorted(compiler.items())))
+
+
+def _neuron() -> Iterator[Finding]:
+    """Say what is here of Neuron; without a device a lack is a fact, with one it is a problem."""
+    found = device.find()
+    yield _neuron_device(found)
+    if found is not None and not device.has_driver():
+        hint = "install aws-neuronx-dkms, then reboot"
+        yield Finding("neuron", "driver", "the kernel has none loaded", Verdict.PROBLEM, hint)
+    yield _neuron_packages(wanted=found is not None)
+    for name in ("NEURON_CC_FLAGS", "NEURON_COMPILE_CACHE_URL"):
+        if name in os.environ:
+            yield Finding(
+                "neuron", name, "set, and not used here", Verdict.WARNING, "flags are given by --compiler-args"
+            )
+    yield Finding("neuron", "proof", "N1: passes a test double of torch_neuronx; it has never run on a device")
+
+
+def _neuron_device(found: device.Device | None) -> Finding:
+    if found is None:
+        return Finding("neuron", "device", "none")
+    chips = f"{found.chips} chip{'s' if found.chips > 1 else ''}"
+    text = f"{found.instance or 'of unknown kind'}, {chips}, {found.cores} cores"
+    memory = device.core_bytes(found.target)
+    text += f" with {memory / 1e9:.1f} GB for buckets each" if memory else ""
+    if not found.readable:
+        return Finding(
+            "neuron", "device", text, Verdict.PROBLEM, "it cannot be opened; in a container: --device /dev/neuron0"
+        )
+    return Finding("neuron", "device", text)
+
+
+def _neuron_packages(*, wanted: bool) -> Finding:
+    try:
+        version = sdk.require()
+    except BucketsError as error:
+        verdict = Verdict.PROBLEM if wanted else Verdict.OK
+        return Finding("neuron", "packages", error.message, verdict, error.hint or "")
+    compiler = sdk.installed("neuronx-cc")
+    row = sdk.pairing(version, compiler)
+    text = f"torch-neuronx {version}, neuronx-cc {compiler or 'not installed'}"
+    if row is None:
+        return Finding("neuron", "packages", f"{text}: of no SDK known here", Verdict.WARNING, sdk.INSTALL)
+    text += f"; SDK {row.sdk}, Python {row.python}"
+    if compiler is not None and not compiler.startswith(row.neuronx_cc):
+        hint = (
+            f"SDK {row.sdk} has neuronx-cc {row.neuronx_cc[-1]}: pip install --extra-index-url {sdk.INDEX} neuronx-cc=="
+        )
+        return Finding("neuron", "packages", text, Verdict.WARNING, hint + row.neuronx_cc[-1])
+    return Finding("neuron", "packages", text)
 
 
 def _loader() -> Finding:

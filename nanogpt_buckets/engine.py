@@ -11,15 +11,16 @@ import operator
 import os
 import secrets
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from nanogpt_buckets import last_run
-from nanogpt_buckets.builder import Listener, open_catalog
+from nanogpt_buckets.builder import Listener
+from nanogpt_buckets.catalog import open_catalog
 from nanogpt_buckets.dispatch import Dispatcher
 from nanogpt_buckets.errors import TokenizerError, UsageError
 from nanogpt_buckets.generation import Generation, Row, Token
@@ -44,7 +45,9 @@ class Engine:
         self._arch = shelf.catalog.model.architecture
         self.tokenizer = tokenizer_for(shelf.catalog.model, tokenizer)
         self._report = shelf.report
-        self._dispatcher = Dispatcher(shelf.executable, shelf.cost, self._arch.block_size, self._report)
+        self._dispatcher = Dispatcher(
+            shelf.executable, shelf.cost, self._arch.block_size, self._report, at_once=shelf.catalog.backend.cores
+        )
         self._lock = threading.RLock()
 
     @classmethod
@@ -60,6 +63,8 @@ class Engine:
         on_miss: str = "promote",
         cached_only: bool = False,
         lazy: bool = False,
+        compiler_args: str | Sequence[str] = (),
+        cores: int = 1,
         cache_dir: str | os.PathLike[str] | None = None,
         on_progress: Listener | None = None,
     ) -> Engine:
@@ -76,6 +81,8 @@ class Engine:
                 call needs before its first step.
             cached_only: never compile, whatever else is said.
             lazy: load each bucket when it is first needed.
+            compiler_args: flags for neuronx-cc, which are part of what names a bucket.
+            cores: NeuronCores to run on; each holds every bucket.
             cache_dir: the store; None for the default.
             on_progress: told what becomes of each bucket that is compiled; see `build`.
 
@@ -83,7 +90,10 @@ class Engine:
             CacheMiss: no bucket is built and none may be compiled.
             BucketsError: the model, its tokenizer or the cache cannot be used.
         """
-        catalog = open_catalog(model, backend=backend, target=target, dtype=dtype, cache_dir=cache_dir)
+        catalog = open_catalog(
+            model, backend=backend, target=target, dtype=dtype, compiler_args=compiler_args, cores=cores,
+            cache_dir=cache_dir,
+        )  # fmt: skip
         on_miss = "promote" if cached_only and on_miss == "build" else on_miss
         shelf = Shelf(catalog, plan, on_miss=on_miss, on_progress=on_progress)
         engine = cls(shelf, tokenizer)
@@ -278,23 +288,8 @@ class Engine:
             for row, row_logits in zip(rows, logits, strict=True)
         ]
 
-    def _timed(self) -> _Timer:
-        return _Timer(self._lock, self._report)
-
-
-class _Timer:
-    """Hold the engine's lock for one step and add the time to the report."""
-
-    def __init__(self, lock: threading.RLock, report: Report) -> None:  # type: ignore[valid-type,unused-ignore]
-        self._lock, self._report, self._start = lock, report, 0.0
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._start = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self._report.seconds += time.perf_counter() - self._start
-        self._lock.release()
+    def _timed(self) -> AbstractContextManager[None]:
+        return self._report.timed(self._lock)
 
 
 def _check_count(name: str, value: object, least: int) -> None:
@@ -320,6 +315,8 @@ def generate(
     dtype: str = "float32",
     tokenizer: TokenizerChoice = None,
     cached_only: bool = False,
+    compiler_args: str | Sequence[str] = (),
+    cores: int = 1,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> str | list[str]:
     """Continue a prompt and return prompt and continuation as text; a list of strings gives a list.
@@ -332,7 +329,7 @@ def generate(
     """
     with Engine.load(
         model, plan=plan, backend=backend, target=target, dtype=dtype, tokenizer=tokenizer, on_miss="build",
-        cached_only=cached_only, lazy=True, cache_dir=cache_dir,
+        cached_only=cached_only, lazy=True, compiler_args=compiler_args, cores=cores, cache_dir=cache_dir,
     ) as engine:  # fmt: skip
         if engine.tokenizer is None:
             raise TokenizerError(

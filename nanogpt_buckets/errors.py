@@ -101,6 +101,12 @@ class BackendUnavailable(BucketsError):
     """The backend or target asked for cannot be used on this machine."""
 
 
+class DeviceError(BucketsError):
+    """An accelerator did not do what it was asked."""
+
+    usual_hint = "nanogpt-buckets doctor examines the device; nothing in the cache was changed"
+
+
 class NonFiniteLogits(BucketsError, ArithmeticError):
     """A bucket returned NaN or infinity, so there is nothing to sample from."""
 

@@ -1,10 +1,13 @@
 """What a run did, in counters: which buckets ran, what was padding, what was cropped or promoted.
 
-Pure bookkeeping. Imports no torch and measures nothing by itself.
+Pure bookkeeping. Imports no torch.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +71,16 @@ class Report:
         count.seconds += seconds
         self.switches += self._last not in (None, bucket)
         self._last = bucket
+
+    @contextmanager
+    def timed(self, lock: AbstractContextManager[Any]) -> Iterator[None]:
+        """Hold a lock for one step and add the time, the wait excluded."""
+        with lock:
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self.seconds += time.perf_counter() - start
 
     @property
     def steps(self) -> int:

@@ -25,6 +25,7 @@ from nanogpt_buckets.plan.cost import step_flops
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
 from nanogpt_buckets.report import Report
 from nanogpt_buckets.store.answer import ERRORS, Answer
+from nanogpt_buckets.store.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class Shelf:
         self._compiled: set[Bucket] = set()
         self._plan = self._wanted(plan)
         self._entries: dict[Bucket, list[Answer]] = catalog.usable() if catalog.backend.compiles else {}
+        if self._available():
+            catalog.check_memory(Plan(self._available()))
         if on_miss == "promote" and not self._available():
             raise self._miss("no bucket is built")
 
@@ -200,18 +203,25 @@ class Shelf:
         size = sum(len(content) for content in artifact.blobs.values())
         log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", bucket, answer.key[:12], size, milliseconds)
         self.catalog.store.mark_used(answer.manifest.family, answer.key)
-        blobs = "-".join(blob.sha256[:16] for blob in answer.manifest.blobs)
-        self._canary(executable, bucket, f"{weights.digest[:32]}-{blobs}")
+        self._check_once(executable, bucket, answer.manifest)
         return executable
 
-    def _canary(self, executable: Executable, bucket: Bucket, pair: str) -> None:
-        """Compare with the eager model the first time these weights meet this artifact on this node."""
+    def _check_once(self, executable: Executable, bucket: Bucket, manifest: Manifest) -> None:
+        """Compare with the eager model the first time these weights meet this artifact on this node.
+
+        One short row, for the bucket was checked where it was built; all of that check, if it could not be.
+        """
         from nanogpt_buckets.backends import gate
 
-        mark: Path = settings.local_dir() / "canary" / pair
+        blobs = "-".join(blob.sha256[:16] for blob in manifest.blobs)
+        mark: Path = settings.local_dir() / "canary" / f"{self._weights.digest[:32]}-{blobs}"
         if mark.exists():
             return
-        gate.canary(executable, self.catalog.model.architecture, bucket, self._weights.tensors)
+        if manifest.unchecked:
+            log.warning("bucket %s was built unchecked (%s); checking it now", bucket, manifest.unchecked)
+        arch, rounds = self.catalog.model.architecture, self.catalog.backend.rounds()
+        check = gate.check if manifest.unchecked else gate.canary
+        check(executable, arch, bucket, self._weights.tensors, rounds=rounds)
         try:
             mark.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             mark.touch()
@@ -237,7 +247,7 @@ class Shelf:
     def _build(self, missing: list[Bucket]) -> None:
         names = ", ".join(map(str, missing))
         log.warning("compiling %d missing bucket(s) of %s first: %s", len(missing), self.catalog.model.name, names)
-        for row in build_missing(self.catalog, missing, on_progress=self._on_progress).rows:
+        for row in build_missing(self.catalog, missing, on_progress=self._on_progress, retry=False).rows:
             if row.state == "failed":
                 raise CompileFailed(f"bucket {row.bucket} could not be compiled: {row.why}", hint=row.hint)
             if row.state == "compiled":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,20 @@ def demo_cache(tmp_path_factory) -> Path:
     report = build(Plan.grid(seq=[16, 32]), model="demo", cache_dir=cache)
     assert report.compiled == 2, report
     return cache
+
+
+@pytest.fixture(scope="session")
+def plug_in() -> Callable[..., None]:
+    """A function that makes, under a directory that is taken for /, the files by which a Neuron device is known."""
+
+    def plug_in(root: Path, instance: str, chips: int = 1) -> None:
+        (root / "dev").mkdir(parents=True, exist_ok=True)
+        for chip in range(chips):
+            (root / "dev" / f"neuron{chip}").touch()
+        (root / "proc").mkdir(exist_ok=True)
+        (root / "proc" / "devices").write_text("Character devices:\n  1 mem\n235 neuron\n")
+        names = root / "sys" / "devices" / "virtual" / "dmi" / "id"
+        names.mkdir(parents=True, exist_ok=True)
+        (names / "product_name").write_text(f"{instance}\n")
+
+    return plug_in

@@ -17,7 +17,8 @@ from nanogpt_buckets import key
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, BuildRequest, Contract
 from nanogpt_buckets.backends.inductor import InductorBackend
-from nanogpt_buckets.builder import build, default_jobs, default_plan, open_catalog
+from nanogpt_buckets.builder import build, default_jobs, default_plan
+from nanogpt_buckets.catalog import open_catalog
 from nanogpt_buckets.child import ChildFailed
 from nanogpt_buckets.errors import BackendUnavailable, CacheError, PlanError, UntrustedStore, UsageError
 from nanogpt_buckets.model.architecture import GPT2_SIZES
@@ -213,9 +214,9 @@ def test_jobs_are_bounded_by_buckets_and_memory(monkeypatch):
     monkeypatch.setattr(host, "cpu_count", lambda: 64)
     monkeypatch.setattr(host, "available_memory_bytes", lambda: 10_000_000_000)
 
-    assert default_jobs(GPT2_SIZES["gpt2"], 2) == 2
-    assert default_jobs(GPT2_SIZES["gpt2"], 100) == 3
-    assert default_jobs(GPT2_SIZES["gpt2-xl"], 100) == 1
+    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2"], 2) == 2
+    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2"], 100) == 3
+    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2-xl"], 100) == 1
 
 
 def test_gpt2_needs_neither_weights_nor_network(monkeypatch):

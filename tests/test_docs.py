@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -18,11 +18,15 @@ from nanogpt_buckets.cli import cli
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob(".github/*.md"), *ROOT.glob("nanogpt_buckets/**/README.md")])
-BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
+# A console block runs on this machine, or on one that the double of torch_neuronx plays, with or without a device.
+BLOCK = re.compile(r"```console(?: (neuron|neuron-packages))?\n(.*?)```", re.DOTALL)
+DOUBLE = ROOT / "tests" / "neuron_double"
 # Commands that make the very environment these tests run in; what is in those scripts is tested below.
 RUN_BY_CI = ("scripts/quickstart", "scripts/test")
 # Run with other directories by a test of its own.
-RUN_ELSEWHERE = ("scripts/bench_steps --quick",)
+RUN_ELSEWHERE = ("scripts/bench_steps --quick", "scripts/check-neuron-compile", "scripts/check-on-device")
+# What these tests cannot reach: AWS's package index.
+NEVER_RUN = ("pip install --extra-index-url",)
 # Places of other machines -> places of this test.
 ELSEWHERE = {"/opt/buckets": "opt", "/run/nanogpt-buckets": "run", "/mnt/buckets": "mnt"}
 
@@ -43,7 +47,7 @@ def commands(block: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def machine(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def machine(demo_cache: Path, plug_in: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with a copy of this tree, as a clone of it would be; what one document built, the next one finds."""
     home = tmp_path_factory.mktemp("docs")
     ignored = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__")
@@ -53,24 +57,36 @@ def machine(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*git, "init", "-q", home / "clone"], check=True)
     subprocess.run(["git", "-C", home / "clone", "add", "--all"], check=True)
     (home / "clone" / ".venv").symlink_to(Path(sys.prefix))
+    plug_in(home / "root", "trn1.2xlarge")
     return home
 
 
-def shell(script: str, home: Path) -> subprocess.CompletedProcess[str]:
+def neuron(kind: str, home: Path) -> dict[str, str]:
+    """Return the environment of a machine with the Neuron packages, and with a device unless it is to have none."""
+    paths = [str(DOUBLE / "sdk"), str(DOUBLE / "machine")]
+    variables = {"PYTHONPATH": os.pathsep.join(paths), "NEURON_DOUBLE_STATE_DIR": str(home / "state")}
+    variables["NANOGPT_BUCKETS_CACHE_DIR"] = str(home / "neuron-cache")
+    if kind == "neuron":
+        variables |= {"NEURON_DOUBLE_ROOT": str(home / "root"), "NEURON_DOUBLE_CORES": "2"}
+    return variables
+
+
+def shell(script: str, home: Path, kind: str) -> subprocess.CompletedProcess[str]:
     for there, here in ELSEWHERE.items():
         script = script.replace(there, str(home / here))
     names = ("PATH", "LANG", "PIP_CONFIG_FILE")
     variables = {name: os.environ[name] for name in names if name in os.environ}
     variables |= {"HOME": str(home), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"}
+    variables |= neuron(kind, home) if kind else {}
     command = ["bash", "-euo", "pipefail", "-c", script]
     return subprocess.run(command, cwd=home / "clone", env=variables, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_runs(document, machine):
-    for block in BLOCK.findall(document.read_text(encoding="utf-8")):
-        typed = [line for line in commands(block) if not line.startswith(RUN_BY_CI + RUN_ELSEWHERE)]
-        run = shell("\n".join(typed), machine)
+    for kind, block in BLOCK.findall(document.read_text(encoding="utf-8")):
+        typed = [line for line in commands(block) if not line.startswith(RUN_BY_CI + RUN_ELSEWHERE + NEVER_RUN)]
+        run = shell("\n".join(typed), machine, kind)
 
         assert run.returncode == 0, f"{block}\n{run.stdout}\n{run.stderr}"
         assert "Traceback" not in run.stderr
@@ -84,7 +100,7 @@ def test_the_scripts_install_alike_and_run_what_the_readme_shows():
         line.replace("--editable '.[dev]'", ".") for line in installing.findall(test)
     ]
     shown = re.findall(r"^\.venv/bin/(nanogpt-buckets .*)$", quickstart, re.MULTILINE)
-    first_screen = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))[0]
+    first_screen = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))[0][1]
     assert shown == list(commands(first_screen))[1:]
 
 
@@ -113,7 +129,8 @@ def test_every_other_mention_is_a_command_that_exists(document, command):
 def test_there_are_commands_to_test():
     for document in DOCUMENTS:
         if document.name not in ("CHANGELOG.md",):
-            assert list(commands("\n".join(BLOCK.findall(document.read_text(encoding="utf-8"))))), document
+            blocks = BLOCK.findall(document.read_text(encoding="utf-8"))
+            assert any(list(commands(block)) for _, block in blocks), document
     assert len(list(mentions())) >= 10
 
 

@@ -10,7 +10,7 @@ import torch
 
 from nanogpt_buckets import Bucket, Engine, Plan, generate
 from nanogpt_buckets.backends import gate
-from nanogpt_buckets.builder import open_catalog
+from nanogpt_buckets.catalog import open_catalog
 from nanogpt_buckets.errors import CacheMiss, CorruptEntry, TokenizerError, UsageError
 from nanogpt_buckets.model.tokenizer import characters
 from nanogpt_buckets.plan.bucket import Bucket as B

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nanogpt_buckets.backends.base import Backend
-from nanogpt_buckets.errors import BackendUnavailable, UsageError
+from nanogpt_buckets.backends.neuron import device
+from nanogpt_buckets.errors import UsageError
 
-BACKENDS = ("inductor", "eager")
-_NEURON_TARGETS = ("trn1", "trn1n", "trn2", "inf2")
+BACKENDS = ("inductor", "neuron", "eager")
 
 
-def choose(backend: str = "auto", target: str | None = None) -> Backend:
-    """Return the backend asked for; "auto" lets the target decide, and is inductor where nothing else is said.
+def choose(
+    backend: str = "auto", target: str | None = None, *, arguments: str | Sequence[str] = (), cores: int = 1
+) -> Backend:
+    """Return the backend asked for; for "auto" the target decides, else what devices are here.
+
+    Args:
+        backend: "auto" or one of BACKENDS.
+        target: what to build for; a Trainium or Inferentia name means neuron.
+        arguments: compiler flags, which only neuron takes.
+        cores: NeuronCores to run on.
 
     Raises:
-        UsageError: no such backend.
-        BackendUnavailable: the target needs a backend this release does not have.
+        UsageError: no such backend, a target that is not its own, or an argument it does not take.
     """
     from nanogpt_buckets.backends.eager import EagerBackend
     from nanogpt_buckets.backends.inductor import InductorBackend
+    from nanogpt_buckets.backends.neuron.backend import NeuronBackend
 
-    if backend == "neuron" or (target or "").startswith(_NEURON_TARGETS):
-        raise BackendUnavailable(
-            "this release has no Neuron backend yet",
-            hint="build for this machine's CPU instead: leave --target and --backend out",
-        )
-    if backend in ("auto", "inductor"):
-        return InductorBackend()
-    if backend == "eager":
-        return EagerBackend()
-    raise UsageError(f"backend {backend!r} is unknown", hint=f"backends: auto, {', '.join(BACKENDS)}")
+    if backend not in ("auto", *BACKENDS):
+        raise UsageError(f"backend {backend!r} is unknown", hint=f"backends: auto, {', '.join(BACKENDS)}")
+    if backend == "auto":
+        here = target is None and device.find() is not None
+        backend = "neuron" if here or device.is_neuron(target) else "inductor"
+    if backend == "neuron":
+        return NeuronBackend((arguments,) if isinstance(arguments, str) else tuple(arguments), cores)
+    if device.is_neuron(target):
+        raise UsageError(f"the {backend} backend does not build for {target}", hint="leave --backend out")
+    if arguments:
+        raise UsageError(f"the {backend} backend takes no compiler arguments", hint="they are for --backend neuron")
+    if cores != 1:
+        raise UsageError(f"the {backend} backend runs on one device", hint="cores are for --backend neuron")
+    return InductorBackend() if backend == "inductor" else EagerBackend()

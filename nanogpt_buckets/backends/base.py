@@ -5,6 +5,7 @@ Knows nothing of any one compiler, nor of where artifacts are stored. Imports to
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DTYPES = ("float32", "bfloat16")
+# In a gate's record: why a bucket was published unchecked; whoever loads it first checks it.
+DEFERRED = "deferred"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class BuildRequest:
         dtype: "float32" or "bfloat16".
         target: what to generate code for.
         lowering: how the graph is written.
+        arguments: the user's compiler flags.
+        weights: path of the prepared weights, where they are compiled in.
     """
 
     backend: str
@@ -54,6 +59,8 @@ class BuildRequest:
     dtype: str
     target: str
     lowering: Mapping[str, str]
+    arguments: tuple[str, ...] = ()
+    weights: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the request as plain JSON."""
@@ -64,7 +71,8 @@ class BuildRequest:
     def from_json(cls, data: dict[str, Any]) -> BuildRequest:
         """Rebuild from `to_json`'s output."""
         architecture = Architecture.from_json(data["architecture"])
-        return cls(**(data | {"architecture": architecture, "bucket": Bucket(**data["bucket"])}))
+        rebuilt = {"architecture": architecture, "bucket": Bucket(**data["bucket"])}
+        return cls(**(data | rebuilt | {"arguments": tuple(data["arguments"])}))
 
 
 @dataclass(frozen=True)
@@ -100,34 +108,73 @@ class Executable(Protocol):
         """Let go of what the executable holds."""
 
 
-class Backend(Protocol):
-    """One compiler with its loader.
+class Backend(ABC):
+    """One compiler with its loader; what most have in common is here.
 
-    `name` is part of the family. `compiles` is False where every shape runs at once and nothing is cached. `sources`
-    are the files of this backend that shape generated code, relative to the package.
+    `name` is part of the family. `sources` are the files of this backend that shape generated code, relative to the
+    package. `compiles` is False where every shape runs at once and nothing is cached. `inlines_weights` is True where
+    weights are compiled in. `needs` says what is lacking where `compiler` finds none, and `install` how to get it.
+    `timeout_s` bounds one compilation. `arguments` are the user's compiler flags. `cores` is how many steps can run at
+    once.
     """
 
     name: str
-    compiles: bool
     sources: tuple[str, ...]
+    compiles = True
+    inlines_weights = False
+    needs = "compiler"
+    install = ""
+    timeout_s = 3600.0
+    arguments: tuple[str, ...] = ()
+    cores: int = 1
 
+    @abstractmethod
     def runtime(self) -> dict[str, str]:
         """Return the library versions an artifact is tied to."""
 
+    @abstractmethod
     def lowering(self) -> dict[str, str]:
         """Return how graphs are written for this backend."""
 
+    @abstractmethod
     def target(self, requested: str | None) -> str:
         """Return what would be built for."""
 
+    @abstractmethod
     def compiler(self) -> dict[str, str] | None:
         """Return the versions of what generates code, or None if nothing here can compile."""
 
+    @abstractmethod
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
         """Compile one bucket; runs in a child."""
 
+    @abstractmethod
     def load(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Executable:
         """Make an executable of verified bytes; the weights are checked against their contract first."""
+
+    def flags(self) -> list[str]:
+        """Return, in canonical order, what of the user's compiler flags can change what is compiled."""
+        return []
+
+    def rounds(self) -> bool:
+        """Whether what is compiled computes with less precision than its dtype has, because it was asked to."""
+        return False
+
+    def can_check(self, artifact: Artifact) -> bool:
+        """Whether this machine can run what it has just compiled, and so check it before it is published."""
+        return True
+
+    def capacity(self, target: str) -> int | None:
+        """Return how many bytes of weights in buckets a device holds, or None if that bounds nothing."""
+        return None
+
+    def child_bytes(self, arch: Architecture) -> int:
+        """Return the host memory one compilation may need: imports and compiler, and the gate's copies of weights."""
+        return 1_300_000_000 + 3 * 4 * arch.n_params
+
+    def child_environment(self, request: BuildRequest) -> dict[str, str]:
+        """Return what a compiling child needs in its environment from its start."""
+        return {}
 
 
 def step_contract(step: nn.Module, bucket: Bucket) -> tuple[tuple[Contract, ...], tuple[Contract, ...]]:

@@ -10,7 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt_buckets.backends.base import Artifact, BuildRequest, Executable, check_inputs, check_weights, step_contract
+from nanogpt_buckets.backends.base import (
+    Artifact,
+    Backend,
+    BuildRequest,
+    Executable,
+    check_inputs,
+    check_weights,
+    step_contract,
+)
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
@@ -19,12 +27,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class EagerBackend:
+class EagerBackend(Backend):
     """See `Backend`."""
 
     name = "eager"
     compiles = False
-    sources: tuple[str, ...] = ("backends/eager.py",)
+    sources = ("backends/eager.py",)
 
     def runtime(self) -> dict[str, str]:
         """Return the torch version."""

@@ -53,7 +53,9 @@ def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229)
     return weights
 
 
-def check(step: Step, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def check(
+    step: Step, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor], *, rounds: bool = False
+) -> dict[str, Any]:
     """Compare a loaded step with the eager model and return what was measured, in whole numbers.
 
     Args:
@@ -61,6 +63,7 @@ def check(step: Step, arch: Architecture, bucket: Bucket, weights: Mapping[str, 
         arch: the architecture it was compiled from.
         bucket: its shape.
         weights: canonical tensors, all of one dtype, whose rounding the reference shares.
+        rounds: float32 is computed in less precision, as asked for, and so judged as bfloat16 is.
 
     Raises:
         GateFailed: logits differ by more than the tolerance, or a bit moved that must not.
@@ -69,7 +72,7 @@ def check(step: Step, arch: Architecture, bucket: Bucket, weights: Mapping[str, 
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, bucket.seq_len), generator=generator, dtype=torch.int32)
     lengths = awkward_lengths(bucket.seq_len)
     with torch.inference_mode():
-        error, tolerance = _worst_error(step, arch, weights, rows, lengths)
+        error, tolerance = _worst_error(step, arch, weights, rows, lengths, rounds)
         if not error <= tolerance:  # NaN fails too
             raise GateFailed(f"bucket {bucket} differs from the eager model by {error:.1e} of the largest logit")
         _check_bits(step, arch.vocab_size, rows, lengths, bucket)
@@ -87,7 +90,7 @@ def awkward_lengths(seq_len: int) -> list[int]:
 
 
 def _worst_error(
-    step: Step, arch: Architecture, weights: Mapping[str, Tensor], rows: Tensor, lengths: list[int]
+    step: Step, arch: Architecture, weights: Mapping[str, Tensor], rows: Tensor, lengths: list[int], rounds: bool
 ) -> tuple[float, float]:
     """Return the largest error, relative to the largest reference logit, and what is allowed."""
     reference = _logits_at({name: w.float() for name, w in weights.items()}, arch, rows, lengths)  # (B, n, V)
@@ -98,9 +101,9 @@ def _worst_error(
         logits = step(*_cut(rows, [lengths[n] for n in own], pad=0))  # (B, V)
         expected = torch.stack([reference[row, n] for row, n in enumerate(own)])  # (B, V)
         worst = max(worst, _error(logits, expected, scale))
-    if all(w.dtype == torch.float32 for w in weights.values()):
+    if not rounds and all(w.dtype == torch.float32 for w in weights.values()):
         return worst, FLOAT32_TOLERANCE
-    eager = _logits_at(weights, arch, rows, lengths)
+    eager = _logits_at({name: w.bfloat16() for name, w in weights.items()}, arch, rows, lengths)
     return worst, BFLOAT16_FACTOR * _error(eager, reference, scale)
 
 
@@ -144,7 +147,9 @@ def _expect_same(before: Tensor, after: Tensor, cause: str, bucket: Bucket) -> N
         raise GateFailed(f"bucket {bucket} returns other logits after {cause}")
 
 
-def canary(step: Step, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor]) -> None:
+def canary(
+    step: Step, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor], *, rounds: bool = False
+) -> None:
     """Run one short row on a user's weights and compare it with the eager model: the pair fits together.
 
     Raises:
@@ -159,7 +164,8 @@ def canary(step: Step, arch: Architecture, bucket: Bucket, weights: Mapping[str,
         expected = NeuronStep(from_weights(arch, weights))(rows, last_index)
         error = _error(step(padded, last_index), expected, expected.abs().max().item())
     # bfloat16 rounds to 8 bits, and two shapes round differently
-    tolerance = 10 * FLOAT32_TOLERANCE if all(w.dtype == torch.float32 for w in weights.values()) else 0.1
+    exact = not rounds and all(w.dtype == torch.float32 for w in weights.values())
+    tolerance = 10 * FLOAT32_TOLERANCE if exact else 0.1
     if not error <= tolerance:
         raise GateFailed(
             f"bucket {bucket} with these weights differs from the eager model by {error:.1e} of the largest logit",

@@ -1,4 +1,4 @@
-"""What this machine's CPU and C libraries can run, and whether an artifact's requirements are met here.
+"""What this machine's CPU, C libraries and devices can run, and whether an artifact's requirements are met here.
 
 Requirements are checked as "this host has at least that", never as equality of two descriptions. Knows nothing of any
 compiler. Imports no torch.
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nanogpt_buckets.backends.neuron import device
 from nanogpt_buckets.errors import BackendUnavailable
 
 _V2 = frozenset({"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"})
@@ -148,7 +149,9 @@ def unmet(requires: Mapping[str, Any]) -> str | None:
         needed, provided = requires.get(name), own_versions().get(name)
         if needed is not None and version_tuple(provided or "0") < version_tuple(needed):
             return f"needs {name.upper()} {needed}, this host has {provided or 'none'}"
-    unknown = set(requires) - {"os", "machine", "cpu_flags", "glibc", "glibcxx"}
+    if "neuron_core" in requires and (lack := device.unmet(str(requires["neuron_core"]))):
+        return lack
+    unknown = set(requires) - {"os", "machine", "cpu_flags", "glibc", "glibcxx", "neuron_core"}
     return f"has requirements unknown here: {', '.join(sorted(unknown))}" if unknown else None
 
 

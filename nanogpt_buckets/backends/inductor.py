@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import (
     Artifact,
+    Backend,
     BuildRequest,
     Contract,
     Executable,
@@ -41,12 +42,13 @@ _SIMDLEN = {"x86-64-v4": 512, "x86-64-v3": 256, "x86-64-v2": 1}
 _ISA_NAMES = {"x86-64-v4": ["avx2", "avx512"], "x86-64-v3": ["avx2"], "x86-64-v2": []}
 
 
-class InductorBackend:
+class InductorBackend(Backend):
     """See `Backend`."""
 
     name = "inductor"
-    compiles = True
-    sources: tuple[str, ...] = ("backends/base.py", "backends/inductor.py")
+    sources = ("backends/base.py", "backends/inductor.py")
+    needs = "C++ compiler"
+    install = "install g++, or use a cache directory in which they are built"
 
     def runtime(self) -> dict[str, str]:
         """Return the torch version: the library links against its C interface and calls its kernels."""

@@ -10,11 +10,15 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets import child
 from nanogpt_buckets.backends import choose
-from nanogpt_buckets.backends.base import Artifact, BuildRequest, Contract
+from nanogpt_buckets.backends.base import DEFERRED, Artifact, Backend, BuildRequest, Contract
+from nanogpt_buckets.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]:
@@ -32,9 +36,10 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]
     """
     build = BuildRequest.from_json(request)
     emit("phase", phase="compiling")
-    artifact = choose(build.backend).compile(build, Path.cwd())
+    backend = choose(build.backend, arguments=build.arguments)
+    artifact = backend.compile(build, Path.cwd())
     emit("phase", phase="checking")
-    artifact = replace(artifact, gate=_gate(build, artifact))
+    artifact = replace(artifact, gate=_gate(backend, build, artifact))
     files = {}
     for role, content in artifact.blobs.items():
         files[role] = f"{role}.blob"
@@ -64,17 +69,30 @@ def artifact_from_json(result: dict[str, Any], workdir: Path) -> Artifact:
     )
 
 
-def _gate(build: BuildRequest, artifact: Artifact) -> dict[str, Any]:
+def _gate(backend: Backend, build: BuildRequest, artifact: Artifact) -> dict[str, Any]:
+    """Check what was compiled on the bytes that will be published, or say why that must wait until it is loaded."""
     import torch
 
     from nanogpt_buckets.backends import gate
 
-    weights = gate.seeded_weights(build.architecture, getattr(torch, build.dtype))
-    step = choose(build.backend).load(artifact, weights)
+    if not backend.can_check(artifact):
+        return {DEFERRED: "no device where it was built"}
+    dtype = getattr(torch, build.dtype)
+    weights = gate.seeded_weights(build.architecture, dtype) if build.weights is None else _read(build.weights)
     try:
-        return gate.check(step, build.architecture, build.bucket, weights)
+        step = backend.load(artifact, weights)
+    except BackendUnavailable as error:
+        return {DEFERRED: error.message}
+    try:
+        return gate.check(step, build.architecture, build.bucket, weights, rounds=backend.rounds())
     finally:
         step.close()
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    return safetensors.torch.load_file(path)
 
 
 if __name__ == "__main__":

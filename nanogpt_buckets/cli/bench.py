@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nanogpt_buckets.builder import default_plan, open_catalog
+from nanogpt_buckets.builder import default_plan
+from nanogpt_buckets.catalog import open_catalog
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import CacheMiss, UsageError
@@ -31,6 +32,7 @@ def bench(
     backend: str,
     target: str | None,
     dtype: str,
+    compiler_args: str,
     cache_dir: Path | None,
     runs: int,
     as_json: bool,
@@ -43,7 +45,9 @@ def bench(
     Example: nanogpt-buckets bench --model demo
     """
     plan = read_plan(seq, batch, plan_file)
-    catalog = open_catalog(model, backend=backend, target=target, dtype=dtype, cache_dir=cache_dir)
+    catalog = open_catalog(
+        model, backend=backend, target=target, dtype=dtype, compiler_args=compiler_args, cache_dir=cache_dir
+    )
     if not catalog.backend.compiles:
         raise UsageError(
             f"the {catalog.backend.name} backend compiles nothing: it is the baseline", hint="leave it out"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from nanogpt_buckets.builder import BuildReport, build_missing, open_catalog
+from nanogpt_buckets.builder import BuildReport, build_missing
+from nanogpt_buckets.catalog import open_catalog
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import CompileFailed
@@ -27,6 +28,7 @@ def build(
     backend: str,
     target: str | None,
     dtype: str,
+    compiler_args: str,
     cache_dir: Path | None,
     jobs: int | None,
     as_json: bool,
@@ -39,7 +41,9 @@ def build(
     Example: nanogpt-buckets build --model demo --seq 32,64,128
     """
     plan = read_plan(seq, batch, plan_file)
-    catalog = open_catalog(model, backend=backend, target=target, dtype=dtype, cache_dir=cache_dir)
+    catalog = open_catalog(
+        model, backend=backend, target=target, dtype=dtype, compiler_args=compiler_args, cache_dir=cache_dir
+    )
     if plan is None:
         plan = Plan.grid(batch=batch, seq=default_ladder(catalog.model.architecture.block_size))
     with output.BuildProgress() as update:

@@ -52,7 +52,7 @@ def ls(cache_dir: Path | None, as_json: bool) -> None:
     if as_json:
         output.document(rows)
         return
-    headers = ("KEY", "STATE", "BUCKET", "BACKEND", "TORCH", "TARGET", "DTYPE", "MODEL")
+    headers = ("KEY", "STATE", "BUCKET", "BACKEND", "TORCH", "TARGET", "DTYPE", "MODEL", "NOTE")
     lines = [
         [row["key"][:12], *(row[name.lower()] for name in headers[1:]), output.size(row["bytes"]),
          output.age(time.time() - row["last_used"])]
@@ -117,14 +117,18 @@ def _lines(value: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, st
 
 def _row(store: LocalStore, family: str, answer: Answer) -> dict[str, Any]:
     row: dict[str, Any] = {"key": answer.key, "state": answer.status.value, "why": answer.why, "bytes": 0}
-    blank = dict.fromkeys(("bucket", "backend", "target", "dtype", "model", "torch"), "")
+    blank = dict.fromkeys(("bucket", "backend", "target", "dtype", "model", "torch", "note", "unchecked"), "")
     row |= blank | {"contains_weights": False, "last_used": _last_used(store.entry_path(family, answer.key))}
     if answer.manifest is None:
         return row
     parts = answer.manifest.parts
     named = parts["family"]
     arch = named.get("architecture", {})
+    notes = ["weights inside"] if answer.manifest.contains_weights else []
+    notes += ["not checked on a device yet"] if answer.manifest.unchecked else []
     return row | {
+        "note": "; ".join(notes),
+        "unchecked": answer.manifest.unchecked or "",
         "bucket": str(answer.manifest.bucket or "unknown"),
         "backend": named.get("backend", ""),
         "target": parts.get("target", ""),

@@ -37,13 +37,15 @@ _PARTING = "---------------"
 @click.option("--plain-text", is_flag=True, help="<|endoftext|> in the prompt is ordinary text.")
 @click.option("--meta", "--tokenizer", "tokenizer", metavar="PATH", help="A meta.pkl, a tokenizer folder, or gpt2.")
 @click.option("--cached-only", is_flag=True, help="Never compile; exit 3 if nothing that is built reaches.")
+@click.option("--cores", type=click.IntRange(min=1), default=1, help="NeuronCores to run on; each holds every bucket.")
 @click.option("--device", type=click.Choice(["cpu"]), default="cpu", help="sample.py's flag; only cpu.")
 @click.option("--compile", "compiled", type=bool, default=True, metavar="BOOL", help="False runs the eager backend.")
 @output_options
 def generate(
     prompt: str | None, start: str | None, model: str, init_from: str | None, out_dir: Path, backend: str,
     cached_only: bool, compiled: bool, as_json: bool, device: str, target: str | None, dtype: str,
-    tokenizer: str | None, cache_dir: Path | None, num_samples: int, stop: tuple[str, ...], **sampling: Any,
+    compiler_args: str, cores: int, tokenizer: str | None, cache_dir: Path | None, num_samples: int,
+    stop: tuple[str, ...], **sampling: Any,
 ) -> None:  # fmt: skip
     """Continue PROMPT and print both. `FILE:prompt.txt` reads a file, `-` reads standard input.
 
@@ -59,7 +61,8 @@ def generate(
 
     with output.BuildProgress() as update, Engine.load(
         model, backend=backend if compiled else "eager", target=target, dtype=dtype, tokenizer=tokenizer,
-        on_miss="build", cached_only=cached_only, lazy=True, cache_dir=cache_dir, on_progress=update,
+        on_miss="build", cached_only=cached_only, lazy=True, compiler_args=compiler_args, cores=cores,
+        cache_dir=cache_dir, on_progress=update,
     ) as engine:  # fmt: skip
         sampling["stop"] = list(stop) or None
         if num_samples == 1 and not as_json and sys.stdout.isatty():

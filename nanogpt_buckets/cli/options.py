@@ -72,7 +72,7 @@ class Size(_Amount):
 
 
 def model_options(command: Command) -> Command:
-    """Add --model, --backend, --target, --dtype and --cache-dir."""
+    """Add --model, --backend, --target, --dtype, --compiler-args and --cache-dir."""
     for option in reversed(
         (
             click.option(
@@ -80,10 +80,16 @@ def model_options(command: Command) -> Command:
                 help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, a Hugging Face folder, or a nanoGPT ckpt.pt.",
             ),
             click.option(
-                "--backend", default="auto", show_default=True, type=click.Choice(["auto", *BACKENDS, "neuron"])
+                "--backend", default="auto", show_default=True, type=click.Choice(["auto", *BACKENDS])
             ),
-            click.option("--target", metavar="TARGET", help="What to generate code for. Default: this CPU's level."),
+            click.option(
+                "--target", metavar="TARGET",
+                help="What to generate code for: trn1, inf2, trn2, x86-64-v3, ... Default: this machine.",
+            ),
             click.option("--dtype", default="float32", show_default=True, type=click.Choice(DTYPES)),
+            click.option(
+                "--compiler-args", default="", metavar="FLAGS", help="For neuronx-cc; they are part of a bucket's key."
+            ),
             cache_dir_option,
         )
     ):  # fmt: skip

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from nanogpt_buckets.builder import default_plan, open_catalog
+from nanogpt_buckets.builder import default_plan
+from nanogpt_buckets.catalog import open_catalog
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import PlanError
@@ -25,6 +26,7 @@ def status(
     backend: str,
     target: str | None,
     dtype: str,
+    compiler_args: str,
     cache_dir: Path | None,
     as_json: bool,
 ) -> int:
@@ -35,7 +37,9 @@ def status(
     Example: nanogpt-buckets status --model demo --seq 32,64,128
     """
     plan = read_plan(seq, batch, plan_file)
-    catalog = open_catalog(model, backend=backend, target=target, dtype=dtype, cache_dir=cache_dir)
+    catalog = open_catalog(
+        model, backend=backend, target=target, dtype=dtype, compiler_args=compiler_args, cache_dir=cache_dir
+    )
     if plan is None:
         plan = default_plan(catalog)
     if plan is None:

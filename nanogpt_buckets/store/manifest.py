@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn
 
 from nanogpt_buckets import key as keys
-from nanogpt_buckets.backends.base import Contract
+from nanogpt_buckets.backends.base import DEFERRED, Contract
 from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry, PlanError
 from nanogpt_buckets.plan.bucket import Bucket
 
@@ -73,6 +73,11 @@ class Manifest:
     contains_weights: bool
     stats: dict[str, int]
     gate: dict[str, Any]
+
+    @property
+    def unchecked(self) -> str | None:
+        """Why it was published without a check, if it was; it is checked when a device first loads it."""
+        return self.gate.get(DEFERRED)
 
     @property
     def bucket(self) -> Bucket | None:

@@ -15,7 +15,7 @@ from nanogpt_buckets import Bucket, build
 from nanogpt_buckets.backends import choose, gate, host
 from nanogpt_buckets.backends.inductor import InductorBackend
 from nanogpt_buckets.backends.memfile import library_path
-from nanogpt_buckets.builder import open_catalog
+from nanogpt_buckets.catalog import open_catalog
 from nanogpt_buckets.errors import BackendUnavailable, CorruptEntry, IncompatibleEntry, UsageError
 from nanogpt_buckets.steps import NeuronStep
 
@@ -199,9 +199,9 @@ def test_old_torch_builds_native_only(monkeypatch):
 
 
 @pytest.mark.parametrize("target", ["trn1", "inf2", "trn2.48xlarge"])
-def test_neuron_targets_are_an_error_and_never_a_silent_cpu_build(target):
-    with pytest.raises(BackendUnavailable, match="no Neuron backend yet"):
-        choose("auto", target)
+def test_neuron_targets_are_never_a_silent_cpu_build(target):
+    with pytest.raises(BackendUnavailable, match="torch-neuronx, which is not installed"):
+        choose("auto", target).target(target)
 
 
 def test_a_crash_in_the_child_takes_nothing_along(tmp_path):

@@ -56,7 +56,9 @@ def test_a_healthy_machine_has_no_problem_and_every_fact(facts, demo_cache):
     assert "inductor" in found["backend chosen"]["value"]
     assert "g++" in found["backend compiler"]["value"]
     assert found["backend loader"]["value"].startswith("torch can be imported")
-    assert found["backend neuron"]["value"].endswith("not in this release")
+    assert found["neuron device"]["value"] == "none"
+    assert found["neuron packages"]["hint"].startswith("pip install")
+    assert found["neuron proof"]["value"].startswith("N1")
     assert found["cache directory"]["value"] == str(demo_cache)
     assert found["cache content"]["value"].startswith("2 entries, 3.")
     assert found["cache owner"]["value"].endswith("mode 0700")

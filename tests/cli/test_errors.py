@@ -159,8 +159,23 @@ WRONG = {
     ),
     "no default plan": wrong(*STATUS, code=2, said="no default plan", hint="--seq"),
     # where and what for
-    "neuron target": wrong(*BUILD, "--seq=32", "--target=trn1", code=1, said="no Neuron backend", hint="leave --tar"),
-    "neuron backend": wrong(*BUILD, "--seq=32", "--backend=neuron", code=1, said="no Neuron", hint="leave --target"),
+    **{f"neuron: {' '.join(options)}": wrong(
+        "build", "--model=gpt2", "--seq=32", *options, code=1, said="torch-neuronx, which is not installed",
+        hint="pip install --extra-index-url https://pip.repos.neuron.amazonaws.com 'torch-neuronx>=2.9,<2.10'")
+       for options in (["--target=trn1"], ["--backend=neuron"], ["--backend=neuron", "--target=inf2"])},
+    "neuron, weights missing too": wrong(
+        "build", "--model=/no/such", "--seq=32", "--target=trn1", code=1, said="not installed", hint="pip install"
+    ),
+    "neuron target elsewhere": wrong(
+        *BUILD, "--seq=32", "--backend=inductor", "--target=trn1", code=2, said="trn1", hint="leave --backend"
+    ),
+    "compiler arguments elsewhere": wrong(
+        *BUILD, "--seq=32", "--compiler-args=-O1", code=2, said="compiler arguments", hint="--backend neuron"
+    ),
+    "compiler argument that is none": wrong(
+        *BUILD, "--seq=32", "--target=trn1", "--compiler-args=fast", code=2, said="'fast'", hint="--auto-cast"
+    ),
+    "cores elsewhere": wrong(*GENERATE, "--cores=2", code=2, said="one device", hint="--backend neuron"),
     "unknown level": wrong(*BUILD, "--seq=32", "--target=x86-64-v7", code=1, said="x86-64-v7", hint="x86-64-v3"),
     "backend that compiles nothing": wrong(
         *BUILD, "--seq=32", "--backend=eager", code=2, said="compiles nothing", hint="leave --backend out"

@@ -1,0 +1,134 @@
+"""Which Neuron device this machine has, found in files only: asking Neuron's own libraries would reserve its cores.
+
+Knows nothing of installed packages, nor of compiling.
+
+Source: AWS Neuron documentation (runtime configuration guide, device memory); the files are those that Hugging Face's
+optimum-neuron reads (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt_buckets.errors import BackendUnavailable
+
+# Where /dev, /proc and /sys are found; tests look elsewhere.
+ROOT = Path("/")
+TARGETS = ("trn1", "inf2", "trn1n", "trn2", "trn3")
+# Code for one name of a line runs on the others: inf2 and trn1n have trn1's cores.
+_CANONICAL = {"inf2": "trn1", "trn1n": "trn1", "trn2u": "trn2", "trn3u": "trn3"}
+_CORE_VERSIONS = {"trn1": "v2", "trn2": "v3", "trn3": "v4"}
+_CORES_PER_CHIP = {"trn1": 2, "trn2": 4}
+_CORE_BYTES = {"trn1": 16_000_000_000, "trn2": 24_000_000_000}
+# Microcode that every core holds.
+_CORE_RESERVED_BYTES = 96_000_000
+
+
+@dataclass(frozen=True)
+class Device:
+    """The Neuron device of this machine.
+
+    Args:
+        instance: EC2 instance type, or "" if it cannot be read.
+        chips: how many /dev/neuron* there are.
+        readable: whether this user may open them.
+        target: canonical target, or "" if the instance is unknown.
+    """
+
+    instance: str
+    chips: int
+    readable: bool
+    target: str
+
+    @property
+    def cores(self) -> int:
+        """NeuronCores, as programs count them; 0 if that is not known."""
+        per_chip = _CORES_PER_CHIP.get(self.target, 0)
+        if self.target == "trn2" and os.environ.get("NEURON_LOGICAL_NC_CONFIG") == "1":
+            per_chip *= 2
+        return self.chips * per_chip
+
+
+def find() -> Device | None:
+    """Return this machine's Neuron device, or None."""
+    nodes = sorted(path for path in (ROOT / "dev").glob("neuron*") if re.fullmatch(r"neuron\d+", path.name))
+    if not nodes:
+        return None
+    name = ROOT / "sys" / "devices" / "virtual" / "dmi" / "id" / "product_name"
+    try:
+        instance = name.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        instance = ""
+    override = os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE", "")
+    target = canonical(instance.split(".")[0]) or canonical(override) or ""
+    readable = all(os.access(node, os.R_OK | os.W_OK) for node in nodes)
+    return Device(instance, len(nodes), readable, target)
+
+
+def has_driver() -> bool:
+    """Whether the kernel has Neuron's driver loaded."""
+    try:
+        devices = (ROOT / "proc" / "devices").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return re.search(r"^\s*\d+ neuron$", devices, re.MULTILINE) is not None
+
+
+def is_neuron(target: str | None) -> bool:
+    """Whether a target's name looks like one of Neuron's, also one this release does not know."""
+    return re.match(r"(trn|inf)\d", target or "") is not None
+
+
+def canonical(target: str) -> str | None:
+    """Return the name under which code for this target is built and kept, or None if it is unknown."""
+    name = _CANONICAL.get(target, target)
+    return name if name in _CORE_VERSIONS else None
+
+
+def core_version(target: str) -> str:
+    """Return the generation of a canonical target's cores, "v2" to "v4": what compiled code is tied to."""
+    return _CORE_VERSIONS[target]
+
+
+def core_bytes(target: str) -> int | None:
+    """Return the memory that buckets can use on one core of a canonical target, or None if it is not documented."""
+    total = _CORE_BYTES.get(target)
+    return None if total is None else total - _CORE_RESERVED_BYTES
+
+
+def unmet(version: str) -> str | None:
+    """Say why this machine cannot run code for a generation of cores, or None if it can."""
+    device = find()
+    if device is None:
+        return f"needs a NeuronCore-{version}, this machine has no Neuron device"
+    own = core_version(device.target) if device.target else None
+    return None if own == version else f"needs a NeuronCore-{version}, this machine has {own or 'an unknown device'}"
+
+
+def choose_target(requested: str | None) -> str:
+    """Return the canonical target to build for: the one asked for, or this machine's.
+
+    Raises:
+        BackendUnavailable: unknown, not this device's, or nothing was asked for and there is no device.
+    """
+    device = find()
+    if requested is None:
+        if device is None or not device.target:
+            lack = "this machine has no Neuron device" if device is None else "the Neuron device here is unknown"
+            raise BackendUnavailable(f"{lack}, so say what to build for", hint="for example --target trn1 or inf2")
+        return device.target
+    target = canonical(requested)
+    if target is None:
+        raise BackendUnavailable(
+            f"target {requested!r} is not one that torch_neuronx.trace builds for",
+            hint=f"targets: {', '.join(TARGETS)}",
+        )
+    if device is not None and device.target and device.target != target:
+        raise BackendUnavailable(
+            f"this machine is a {device.instance or device.target}, and builds for {device.target} only, not {target}",
+            hint=f"build for {target} there, or on a machine without a Neuron device",
+        )
+    return target

@@ -1,0 +1,1 @@
+"""Tracing, named as in the real package."""
