@@ -19,14 +19,11 @@ from typing import Any
 from nanogpt_buckets import backends, child, failures, key
 from nanogpt_buckets.backends import host, worker
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest
-from nanogpt_buckets.catalog import Catalog, open_catalog
+from nanogpt_buckets.catalog import Catalog, open_catalog, remember_plan
 from nanogpt_buckets.errors import (
     BackendUnavailable,
     BucketsError,
-    CacheError,
     CompileFailed,
-    CorruptEntry,
-    PlanError,
     UsageError,
 )
 from nanogpt_buckets.model.architecture import Architecture
@@ -37,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # How long to wait for another builder that holds the same key before compiling it as well.
 _LOCK_TIMEOUT_S = 600.0
+# How long to do so without a word.
+_PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,8 @@ def build(
         executor: runs `compile_bucket(request)` instead of a child of this process; it may be on another machine.
         compiler_args: flags for neuronx-cc, as a line or a list.
         cache_dir: the store; None for the default.
-        on_progress: called from worker threads with a bucket and its phase: "waiting", "compiling", "checking", "hit",
-            "compiled" or "failed".
+        on_progress: called from worker threads with a bucket and its phase: "waiting", "waiting for another build",
+            "compiling", "checking", "hit", "compiled" or "failed".
 
     Returns:
         One row per bucket. Failed buckets are rows, not exceptions.
@@ -158,45 +157,21 @@ def build_missing(
 
     Without `retry`, what this node failed to compile within the last hour fails at once.
     """
-    if not catalog.backend.compiles:
-        raise UsageError(
-            f"the {catalog.backend.name} backend compiles nothing, so there is nothing to build",
-            hint="leave --backend out",
-        )
+    catalog.require_compiling()
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs is {jobs}; it must be at least 1")
     plan = (plan if isinstance(plan, Plan) else Plan(plan)).check(catalog.model.architecture.block_size)
     catalog.check_memory(plan)
-    rows = _Builder(catalog, executor, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)
+    try:
+        rows = _Builder(catalog, executor, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)
+    except KeyboardInterrupt:
+        finished = [bucket for bucket in plan if catalog.own(bucket).status is Status.WARM]
+        if finished:
+            remember_plan(catalog, Plan(finished))
+        raise
     remember_plan(catalog, plan)
     target = catalog.backend.target(catalog.target)
     return BuildReport(catalog.model.name, catalog.backend.name, target, catalog.store.root, rows)
-
-
-def default_plan(catalog: Catalog) -> Plan | None:
-    """Return the plan saved under the model's name, or None."""
-    saved = catalog.store.load_plan(catalog.model.name)
-    return None if saved is None else Plan.from_json(saved)
-
-
-def remember_plan(catalog: Catalog, plan: Plan) -> None:
-    """Add these buckets to the model's default plan, if the store can be written; a damaged plan is replaced."""
-    name, store = catalog.model.name, catalog.store
-    try:
-        saved = store.load_plan(name)
-        before = None if saved is None else Plan.from_json(saved)
-    except (CorruptEntry, PlanError):
-        saved = before = None
-    merged = plan if before is None or not catalog.fits(before | plan) else before | plan
-    others = (family for family in (saved or {}).get("families", ()) if not catalog.replaces(family))
-    families = {catalog.family, *others}
-    document = merged.to_json(model=name, source="build", families=families)
-    if document == saved:
-        return
-    try:
-        store.save_plan(name, document)
-    except CacheError as error:
-        log.warning("the plan of %s was not saved: %s", catalog.model.name, error.message)
 
 
 def compile_bucket(request: dict[str, Any], on_event: Callable[[child.Event], None] | None = None) -> Artifact:
@@ -289,7 +264,7 @@ class _Builder:
         assert parts is not None
         name = key.digest(parts)
         try:
-            with self._catalog.store.compiling(name, _LOCK_TIMEOUT_S, lambda: self._stopped):
+            with self._catalog.store.compiling(name, _LOCK_TIMEOUT_S, self._waiting(bucket)):
                 adopted = self._hit(bucket, time.monotonic() - start)
                 if adopted is not None:
                     return adopted
@@ -298,7 +273,8 @@ class _Builder:
                 artifact = self._compile(bucket)
                 manifest = self._catalog.store.publish(self._catalog.manifest(parts, artifact), artifact.blobs)
         except BucketsError as error:
-            self._tell(bucket, "failed")
+            if not self._stopped:
+                self._tell(bucket, "failed")
             log = getattr(error, "log", "")
             failures.remember(name, getattr(error, "kind", ""), error.message)
             return BuildRow(
@@ -308,6 +284,19 @@ class _Builder:
         self._tell(bucket, "compiled")
         size = sum(blob.size for blob in manifest.blobs)
         return BuildRow(bucket, "compiled", name, time.monotonic() - start, size)
+
+    def _waiting(self, bucket: Bucket) -> Callable[[], bool]:
+        """Return what is asked, while another process compiles the same bucket, whether to go on waiting."""
+        start, said = time.monotonic(), False
+
+        def cancelled() -> bool:
+            nonlocal said
+            if not said and time.monotonic() - start > _PATIENCE_S:
+                said = True
+                self._tell(bucket, "waiting for another build")
+            return self._stopped
+
+        return cancelled
 
     def _compile(self, bucket: Bucket) -> Artifact:
         if self._stopped:

@@ -1,4 +1,4 @@
-"""One model on one backend, seen through one cache: what its family is, which entries this machine can use.
+"""One model on one backend, seen through one cache: its family, the entries this machine can use, its default plan.
 
 Two questions are kept apart. A builder asks for *its own key*: exactly this compiler and target. A loader asks for
 *anything that runs here*: the best entry of the family whose bucket matches and whose requirements this host meets.
@@ -9,6 +9,7 @@ Knows nothing of compiling or running. Imports no torch.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,12 +20,14 @@ from typing import Any
 from nanogpt_buckets import backends, key, settings
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import DTYPES, Artifact, Backend
-from nanogpt_buckets.errors import PlanError, UsageError
+from nanogpt_buckets.errors import CacheError, CorruptEntry, PlanError, UsageError
 from nanogpt_buckets.model.checkpoint import Model, open_model
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import Blob, Manifest
+
+log = logging.getLogger(__name__)
 
 # What an upgrade, or training a model of the same name on, changes in a family.
 _CHANGING = ("runtime", "source", "weights")
@@ -41,7 +44,7 @@ class Catalog:
         backend: what compiles and loads it.
         dtype: "float32" or "bfloat16".
         store: where entries are.
-        target: what to build for; None for the backend's choice. Loaders take any target that runs here.
+        target: what to build for, and the only one to load; None for the backend's choice, and any that runs here.
     """
 
     model: Model
@@ -94,7 +97,9 @@ class Catalog:
             checked = self.store.check(answer)
             if checked.status is Status.WARM:
                 return checked
-        refused = [self.store.check(answer) for answer in answers] + self._unreadable()
+        # of which bucket an entry is that cannot be read, nobody knows
+        unreadable = [Answer(a.status, "", why=a.why, hint=a.hint) for a in self._unreadable()]
+        refused = [self.store.check(answer) for answer in answers] + unreadable
         return refused[0] if refused else Answer(Status.ABSENT, "", why=self._why_absent(bucket))
 
     def replaces(self, family: str) -> bool:
@@ -184,7 +189,19 @@ class Catalog:
         lengths = f" --seq {seq}" if seq else ""
         dtype = "" if self.dtype == "float32" else f" --dtype {self.dtype}"
         target = "" if self.target is None else f" --target {self.target}"
-        return f"nanogpt-buckets build --model {name}{rows}{lengths}{dtype}{target}"
+        place = settings.cache_dir_option(self.store.root)
+        return f"nanogpt-buckets build --model {name}{rows}{lengths}{dtype}{target}{place}"
+
+    def require_compiling(self) -> None:
+        """Refuse a backend that has no buckets to speak of.
+
+        Raises:
+            UsageError: this one compiles nothing.
+        """
+        if not self.backend.compiles:
+            raise UsageError(
+                f"the {self.backend.name} backend compiles nothing, so there are no buckets", hint="leave --backend out"
+            )
 
     def _why_absent(self, bucket: Bucket) -> str:
         """Say that a bucket is not built, and how the most alike one of this architecture differs from it."""
@@ -194,7 +211,9 @@ class Catalog:
             if manifest is not None and manifest.bucket == bucket:
                 theirs = manifest.parts["family"]
                 if theirs.get("architecture") == self.family_parts["architecture"]:
-                    differences.append(key.difference(self.family_parts, theirs))
+                    targets = (self.target, manifest.parts["target"]) if self.target else (None, None)
+                    ours = {**self.family_parts, "target": targets[0]}
+                    differences.append(key.difference(ours, {**theirs, "target": targets[1]}))
         if not differences:
             return NOT_BUILT
         lines = ["another release's source" if x.startswith("source:") else x for x in min(differences, key=len)]
@@ -202,9 +221,12 @@ class Catalog:
 
     def _ranked(self) -> dict[Bucket, list[Answer]]:
         found: dict[Bucket, list[Answer]] = {}
+        wanted = None if self.target is None else self.backend.target(self.target)
         for answer in self.store.family(self.family):
             manifest = answer.manifest
             if manifest is None or manifest.parts["family"] != self.family_parts or manifest.bucket is None:
+                continue
+            if wanted not in (None, manifest.parts["target"]):
                 continue
             found.setdefault(manifest.bucket, []).append(self._fit(answer))
         return {bucket: sorted(answers, key=self._preference) for bucket, answers in found.items()}
@@ -250,3 +272,35 @@ def open_catalog(
     if chosen.compiles:
         chosen.target(target)  # refuse an impossible target before anything else is done
     return Catalog(open_model(model), chosen, dtype, LocalStore(settings.cache_dir(cache_dir)), target)
+
+
+def default_plan(catalog: Catalog) -> Plan | None:
+    """Return the plan saved under the model's name, or None; see `built`."""
+    saved = catalog.store.load_plan(catalog.model.name)
+    return None if saved is None else Plan.from_json(saved)
+
+
+def built(catalog: Catalog) -> Plan | None:
+    """Return every bucket that is built and runs here, or None if there is none: the plan where none was saved."""
+    usable = catalog.usable()
+    return Plan(usable) if usable else None
+
+
+def remember_plan(catalog: Catalog, plan: Plan) -> None:
+    """Add these buckets to the model's default plan, if the store can be written; a damaged plan is replaced."""
+    name, store = catalog.model.name, catalog.store
+    try:
+        saved = store.load_plan(name)
+        before = None if saved is None else Plan.from_json(saved)
+    except (CorruptEntry, PlanError):
+        saved = before = None
+    merged = plan if before is None or not catalog.fits(before | plan) else before | plan
+    others = (family for family in (saved or {}).get("families", ()) if not catalog.replaces(family))
+    families = {catalog.family, *others}
+    document = merged.to_json(model=name, source="build", families=families)
+    if document == saved:
+        return
+    try:
+        store.save_plan(name, document)
+    except CacheError as error:
+        log.warning("the plan of %s was not saved: %s", catalog.model.name, error.message)

@@ -130,7 +130,7 @@ class Dispatcher:
         if not all(math.isfinite(extreme) for extreme in logits.aminmax()):
             raise NonFiniteLogits(
                 f"bucket {bucket} returned logits that are not finite",
-                hint="the weights may be damaged; compare with --backend eager",
+                hint="the weights may hold NaN or infinite values; see how the model was trained or saved",
             )
         return logits, seconds
 

@@ -95,6 +95,7 @@ def _machine() -> Iterator[Finding]:
     libraries = ", ".join(f"{name} {number}" for name, number in sorted(host.own_versions().items()))
     yield Finding("machine", "system", f"{platform.system()} {platform.machine()}, {libraries or 'C library unknown'}")
     yield _processors()
+    yield _load()
     yield Finding("machine", "memory", f"{host.available_memory_bytes() / 1e9:.1f} GB available")
     if memfile.in_memory():
         yield Finding(
@@ -112,6 +113,18 @@ def _processors() -> Finding:
         return Finding("machine", "processors", text)
     hint = f"OMP_NUM_THREADS={usable}: torch starts a thread for each of {seen} processors, more than the quota"
     return Finding("machine", "processors", text, Verdict.WARNING, hint)
+
+
+def _load() -> Finding:
+    """Say whether others use the processors: OpenMP's threads wait for each other actively, and then very long."""
+    load, usable = os.getloadavg()[0], host.cpu_count()
+    text = f"{load:.1f} processes want to run, on average of the last minute"
+    if load <= usable + 0.5:
+        return Finding("machine", "load", text)
+    hint = (
+        "steps will be many times slower; OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=passive help where others must run too"
+    )
+    return Finding("machine", "load", text, Verdict.WARNING, hint)
 
 
 def _processor() -> str:
@@ -215,13 +228,15 @@ def _cache(path: Path) -> Iterator[Finding]:
         if path.is_dir():
             yield Finding("cache", "trust", "only you or root can write it")
             yield _content(LocalStore(path))
+        else:
+            yield Finding("cache", "content", "there is no cache here yet")
     except BucketsError as error:
         yield Finding("cache", "trust", error.message, Verdict.PROBLEM, error.hint or "")
 
 
 def _content(store: LocalStore) -> Finding:
     """Count entries and bytes; manifests are read, blobs are not."""
-    states = [answer.status for _, answer in store.entries()]
+    states = [store.glance(answer).status for _, answer in store.entries()]
     size = sum(path.stat().st_size for path in store.blob_paths() if path.exists())
     damaged = states.count(Status.CORRUPT)
     text = f"{len(states)} entries, {size / 1e6:.1f} MB of compiled code"
@@ -237,7 +252,7 @@ def _local() -> Iterator[Finding]:
     except BucketsError as error:
         yield Finding("local", "directory", error.message, Verdict.PROBLEM, error.hint or "")
         return
-    yield from _directory("local", path, needed_to="prepare weights")
+    yield from _directory("local", path, needed_to="preparing weights")
     if mount_of(path).network:
         hint = f"name a directory on this machine's own disk in {settings.LOCAL_DIR_VARIABLE}"
         yield Finding("local", "place", "shared over a network", Verdict.WARNING, hint)
@@ -271,8 +286,13 @@ def _directory(topic: str, path: Path, *, needed_to: str) -> Iterator[Finding]:
 def _writable(topic: str, place: Path, mount: Mount, needed_to: str) -> Finding:
     if place.is_dir() and os.access(place, os.W_OK | os.X_OK) and "ro" not in mount.options:
         return Finding(topic, "writable", "yes")
-    hint = f"needed to {needed_to}; what is there already can be used"
-    return Finding(topic, "writable", "no" if place.is_dir() else f"no: {place} is a file", Verdict.WARNING, hint)
+    if not place.is_dir():
+        return Finding(topic, "writable", f"no: {place} is a file", Verdict.PROBLEM, "name a directory")
+    if topic == "local":
+        hint = f"{needed_to} needs it: name another directory in {settings.LOCAL_DIR_VARIABLE}"
+        return Finding(topic, "writable", "no", Verdict.PROBLEM, hint)
+    hint = f"what is there can be used; to {needed_to}, be its owner ({_user(place.stat().st_uid)}) or name another"
+    return Finding(topic, "writable", "no", Verdict.WARNING, hint)
 
 
 def _user(uid: int) -> str:

@@ -7,7 +7,6 @@ into the cheapest buckets at each step. Knows nothing of compilers, files or sha
 from __future__ import annotations
 
 import copy
-import operator
 import os
 import secrets
 import threading
@@ -23,15 +22,13 @@ from nanogpt_buckets.builder import Listener
 from nanogpt_buckets.catalog import open_catalog
 from nanogpt_buckets.dispatch import Dispatcher
 from nanogpt_buckets.errors import TokenizerError, UsageError
-from nanogpt_buckets.generation import Generation, Row, Token
+from nanogpt_buckets.generation import Generation, Prompt, Row, Token, as_prompts, token_ids
 from nanogpt_buckets.model.vocabulary import TokenizerChoice, tokenizer_for
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.report import Report
 from nanogpt_buckets.sampling import Sampling, draw_nanogpt, draw_per_row, mask_undecodable
 from nanogpt_buckets.shelf import Shelf
 from nanogpt_buckets.textstream import TextStream, stop_strings
-
-Prompt = str | Sequence[int]
 
 
 class Engine:
@@ -103,7 +100,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int = 100,
         temperature: float = 0.8,
@@ -118,7 +115,7 @@ class Engine:
         """Continue each prompt.
 
         Args:
-            prompts: strings or lists of token ids; an empty one starts from the model's start token.
+            prompts: strings or lists of token ids, several or one; an empty one starts from the model's start token.
             max_new_tokens: at most so many new tokens each; 0 gives the prompts back.
             temperature: see `Sampling`, as for top_k, top_p and rng.
             top_k: keep the k likeliest; 0 or None keeps all.
@@ -138,7 +135,7 @@ class Engine:
         """
         sampling = self._sampling(temperature, top_k, top_p, seed, rng)
         _check_count("num_samples", num_samples, 1)
-        many: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        many = as_prompts(prompts)
         stops = stop_strings(stop)
         rows = [
             self._row(prompt, index, sample, stops, plain_text)
@@ -177,13 +174,13 @@ class Engine:
             for row, piece in self._steps([[row]], sampling, max_new_tokens, buckets)
         )
 
-    def logits(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Return the logits that follow each prompt.
+    def logits(self, prompts: str | Sequence[Prompt]) -> Tensor:
+        """Return the logits that follow each prompt; one string, or one list of token ids, is one prompt.
 
         Returns:
             float32 (N, V); an empty list gives (0, V).
         """
-        rows = [self._row(prompt, index, 0, (), False) for index, prompt in enumerate(prompts)]
+        rows = [self._row(prompt, index, 0, (), False) for index, prompt in enumerate(as_prompts(prompts))]
         if not rows:
             return torch.empty(0, self._arch.vocab_size)
         buckets = self._cover([rows], 1)
@@ -242,14 +239,10 @@ class Engine:
             if self.tokenizer is None:
                 raise TokenizerError(
                     "this model has no tokenizer, so prompts must be lists of token ids",
-                    hint="pass tokenizer= (--meta) or token ids",
+                    hint="give --meta or tokenizer= what it was trained with; Engine.generate takes token ids",
                 )
             return self.tokenizer.encode(prompt, plain_text=plain_text)
-        for token in prompt:
-            whole = hasattr(token, "__index__") and not isinstance(token, bool)
-            if not whole or not 0 <= token < self._arch.vocab_size:
-                raise UsageError(f"token id {token!r} is not a whole number from 0 to {self._arch.vocab_size - 1}")
-        return [operator.index(token) for token in prompt]
+        return token_ids(prompt, self._arch.vocab_size)
 
     def _cover(self, batches: list[list[Row]], max_new_tokens: int) -> list[Bucket]:
         """Settle, before the first step, which buckets will run; the last step sees one token less than the result."""

@@ -42,6 +42,8 @@ class BucketsError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = self.usual_hint if hint is None else hint
+        if self.hint:
+            self.add_note(f"hint: {self.hint}")  # so that a traceback shows it, too
 
     def __str__(self) -> str:
         return self.message

@@ -5,9 +5,45 @@ Knows nothing of buckets, logits or how tokens are chosen.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
+from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.textstream import TextStream
+
+Prompt = str | Sequence[int]
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return a list of prompts; one string, or one list of token ids, is one prompt.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise UsageError(f"{prompts!r} is no prompt", hint="give a string, a list of token ids, or a list of these")
+    several = list(prompts)
+    one = bool(several) and not any(isinstance(item, Iterable) for item in several)
+    return [cast(Prompt, several)] if one else cast(list[Prompt], several)
+
+
+def token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    """Return token ids as plain numbers.
+
+    Raises:
+        UsageError: one is no whole number, or out of range.
+    """
+    if not isinstance(prompt, Iterable):
+        raise UsageError(f"{prompt!r} is no prompt", hint="give a string or a list of token ids")
+    for token in prompt:
+        whole = hasattr(token, "__index__") and not isinstance(token, bool)
+        if not whole or not 0 <= token < vocab_size:
+            raise UsageError(f"token id {token!r} is not a whole number from 0 to {vocab_size - 1}")
+    return [operator.index(token) for token in prompt]
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ Holds the two directories and nothing else. Knows nothing of what is stored in t
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import tempfile
 from pathlib import Path
 
 import platformdirs
 
-from nanogpt_buckets.errors import UntrustedStore
+from nanogpt_buckets.errors import UntrustedStore, UsageError
 from nanogpt_buckets.mounts import mount_of
 
 _APP = "nanogpt-buckets"
@@ -25,11 +26,21 @@ def cache_dir(argument: str | os.PathLike[str] | None = None) -> Path:
 
     Args:
         argument: the caller's choice; None asks NANOGPT_BUCKETS_CACHE_DIR, then the user's cache directory.
+
+    Raises:
+        UsageError: the caller's choice is empty.
     """
     if argument is not None:
+        if not os.fspath(argument):
+            raise UsageError("the cache directory's name is empty", hint="leave --cache-dir out for the default")
         return Path(argument).expanduser().absolute()
     from_environment = os.environ.get(CACHE_DIR_VARIABLE)
     return Path(from_environment or _user_cache() / "cache").expanduser().absolute()
+
+
+def cache_dir_option(directory: Path) -> str:
+    """Return what to add to a command so that it uses this directory, with a blank before it; "" if it does anyway."""
+    return "" if directory == cache_dir() else f" --cache-dir {shlex.quote(str(directory))}"
 
 
 def local_dir() -> Path:

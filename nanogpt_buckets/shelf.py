@@ -15,10 +15,10 @@ from pathlib import Path
 from nanogpt_buckets import settings
 from nanogpt_buckets.backends.base import Executable
 from nanogpt_buckets.backends.eager import EagerBackend
-from nanogpt_buckets.builder import Listener, build_missing, default_plan, remember_plan
-from nanogpt_buckets.catalog import NOT_BUILT, Catalog
+from nanogpt_buckets.builder import Listener, build_missing
+from nanogpt_buckets.catalog import NOT_BUILT, Catalog, built, default_plan, remember_plan
 from nanogpt_buckets.dispatch import cheapest, group
-from nanogpt_buckets.errors import CacheError, CacheMiss, CompileFailed, UsageError
+from nanogpt_buckets.errors import CacheError, CacheMiss, CompileFailed, CorruptEntry, UsageError
 from nanogpt_buckets.model.checkpoint import Weights
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.plan.cost import step_flops
@@ -71,7 +71,7 @@ class Shelf:
         if self._available():
             catalog.check_memory(Plan(self._available()))
         if on_miss == "promote" and not self._available():
-            raise self._miss("no bucket is built")
+            raise self._miss("no bucket is built" if plan is None else "no bucket of the plan is built")
 
     def cost(self, bucket: Bucket) -> int:
         """Return the cost of one step in a bucket."""
@@ -133,7 +133,7 @@ class Shelf:
         if plan is not None:
             chosen = plan if isinstance(plan, Plan) else Plan(plan)
         elif self.catalog.backend.compiles:
-            saved = default_plan(self.catalog)
+            saved = default_plan(self.catalog) or built(self.catalog)
             if saved is None:
                 return []
             chosen = saved
@@ -190,6 +190,8 @@ class Shelf:
                 return True
             except CacheError as error:
                 log.warning("bucket %s, entry %s: %s", bucket, answer.key[:12], error.message)
+                if isinstance(error, CorruptEntry):
+                    error.hint = self.catalog.build_command([bucket])
                 self._refused[bucket] = error
         return False
 
@@ -245,8 +247,9 @@ class Shelf:
             remember_plan(self.catalog, Plan(wanted))
 
     def _build(self, missing: list[Bucket]) -> None:
+        self._weights  # noqa: B018  without them there is no use in compiling
         names = ", ".join(map(str, missing))
-        log.warning("compiling %d missing bucket(s) of %s first: %s", len(missing), self.catalog.model.name, names)
+        log.warning("compiling for %s first: %s", self.catalog.model.name, names)
         for row in build_missing(self.catalog, missing, on_progress=self._on_progress, retry=False).rows:
             if row.state == "failed":
                 raise CompileFailed(f"bucket {row.bucket} could not be compiled: {row.why}", hint=row.hint)

@@ -5,7 +5,7 @@ Knows nothing of models or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenizer import StreamDecoder, Tokenizer
@@ -17,6 +17,10 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     Raises:
         UsageError: one is empty or not a string.
     """
+    if not isinstance(stop, str | Iterable | None):
+        raise UsageError(
+            f"stop is {stop!r}; it must be a string or a list of strings", hint='for example stop="\\n\\n"'
+        )
     stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     for text in stops:
         if not isinstance(text, str) or not text:

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from nanogpt_buckets import Bucket, Engine, Plan, generate
+from nanogpt_buckets import Bucket, Engine, Plan, build, generate
 from nanogpt_buckets.backends import gate
 from nanogpt_buckets.catalog import open_catalog
 from nanogpt_buckets.errors import CacheMiss, CorruptEntry, TokenizerError, UsageError
@@ -409,3 +409,62 @@ def test_cached_only_never_compiles_whatever_else_is_said(odd_folder):
 def test_a_plan_that_does_not_fit_is_refused(odd_folder):
     with pytest.raises(UsageError, match="block_size 100"):
         Engine.load(odd_folder, plan=[Bucket(1, 101)], backend="eager")
+
+
+# --- what is easily got wrong -----------------------------------------------------------------------------------------
+
+
+def test_one_prompt_need_not_be_in_a_list(demo_cache):
+    with Engine.load("demo", cache_dir=demo_cache) as engine:
+        assert engine.logits("ROMEO:").shape == (1, 83)
+        assert engine.logits([1, 2, 3]).equal(engine.logits([[1, 2, 3]]))
+        one, same = (engine.generate(p, max_new_tokens=3, seed=1) for p in ([1, 2, 3], [[1, 2, 3]]))
+        assert one == same
+        assert len(engine.generate(["a", "b"], max_new_tokens=1)) == 2
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda engine: engine.generate(None),
+        lambda engine: engine.generate([None]),
+        lambda engine: engine.generate(["a", 3]),
+        lambda engine: engine.generate("a", stop=3),
+        lambda engine: engine.generate("a", stop=[3]),
+        lambda engine: engine.generate("a", max_new_tokens="3"),
+        lambda engine: Plan.grid(seq=64),
+        lambda engine: Plan.grid(batch=1, seq=[64]),
+        lambda engine: Plan([32, 64]),
+        lambda engine: Plan(3),
+        lambda engine: Engine.load("demo", plan=[32]),
+        lambda engine: build([(1, 64)], model="demo"),
+    ],
+)
+def test_mistakes_of_type_are_usage_errors(demo_cache, mistake):
+    with Engine.load("demo", cache_dir=demo_cache) as engine, pytest.raises(UsageError):
+        mistake(engine)
+
+
+def test_a_traceback_shows_the_hint():
+    with pytest.raises(UsageError) as caught:
+        Plan([])
+
+    assert caught.value.__notes__ == [f"hint: {caught.value.hint}"]
+
+
+def test_without_a_plan_what_is_built_is_used(demo_cache, tmp_path):
+    cache = tmp_path / "without-plan"
+    shutil.copytree(demo_cache, cache)
+    shutil.rmtree(cache / "v1" / "plans")
+
+    with Engine.load("demo", cache_dir=cache, cached_only=True) as engine:
+        engine.generate("ROMEO:", max_new_tokens=15, seed=1)
+        assert [str(bucket) for bucket in engine.report().buckets] == ["1x16", "1x32"]
+    with pytest.raises(CacheMiss, match="no bucket of the plan is built"):
+        Engine.load("demo", plan=Plan.grid(seq=[48]), cache_dir=cache)
+
+
+def test_a_target_that_is_named_is_the_only_one_loaded(demo_cache):
+    with pytest.raises(CacheMiss, match=r"target: .*, not native") as caught:
+        Engine.load("demo", target="native", cache_dir=demo_cache)
+    assert "--target native" in caught.value.hint

@@ -87,7 +87,9 @@ def loaded_after(*arguments: str) -> set[str]:
 @pytest.mark.parametrize(
     "arguments", ["--help", "cache ls", "cache dir", "cache verify", "cache prune", "doctor", "build --help"]
 )
-def test_light_commands_load_neither_torch_nor_transformers_nor_rich(arguments):
+def test_light_commands_load_neither_torch_nor_transformers_nor_rich(arguments, demo_cache, monkeypatch):
+    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(demo_cache))
+
     assert loaded_after(*arguments.split()) & {"torch", "transformers", "rich", "numpy"} == set()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt_buckets.errors import CompileFailed
+from nanogpt_buckets.errors import CompileFailed, NonFiniteLogits
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.gpt import GPT, from_weights
 from nanogpt_buckets.plan.bucket import Bucket
@@ -154,6 +154,7 @@ def canary(
 
     Raises:
         GateFailed: the logits are not those weights' logits.
+        NonFiniteLogits: those weights give no finite logits, whoever computes them.
     """
     length = min(8, bucket.seq_len)
     generator = torch.Generator().manual_seed(length)
@@ -162,6 +163,8 @@ def canary(
     last_index = torch.full((bucket.batch_size,), length - 1, dtype=torch.int32)
     with torch.inference_mode():
         expected = NeuronStep(from_weights(arch, weights))(rows, last_index)
+        if not expected.isfinite().all():
+            raise NonFiniteLogits(_not_finite(weights), hint="look how the model was trained or saved")
         error = _error(step(padded, last_index), expected, expected.abs().max().item())
     # bfloat16 rounds to 8 bits, and two shapes round differently
     exact = not rounds and all(w.dtype == torch.float32 for w in weights.values())
@@ -171,3 +174,9 @@ def canary(
             f"bucket {bucket} with these weights differs from the eager model by {error:.1e} of the largest logit",
             hint="run nanogpt-buckets cache verify, then build again",
         )
+
+
+def _not_finite(weights: Mapping[str, Tensor]) -> str:
+    names = [name for name, tensor in sorted(weights.items()) if not tensor.isfinite().all()]
+    where = f": {names[0]} holds NaN or infinite values" if names else ", though every weight is"
+    return f"the logits of these weights are not finite{where}"

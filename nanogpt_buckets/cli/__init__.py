@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 a negative answer or a known failure, 2 usage, 3 a miss wher
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import sys
@@ -43,6 +44,15 @@ class _Group(click.Group):
 
         command: click.Command = getattr(importlib.import_module(_COMMANDS[cmd_name][0]), cmd_name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; one that does not exist may be another, misspelt."""
+        alike = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+        if alike and args[0] not in _COMMANDS:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean '{alike[0]}'?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command; what it cannot take, its help explains."""

@@ -46,8 +46,12 @@ def build(
     )
     if plan is None:
         plan = Plan.grid(batch=batch, seq=default_ladder(catalog.model.architecture.block_size))
-    with output.BuildProgress() as update:
-        report = build_missing(catalog, plan, jobs=jobs, on_progress=update)
+    try:
+        with output.BuildProgress() as update:
+            report = build_missing(catalog, plan, jobs=jobs, on_progress=update)
+    except KeyboardInterrupt:
+        output.say("finished buckets are kept; the same command goes on from there")
+        raise
     if as_json:
         output.document(report.to_json())
     else:
@@ -72,5 +76,5 @@ def _show(report: BuildReport) -> None:
         for r in report.rows
     ]
     output.table(("BUCKET", "STATE", "TIME", "SIZE", "KEY"), rows)
-    counts = f"{report.hits} hits, {report.compiled} compiled, {report.failed} failed"
+    counts = f"{output.count(report.hits, 'hit', 'hits')}, {report.compiled} compiled, {report.failed} failed"
     output.say(f"{report.model} on {report.backend} ({report.target}): {counts}, in {report.cache_dir}")

@@ -15,12 +15,15 @@ from nanogpt_buckets import settings
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import Command, Size, TimeSpan, cache_dir_option, output_options
-from nanogpt_buckets.errors import CorruptEntry, UsageError
-from nanogpt_buckets.store.answer import Answer
+from nanogpt_buckets.errors import CacheError, CorruptEntry, UsageError
+from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.prune import Deletion, delete, pinned, plan_prune, plan_removal
 from nanogpt_buckets.store.verify import verify as verify_store
 
+# What an entry is called that is in order as far as was looked.
+_STORED = "stored"
 _SHAPE = {"n_layer": "L", "n_head": "H", "n_embd": "C", "vocab_size": "V"}
 
 
@@ -43,22 +46,22 @@ def dir_(cache_dir: Path | None) -> None:
 @cache_dir_option
 @output_options
 def ls(cache_dir: Path | None, as_json: bool) -> None:
-    """List every entry.
+    """List every entry. "stored" says that manifest and sizes are in order; cache verify reads every byte.
 
     Example: nanogpt-buckets cache ls --json
     """
-    store = LocalStore(settings.cache_dir(cache_dir))
-    rows = [_row(store, family, answer) for family, answer in store.entries()]
+    store = _open(cache_dir)
+    pins = pinned(store)
+    rows = [_row(store, family, store.glance(answer), answer, pins) for family, answer in store.entries()]
     if as_json:
         output.document(rows)
         return
-    headers = ("KEY", "STATE", "BUCKET", "BACKEND", "TORCH", "TARGET", "DTYPE", "MODEL", "NOTE")
-    lines = [
-        [row["key"][:12], *(row[name.lower()] for name in headers[1:]), output.size(row["bytes"]),
-         output.age(time.time() - row["last_used"])]
-        for row in rows
-    ]  # fmt: skip
-    output.table((*headers, "SIZE", "UNUSED"), lines)
+    names = ["key", "state", "bucket", "backend", "torch", "target", "dtype", "model", "size", "unused"]
+    names += ["note"] if any(row["note"] for row in rows) else []
+    for row in rows:
+        row |= {"key": row["key"][:12], "model": " ".join(row["plans"]) or row["model"]}
+        row |= {"size": output.size(row["bytes"]), "unused": output.age(time.time() - row["last_used"])}
+    output.table([name.upper() for name in names], [[row[name] for name in names] for row in rows])
     total = output.size(sum(row["bytes"] for row in rows))
     output.say(f"{output.count(len(rows), 'entry', 'entries')}, {total}, in {store.root}")
 
@@ -74,7 +77,7 @@ def show(key: str, cache_dir: Path | None, as_json: bool) -> None:
 
     Example: nanogpt-buckets cache show 4b316b3a2404
     """
-    store = LocalStore(settings.cache_dir(cache_dir))
+    store = _open(cache_dir)
     family, answer = store.find(key)
     described = _described(store, family, answer)
     if as_json:
@@ -85,9 +88,7 @@ def show(key: str, cache_dir: Path | None, as_json: bool) -> None:
 
 def _described(store: LocalStore, family: str, answer: Answer) -> dict[str, Any]:
     manifest = answer.manifest
-    bucket = manifest.bucket if manifest else None
-    pinned_by = pinned(store).get((family, bucket)) if bucket else None
-    known = _row(store, family, answer) | {"family": family, "pinned_by": pinned_by}
+    known = _row(store, family, store.check(answer), answer, pinned(store)) | {"family": family}
     known["path"] = str(store.entry_path(family, answer.key))
     if manifest is None:
         return known
@@ -115,8 +116,12 @@ def _lines(value: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, st
             yield f"{within}{name}", " ".join(map(str, inner)) if isinstance(inner, list) else str(inner)
 
 
-def _row(store: LocalStore, family: str, answer: Answer) -> dict[str, Any]:
-    row: dict[str, Any] = {"key": answer.key, "state": answer.status.value, "why": answer.why, "bytes": 0}
+def _row(
+    store: LocalStore, family: str, looked: Answer, answer: Answer, pins: Mapping[tuple[str, Bucket], list[str]]
+) -> dict[str, Any]:
+    """Describe an entry: what looking at its blobs gave, and what its manifest says."""
+    state = _STORED if looked.status is Status.WARM else looked.status.value
+    row: dict[str, Any] = {"key": answer.key, "state": state, "why": looked.why, "bytes": 0, "plans": []}
     blank = dict.fromkeys(("bucket", "backend", "target", "dtype", "model", "torch", "note", "unchecked"), "")
     row |= blank | {"contains_weights": False, "last_used": _last_used(store.entry_path(family, answer.key))}
     if answer.manifest is None:
@@ -124,6 +129,8 @@ def _row(store: LocalStore, family: str, answer: Answer) -> dict[str, Any]:
     parts = answer.manifest.parts
     named = parts["family"]
     arch = named.get("architecture", {})
+    if answer.manifest.bucket is not None:
+        row["plans"] = pins.get((family, answer.manifest.bucket), [])
     notes = ["weights inside"] if answer.manifest.contains_weights else []
     notes += ["not checked on a device yet"] if answer.manifest.unchecked else []
     return row | {
@@ -141,7 +148,7 @@ def _row(store: LocalStore, family: str, answer: Answer) -> dict[str, Any]:
 
 
 def _last_used(path: Path) -> int:
-    """Return when an entry was built or last loaded, to the hour, in seconds since 1970."""
+    """Return when an entry was built or last loaded, to the minute, in seconds since 1970."""
     try:
         return int(path.stat().st_mtime)
     except OSError:
@@ -156,7 +163,9 @@ def verify(cache_dir: Path | None, as_json: bool) -> int:
 
     Example: nanogpt-buckets cache verify
     """
-    store = LocalStore(settings.cache_dir(cache_dir))
+    store = _open(cache_dir)
+    if not store.root.is_dir():
+        raise CacheError(f"there is no cache in {store.root}", hint="build makes it; --cache-dir names another")
     blobs = store.blob_paths()
     with output.progress("verifying", len(blobs)) as advance:
         result = verify_store(store, on_file=lambda size: advance(1))
@@ -168,7 +177,10 @@ def verify(cache_dir: Path | None, as_json: bool) -> int:
         for problem in result.problems:
             output.data(f"{problem.path}: {problem.what}")
         found = f"{len(result.problems)} damaged" if result.problems else "all intact"
-        output.say(f"{result.entries} entries, {result.blobs} blobs, {output.size(result.bytes)}: {found}")
+        amounts = f"{output.count(result.entries, 'entry', 'entries')}, {output.count(result.blobs, 'blob', 'blobs')}"
+        output.say(f"{amounts}, {output.size(result.bytes)}: {found}")
+        if result.problems:
+            output.say("hint: nanogpt-buckets build replaces what it needs, cache prune deletes the rest")
     return CorruptEntry.exit_code if result.problems else 0
 
 
@@ -188,41 +200,57 @@ def _deletion_options(command: Command) -> Command:
 @cache_dir_option
 @output_options
 def rm(keys: tuple[str, ...], dry_run: bool, yes: bool, cache_dir: Path | None, as_json: bool) -> int:
-    """Delete entries, and the compiled libraries that no other entry uses.
+    """Delete entries, and the compiled libraries that no other entry uses; plans that name their buckets lose them.
 
     KEY may be the beginning of a key, as cache ls shows it.
 
     Example: nanogpt-buckets cache rm 4b316b3a2404 --dry-run
     """
-    store = LocalStore(settings.cache_dir(cache_dir))
-    return _carry_out(plan_removal(store, keys), dry_run, yes, as_json)
+    store = _open(cache_dir)
+    return _carry_out(store, plan_removal(store, keys), dry_run, yes, as_json)
 
 
 @cache.command()
-@click.option("--older-than", type=TimeSpan(), help="Entries neither built nor loaded for so long, for example 30d.")
-@click.option("--max-size", type=Size(), help="The longest unused entries, until no more than this is left: 5GB.")
+@click.option(
+    "--older-than", type=TimeSpan(), help="Entries neither built nor loaded for so long: 30d (s, min, h, d, w)."
+)
+@click.option(
+    "--max-size", type=Size(), help="The longest unused entries, until no more than this is left: 5GB (kB, MB)."
+)
+@click.option("--planned", is_flag=True, help="Age and size count for entries that a plan names, too.")
 @click.option("--old-toolchains", is_flag=True, help="Entries made for library versions older than those installed.")
 @_deletion_options
 @cache_dir_option
 @output_options
 def prune(
-    older_than: float | None, max_size: float | None, old_toolchains: bool, dry_run: bool, yes: bool,
+    older_than: float | None, max_size: float | None, planned: bool, old_toolchains: bool, dry_run: bool, yes: bool,
     cache_dir: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Delete what is damaged or of no use and, if asked, what is old.
 
     Damaged entries, libraries that no entry names and what killed processes left always go. What a saved plan names
-    stays whatever its age and the cache's size, unless it is damaged or an old toolchain's.
+    stays whatever its age and the cache's size, unless --planned is given, it is damaged or an old toolchain's.
 
     Example: nanogpt-buckets cache prune --older-than 30d --old-toolchains --dry-run
     """
-    store = LocalStore(settings.cache_dir(cache_dir))
+    store = _open(cache_dir)
     size = None if max_size is None else int(max_size)
-    deletion = plan_prune(store, older_than_s=older_than, max_bytes=size, old_toolchains=old_toolchains)
-    return _carry_out(deletion, dry_run, yes, as_json)
+    with output.progress("reading", sum(1 for _ in store.entries())) as advance:
+        deletion = plan_prune(
+            store, older_than_s=older_than, max_bytes=size, old_toolchains=old_toolchains, planned=planned,
+            on_entry=lambda: advance(1),
+        )  # fmt: skip
+    return _carry_out(store, deletion, dry_run, yes, as_json)
 
 
-def _carry_out(deletion: Deletion, dry_run: bool, yes: bool, as_json: bool) -> int:
+def _open(cache_dir: Path | None) -> LocalStore:
+    root = settings.cache_dir(cache_dir)
+    if root.exists() and not root.is_dir():
+        raise CacheError(f"{root} is not a directory", hint="--cache-dir names another")
+    return LocalStore(root)
+
+
+def _carry_out(store: LocalStore, deletion: Deletion, dry_run: bool, yes: bool, as_json: bool) -> int:
     """Show what would go, ask, and do it."""
     if not as_json and deletion.files:
         names = ((file.what, file.name[:12], output.size(file.bytes), file.why) for file in deletion.files)
@@ -231,7 +259,7 @@ def _carry_out(deletion: Deletion, dry_run: bool, yes: bool, as_json: bool) -> i
         output.say(f"note: {note}")
     wanted = bool(deletion.files) and not dry_run
     agreed = wanted and (yes or _agrees(deletion))
-    freed = _delete(deletion) if agreed else 0
+    freed = _delete(store, deletion) if agreed else 0
     if as_json:
         files = [asdict(file) | {"path": str(file.path)} for file in deletion.files]
         output.document({"bytes": deletion.bytes, "deleted": agreed, "freed": freed, "files": files})
@@ -244,9 +272,9 @@ def _carry_out(deletion: Deletion, dry_run: bool, yes: bool, as_json: bool) -> i
     return 1 if wanted and not agreed else 0
 
 
-def _delete(deletion: Deletion) -> int:
+def _delete(store: LocalStore, deletion: Deletion) -> int:
     with output.progress("deleting", len(deletion.files)) as advance:
-        return delete(deletion, on_file=lambda file: advance(1))
+        return delete(store, deletion, on_file=lambda file: advance(1))
 
 
 def _amount(deletion: Deletion) -> str:

@@ -9,12 +9,12 @@ import click
 
 from nanogpt_buckets import settings
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import output_options
+from nanogpt_buckets.cli.options import Directory, output_options
 from nanogpt_buckets.doctor import Verdict, examine
 
 
 @click.command()
-@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.argument("path", required=False, type=Directory())
 @output_options
 def doctor(path: Path | None, as_json: bool) -> int:
     """Say what works on this machine and what is wrong, and how to mend it. Exit 1 if something is wrong.

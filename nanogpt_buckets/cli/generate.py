@@ -25,7 +25,7 @@ _PARTING = "---------------"
 @click.option("--start", metavar="TEXT", help="The prompt, as nanoGPT's sample.py names it.")
 @model_options
 @click.option("--init-from", metavar="resume|gpt2...", help="sample.py's name for --model; resume takes --out-dir.")
-@click.option("--out-dir", type=click.Path(path_type=Path), default="out", metavar="DIR", help="Where ckpt.pt is.")
+@click.option("--out-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where ckpt.pt is; means resume.")
 @click.option("-n", "--max-new-tokens", type=int, default=100, show_default=True)
 @click.option("-t", "--temperature", type=float, default=0.8, show_default=True, help="0 takes the likeliest token.")
 @click.option("-k", "--top-k", type=int, default=200, show_default=True, help="0 turns it off.")
@@ -42,7 +42,7 @@ _PARTING = "---------------"
 @click.option("--compile", "compiled", type=bool, default=True, metavar="BOOL", help="False runs the eager backend.")
 @output_options
 def generate(
-    prompt: str | None, start: str | None, model: str, init_from: str | None, out_dir: Path, backend: str,
+    prompt: str | None, start: str | None, model: str, init_from: str | None, out_dir: Path | None, backend: str,
     cached_only: bool, compiled: bool, as_json: bool, device: str, target: str | None, dtype: str,
     compiler_args: str, cores: int, tokenizer: str | None, cache_dir: Path | None, num_samples: int,
     stop: tuple[str, ...], **sampling: Any,
@@ -55,8 +55,10 @@ def generate(
     Example: nanogpt-buckets generate "ROMEO:" --model demo --max-new-tokens 200 --seed 1337
     """
     text = _prompt(prompt, start)
-    if init_from is not None:
-        model = str(out_dir / "ckpt.pt") if init_from == "resume" else init_from
+    if init_from == "resume" or (out_dir is not None and init_from is None):
+        model = str((out_dir or Path("out")) / "ckpt.pt")
+    elif init_from is not None:
+        model = init_from
     from nanogpt_buckets.engine import Engine
 
     with output.BuildProgress() as update, Engine.load(
@@ -65,7 +67,7 @@ def generate(
         cache_dir=cache_dir, on_progress=update,
     ) as engine:  # fmt: skip
         sampling["stop"] = list(stop) or None
-        if num_samples == 1 and not as_json and sys.stdout.isatty():
+        if num_samples == 1 and not as_json:
             _stream(engine, text, sampling)
         else:
             _print_all(engine, text, num_samples, sampling, as_json)
@@ -91,10 +93,15 @@ def _prompt(prompt: str | None, start: str | None) -> str:
 
 def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:
     tokens = engine.stream(text, **sampling)
+    first = next(tokens, None)  # whatever can go wrong at the start does so before anything is shown
     output.put(text)
-    for token in tokens:
-        output.put(token.text or "")
-    output.put("\n")
+    try:
+        for token in [first] if first else []:
+            output.put(token.text or "")
+        for token in tokens:
+            output.put(token.text or "")
+    finally:
+        output.put("\n")
 
 
 def _print_all(engine: Engine, text: str, num_samples: int, sampling: dict[str, Any], as_json: bool) -> None:

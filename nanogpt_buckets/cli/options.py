@@ -71,6 +71,19 @@ class Size(_Amount):
     example = "5GB or 500MB"
 
 
+class Directory(click.Path):
+    """A directory, which need not exist nor be readable; an empty name, as of an unset variable, is a mistake."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, readable=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if value == "":
+            self.fail("the name is empty; leave it out for the default directory", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def model_options(command: Command) -> Command:
     """Add --model, --backend, --target, --dtype, --compiler-args and --cache-dir."""
     for option in reversed(
@@ -113,7 +126,7 @@ def plan_options(command: Command) -> Command:
 
 
 cache_dir_option = click.option(
-    "--cache-dir", type=click.Path(path_type=Path), metavar="DIR",
+    "--cache-dir", type=Directory(), metavar="DIR",
     help="Directory of compiled buckets. Default: $NANOGPT_BUCKETS_CACHE_DIR, else the user's cache directory.",
 )  # fmt: skip
 

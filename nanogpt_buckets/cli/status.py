@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from nanogpt_buckets.builder import default_plan
-from nanogpt_buckets.catalog import open_catalog
+from nanogpt_buckets.catalog import Catalog, built, default_plan, open_catalog
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
-from nanogpt_buckets.errors import PlanError
-from nanogpt_buckets.store.answer import Status
+from nanogpt_buckets.errors import CacheError
+from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.store.answer import Answer, Status
 
 
 @click.command()
@@ -32,7 +32,7 @@ def status(
 ) -> int:
     """Say for each bucket whether this machine could run it now. Exit 0 if all are warm, 1 if not.
 
-    Without --seq or --plan: the model's default plan. Every byte is verified; nothing is changed or compiled.
+    Without --seq or --plan: the model's default plan, else what is built. Every byte is verified, nothing is changed.
 
     Example: nanogpt-buckets status --model demo --seq 32,64,128
     """
@@ -40,10 +40,13 @@ def status(
     catalog = open_catalog(
         model, backend=backend, target=target, dtype=dtype, compiler_args=compiler_args, cache_dir=cache_dir
     )
+    catalog.require_compiling()
+    plan = plan or default_plan(catalog) or built(catalog)
     if plan is None:
-        plan = default_plan(catalog)
-    if plan is None:
-        raise PlanError(f"model {catalog.model.name} has no default plan", hint="give --seq or --plan, or build first")
+        raise CacheError(
+            f"nothing is built or planned for model {catalog.model.name} in {catalog.store.root}",
+            hint=f"give --seq or --plan, or {catalog.build_command()}",
+        )
     answers = {bucket: catalog.best(bucket) for bucket in plan.check(catalog.model.architecture.block_size)}
     warm = sum(answer.status is Status.WARM for answer in answers.values())
     if as_json:
@@ -57,4 +60,13 @@ def status(
         rows_for_people = [(str(bucket), a.status.value, a.key[:12], a.why) for bucket, a in answers.items()]
         output.table(("BUCKET", "STATE", "KEY", "WHY"), rows_for_people)
         output.say(f"{warm} of {len(answers)} buckets warm for {catalog.model.name} on {catalog.backend.name}")
+        _advise(catalog, answers)
     return 0 if warm == len(answers) else 1
+
+
+def _advise(catalog: Catalog, answers: dict[Bucket, Answer]) -> None:
+    """Say what would mend what is not warm."""
+    hints = {answer.hint for answer in answers.values() if answer.hint}
+    lacking = [b for b, answer in answers.items() if answer.status in (Status.ABSENT, Status.CORRUPT)]
+    for hint in sorted(hints) or ([catalog.build_command(lacking)] if lacking else []):
+        output.say(f"hint: {hint}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ from nanogpt_buckets.model.architecture import GPT2_SIZES, Architecture
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 _DEMO = Path(__file__).parent / "demo"
 _CHECKPOINT = "ckpt.pt"
@@ -160,7 +163,8 @@ def open_model(name: str | os.PathLike[str]) -> Model:
         return _from_path("nanogpt", file, known.architecture, known.dataset)
     if path.is_dir():
         raise ModelNotFound(f"{path} has neither config.json nor ckpt.pt", hint=f"accepted: {_ACCEPTED}")
-    raise ModelNotFound(f"there is no model {text!r}", hint=f"accepted: {_ACCEPTED}")
+    kind = "file or folder" if os.sep in text or text.endswith(".pt") else "model"
+    raise ModelNotFound(f"there is no {kind} {text!r}", hint=f"accepted: {_ACCEPTED}")
 
 
 def _from_path(kind: str, path: Path, arch: Architecture, dataset: str | None = None) -> Model:
@@ -185,15 +189,20 @@ def _gpt2_file(size: str) -> Path:
         cached = huggingface_hub.try_to_load_from_cache(repository, huggingface.SINGLE)
         if isinstance(cached, str) and Path(cached).is_file():
             return Path(cached).absolute()
+    chatter = logging.getLogger("huggingface_hub")
+    level = chatter.level
+    chatter.setLevel(logging.CRITICAL)  # it says every retry; the outcome is said below
+    log.warning("the weights of %s are not in Hugging Face's cache; downloading them", size)
     try:
         return Path(huggingface_hub.hf_hub_download(_ORGANISATION + size, huggingface.SINGLE)).absolute()
     except Exception as error:
         # offline mode, proxies, name resolution, full disks: each comes as an exception of another library
         raise ModelNotFound(
-            f"the weights of {size} are not in Hugging Face's cache and could not be downloaded "
-            f"({type(error).__name__})",
-            hint="without a network, use demo, a local Hugging Face folder or a nanoGPT ckpt.pt",
+            f"the weights of {size} are not in Hugging Face's cache and could not be downloaded",
+            hint="without a network, use --model demo, a local Hugging Face folder or a nanoGPT ckpt.pt",
         ) from error
+    finally:
+        chatter.setLevel(level)
 
 
 def _convert(source: Path) -> _Known:

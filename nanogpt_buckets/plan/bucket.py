@@ -64,13 +64,18 @@ class Plan(Sequence[Bucket]):
     """Buckets to build, sorted and each once, whatever order they were given in.
 
     Raises:
-        PlanError: no bucket at all.
+        PlanError: no bucket at all, or something that is none.
     """
 
     buckets: tuple[Bucket, ...]
 
     def __init__(self, buckets: Iterable[Bucket]) -> None:
-        ordered = tuple(sorted(set(buckets)))
+        given = list(buckets) if isinstance(buckets, Iterable) else [buckets]
+        if odd := [item for item in given if not isinstance(item, Bucket)]:
+            raise PlanError(
+                f"{odd[0]!r} is not a Bucket", hint="Plan.grid(batch=[1], seq=[32, 64]) makes a plan of sizes"
+            )
+        ordered = tuple(sorted(set(given)))
         if not ordered:
             raise PlanError("a plan needs at least one bucket", hint="for example --seq 32,64,128")
         object.__setattr__(self, "buckets", ordered)
@@ -78,6 +83,11 @@ class Plan(Sequence[Bucket]):
     @classmethod
     def grid(cls, *, batch: Iterable[int] = (1,), seq: Iterable[int]) -> Plan:
         """Return every pair of a batch size and a sequence length."""
+        for name, sizes in (("batch", batch), ("seq", seq)):
+            if not isinstance(sizes, Iterable):
+                raise PlanError(
+                    f"{name} is {sizes!r}; it must be a list of whole numbers", hint="for example seq=[32, 64]"
+                )
         lengths = list(seq)
         return cls(Bucket(batch_size, seq_len) for batch_size in batch for seq_len in lengths)
 

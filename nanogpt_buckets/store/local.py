@@ -22,21 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_buckets import key as keys
-from nanogpt_buckets.errors import (
-    CacheError,
-    CacheMiss,
-    CorruptEntry,
-    TransientError,
-    UsageError,
-)
+from nanogpt_buckets import settings
+from nanogpt_buckets.errors import CacheError, CacheMiss, CorruptEntry, TransientError, UsageError
 from nanogpt_buckets.store.answer import ERRORS, Answer, Status, answer_for
-from nanogpt_buckets.store.files import (
-    list_names,
-    read_file,
-    read_verified,
-    sweep,
-    unlink,
-)
+from nanogpt_buckets.store.files import list_names, read_file, read_verified, sweep, unlink
 from nanogpt_buckets.store.lock import held
 from nanogpt_buckets.store.manifest import (
     MAX_BYTES,
@@ -52,7 +41,7 @@ from nanogpt_buckets.store.tree import Tree
 from nanogpt_buckets.store.trust import check_location
 
 _STALE_SECONDS = 24 * 3600
-_USED_EVERY_S = 3600
+_USED_EVERY_S = 60
 _PLAN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
@@ -115,14 +104,15 @@ class LocalStore:
             raise UsageError(f"{prefix!r} is not the beginning of a key", hint="nanogpt-buckets cache ls")
         found = [(family, answer) for family, answer in self.entries() if answer.key.startswith(prefix)]
         if not found:
-            raise CacheError(f"no entry of {self.root} begins with {prefix}", hint="nanogpt-buckets cache ls")
+            place = settings.cache_dir_option(self.root)
+            raise CacheError(f"no entry of {self.root} begins with {prefix}", hint=f"nanogpt-buckets cache ls{place}")
         if len(found) > 1:
             keys = ", ".join(answer.key[: len(prefix) + 8] for _, answer in found)
             raise UsageError(f"{len(found)} entries begin with {prefix}", hint=f"give more of one of: {keys}")
         return found[0]
 
     def mark_used(self, family: str, key: str) -> None:
-        """Note on the manifest that it was loaded, at most once an hour, if the store can be written; never fails."""
+        """Note on the manifest that it was loaded, at most once a minute, if the store can be written; never fails."""
         path = self.entry_path(family, key)
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _USED_EVERY_S:
@@ -144,6 +134,17 @@ class LocalStore:
             raise CorruptEntry(f"{blob.role} ({blob.sha256[:12]}) is missing from the cache") from error
         except OSError as error:
             raise TransientError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def glance(self, answer: Answer) -> Answer:
+        """Look whether the blobs of a WARM answer are there and have the right size; no byte of them is read."""
+        for blob in answer.manifest.blobs if answer.manifest else ():
+            size: int | None = None
+            with contextlib.suppress(OSError):
+                size = self.blob_path(blob.sha256).stat().st_size
+            if size != blob.size:
+                what = "is missing" if size is None else f"has {size} bytes, not {blob.size}"
+                return Answer(Status.CORRUPT, answer.key, why=f"{blob.role} ({blob.sha256[:12]}) {what}")
+        return answer
 
     def check(self, answer: Answer) -> Answer:
         """Read and verify every blob of a WARM answer; return it, or one that says what is wrong."""
@@ -288,6 +289,12 @@ class LocalStore:
             return None
         except OSError as error:
             raise TransientError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def drop_plan(self, name: str) -> None:
+        """Remove a named plan, if it is there."""
+        check_location(self.root)
+        with self._tree.writing(), contextlib.suppress(FileNotFoundError):
+            self._plan_path(name).unlink()
 
     def plan_names(self) -> list[str]:
         """Return the names of all plans, sorted."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,17 @@ class Doomed:
 
 @dataclass(frozen=True)
 class Deletion:
-    """What would be deleted, in the order in which it would be, and what was left out and why."""
+    """What would be deleted, in the order in which it would be, and what was left out and why.
+
+    Args:
+        files: to delete.
+        notes: what a person should know.
+        unplanned: (plan, bucket) pairs: buckets that go out of plans, since they were deleted by name.
+    """
 
     files: tuple[Doomed, ...]
     notes: tuple[str, ...] = ()
+    unplanned: tuple[tuple[str, Bucket], ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -77,15 +84,14 @@ def plan_removal(store: LocalStore, prefixes: Iterable[str]) -> Deletion:
         UntrustedStore: others could have written the store.
     """
     check_location(store.root)
-    chosen = {answer.key: "asked for" for _, answer in map(store.find, prefixes)}
-    entries = list(store.entries())
+    found = [store.find(prefix) for prefix in prefixes]
     pins = _pins(store, [])
-    notes = [
-        f"entry {answer.key[:12]} is in plan {pins[pin]}"
-        for family, answer in entries
-        if answer.key in chosen and (pin := _pin(family, answer)) in pins
+    unplanned = [
+        (name, pin[1]) for family, answer in found if (pin := _pin(family, answer)) for name in pins.get(pin, ())
     ]
-    return _deletion(store, entries, chosen, notes)
+    notes = [f"bucket {bucket} goes out of plan {name}" for name, bucket in unplanned]
+    chosen = {answer.key: "asked for" for _, answer in found}
+    return replace(_deletion(store, list(store.entries()), chosen, notes), unplanned=tuple(unplanned))
 
 
 def plan_prune(
@@ -94,17 +100,22 @@ def plan_prune(
     older_than_s: float | None = None,
     max_bytes: int | None = None,
     old_toolchains: bool = False,
+    planned: bool = False,
+    on_entry: Callable[[], None] = lambda: None,
 ) -> Deletion:
     """Plan to delete what is damaged or of no use, and more if asked.
 
-    Damaged entries, blobs that no entry names, and what killed processes left always go. Entries of a saved plan stay
-    whatever their age and size, unless they are damaged or an old toolchain's.
+    Damaged entries, blobs that no entry names, and what killed processes left always go; every byte is read to find
+    them. Entries of a saved plan stay whatever their age and size, unless `planned` says otherwise, they are damaged or
+    an old toolchain's.
 
     Args:
         store: the store.
         older_than_s: delete entries that were neither built nor loaded for so long.
         max_bytes: delete the longest unused entries until no more than this is left.
         old_toolchains: delete entries made for older versions of the libraries that are installed here.
+        planned: age and size count for entries of plans too; the plans still name them.
+        on_entry: called when an entry has been read.
 
     Raises:
         UntrustedStore: others could have written the store.
@@ -113,8 +124,13 @@ def plan_prune(
     check_location(store.root)
     notes: list[str] = []
     entries = list(store.entries())
-    pins = _pins(store, notes)
-    chosen = {a.key: f"damaged: {a.why}" for _, a in map(_with_blobs(store), entries) if a.status is Status.CORRUPT}
+    pins = {} if planned else _pins(store, notes)
+    chosen = {}
+    for _, answer in entries:
+        checked = store.check(answer)
+        if checked.status is Status.CORRUPT:
+            chosen[answer.key] = f"damaged: {checked.why}"
+        on_entry()
     readable = [(f, a, a.manifest) for f, a in entries if a.manifest is not None]
     if old_toolchains:
         chosen |= {a.key: why for _, a, manifest in readable if (why := _outdated(manifest))}
@@ -127,11 +143,12 @@ def plan_prune(
         candidates = sorted((key for key in used if key not in chosen), key=lambda key: (used[key], key))
         left = _shrink([(a.key, manifest) for _, a, manifest in readable], candidates, chosen, max_bytes)
         if left > max_bytes:
-            notes.append(f"{left} bytes are in plans, or cannot be judged, and stay; asked for at most {max_bytes}")
+            what = "cannot be judged" if planned else "are in plans (--planned deletes those too) or cannot be judged"
+            notes.append(f"{left / 1e6:.1f} MB {what}, and stay; asked for at most {max_bytes / 1e6:.1f} MB")
     return _deletion(store, entries, chosen, notes, all_unused=True)
 
 
-def delete(deletion: Deletion, on_file: Callable[[Doomed], None] | None = None) -> int:
+def delete(store: LocalStore, deletion: Deletion, on_file: Callable[[Doomed], None] | None = None) -> int:
     """Do what was planned and return the bytes freed.
 
     Raises:
@@ -149,18 +166,32 @@ def delete(deletion: Deletion, on_file: Callable[[Doomed], None] | None = None) 
             refused = refused or f"{file.path} cannot be deleted: {error.strerror or error}"
         if on_file is not None:
             on_file(file)
+    for name in {name for name, _ in deletion.unplanned}:
+        _unplan(store, name, {bucket for plan, bucket in deletion.unplanned if plan == name})
     if refused:
         raise CacheError(refused, hint="the cache must be writable; what could be deleted is gone")
     return freed
 
 
-def pinned(store: LocalStore) -> dict[tuple[str, Bucket], str]:
-    """Return which plan keeps what: (family, bucket) -> the plan's name."""
+def pinned(store: LocalStore) -> dict[tuple[str, Bucket], list[str]]:
+    """Return which plans keep what: (family, bucket) -> the plans' names."""
     return _pins(store, [])
 
 
-def _pins(store: LocalStore, notes: list[str]) -> dict[tuple[str, Bucket], str]:
-    pins: dict[tuple[str, Bucket], str] = {}
+def _unplan(store: LocalStore, name: str, gone: set[Bucket]) -> None:
+    """Take buckets out of a plan; one that is empty then goes."""
+    saved = store.load_plan(name)
+    if saved is None:
+        return
+    left = [bucket for bucket in Plan.from_json(saved) if bucket not in gone]
+    if left:
+        store.save_plan(name, saved | {"buckets": [bucket.to_json() for bucket in left]})
+    else:
+        store.drop_plan(name)
+
+
+def _pins(store: LocalStore, notes: list[str]) -> dict[tuple[str, Bucket], list[str]]:
+    pins: dict[tuple[str, Bucket], list[str]] = {}
     for name in store.plan_names():
         try:
             saved: dict[str, Any] = store.load_plan(name) or {}
@@ -168,27 +199,14 @@ def _pins(store: LocalStore, notes: list[str]) -> dict[tuple[str, Bucket], str]:
         except (CorruptEntry, PlanError) as error:
             notes.append(f"plan {name} keeps nothing: {error.message}")
             continue
-        pins |= {(family, bucket): name for family in saved.get("families", ()) for bucket in plan}
+        for pin in ((family, bucket) for family in saved.get("families", ()) for bucket in plan):
+            pins.setdefault(pin, []).append(name)
     return pins
 
 
 def _pin(family: str, answer: Answer) -> tuple[str, Bucket] | None:
     bucket = answer.manifest.bucket if answer.manifest is not None else None
     return None if bucket is None else (family, bucket)
-
-
-def _with_blobs(store: LocalStore) -> Callable[[tuple[str, Answer]], tuple[str, Answer]]:
-    """Return a function that calls an entry damaged if a blob is missing or has another size; contents are not read."""
-
-    def look(entry: tuple[str, Answer]) -> tuple[str, Answer]:
-        family, answer = entry
-        for blob in answer.manifest.blobs if answer.manifest else ():
-            path = store.blob_path(blob.sha256)
-            if not path.is_file() or path.stat().st_size != blob.size:
-                return family, Answer(Status.CORRUPT, answer.key, why=f"{blob.role} is missing or has another size")
-        return family, answer
-
-    return look
 
 
 def _outdated(manifest: Manifest) -> str:

@@ -12,7 +12,7 @@ import shlex
 import stat
 from pathlib import Path
 
-from nanogpt_buckets.errors import TransientError, UntrustedStore
+from nanogpt_buckets.errors import CacheError, TransientError, UntrustedStore
 
 # Those whose writer decides what is found below them.
 _INSIDE = ("v1", "v1/entries", "v1/blobs")
@@ -27,9 +27,12 @@ def check_location(root: Path, *further: Path) -> None:
         further: other directories of the store that are about to be used.
 
     Raises:
+        CacheError: the cache directory is something else.
         UntrustedStore: somebody else owns a directory or can write to it.
         TransientError: a directory cannot be examined this time.
     """
+    if root.exists() and not root.is_dir():
+        raise CacheError(f"{root} is not a directory", hint=_ELSEWHERE)
     if not hasattr(os, "geteuid"):
         return
     for directory in (root, *(root / name for name in _INSIDE), *further):

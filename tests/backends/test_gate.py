@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nanogpt_buckets.backends import gate
+from nanogpt_buckets.errors import NonFiniteLogits
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.gpt import Lowering, from_weights
 from nanogpt_buckets.plan.bucket import Bucket
@@ -163,3 +164,12 @@ def test_the_canary_passes_the_right_pair_and_fails_another():
     gate.canary(fresh(), ARCH, Bucket(2, 16), WEIGHTS)
     with pytest.raises(gate.GateFailed, match="these weights"):
         gate.canary(fresh(), ARCH, Bucket(2, 16), other)
+
+
+def test_the_canary_blames_weights_that_are_not_finite_and_names_the_tensor():
+    weights = gate.seeded_weights(ARCH, torch.float32)
+    weights["transformer.h.1.mlp.c_fc.weight"][0, 0] = float("nan")
+    step = NeuronStep(from_weights(ARCH, weights))
+
+    with pytest.raises(NonFiniteLogits, match=r"transformer\.h\.1\.mlp\.c_fc\.weight holds NaN"):
+        gate.canary(step, ARCH, Bucket(1, 16), weights)

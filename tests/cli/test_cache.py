@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt_buckets import Engine
 from nanogpt_buckets.cli import main
+from nanogpt_buckets.errors import CacheMiss
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_show_takes_the_beginning_of_a_key_and_tells_everything(cache, run):
     shown = json.loads(run("show", key[:10], "--json")[1])
 
     assert code == 0
-    assert (shown["key"], shown["state"], shown["runs_here"], shown["pinned_by"]) == (key, "warm", True, None)
+    assert (shown["key"], shown["state"], shown["runs_here"], shown["plans"]) == (key, "stored", True, [])
     assert shown["parts"]["family"]["architecture"]["n_layer"] == 4
     assert os.path.getsize(shown["blobs"][0]["path"]) == shown["bytes"] == shown["blobs"][0]["bytes"]
     assert json.loads(Path(shown["path"]).read_bytes())["body"]["key"] == key
@@ -80,7 +82,8 @@ def test_show_names_the_plan_that_keeps_an_entry(demo_cache, run, monkeypatch):
 
     shown = json.loads(run("show", keys(demo_cache)[0], "--json")[1])
 
-    assert shown["pinned_by"] == "demo"
+    assert shown["plans"] == ["demo"]
+    assert any(line.split()[7:8] == ["demo"] for line in run("ls")[1].splitlines()), "ls calls an entry by its plan"
 
 
 def test_show_says_of_a_damaged_entry_what_is_wrong(cache, run):
@@ -92,6 +95,41 @@ def test_show_says_of_a_damaged_entry_what_is_wrong(cache, run):
     assert code == 0
     assert "corrupt" in out
     assert "does not match its own digest" in out
+
+
+@pytest.mark.parametrize(("damage", "seen_by_ls"), [("missing", True), ("cut", True), ("flipped", False)])
+def test_damage_to_a_library_is_seen_by_show_and_verify_and_unless_it_hides_by_ls(cache, run, damage, seen_by_ls):
+    blob = next((cache / "v1" / "blobs").glob("*/*"))
+    blob.chmod(0o600)
+    content = blob.read_bytes()
+    blob.write_bytes({"missing": content, "cut": content[:-1], "flipped": content[:-1] + b"?"}[damage])
+    if damage == "missing":
+        blob.unlink()
+
+    states = [row["state"] for row in json.loads(run("ls", "--json")[1])]
+    assert sorted(states) == (["corrupt", "stored"] if seen_by_ls else ["stored", "stored"])
+    assert sorted(json.loads(run("show", key, "--json")[1])["state"] for key in keys(cache)) == ["corrupt", "stored"]
+    assert run("verify")[0] == 4
+    assert json.loads(run("prune", "--dry-run", "--json")[1])["files"][0]["why"].startswith("damaged")
+
+
+def test_a_place_that_is_no_cache_is_not_called_intact(run, tmp_path):
+    code, _, err = run("verify", "--cache-dir", str(tmp_path / "nowhere"))
+    assert (code, err.split(":")[0]) == (1, "error")
+    (tmp_path / "file").touch()
+    for command in (["verify"], ["ls"], ["prune"], ["show", "a"], ["rm", "a", "-y"]):
+        code, _, err = run(*command, "--cache-dir", str(tmp_path / "file"))
+        assert code == 1
+        assert "file is not a directory" in err
+
+
+def test_hints_keep_the_cache_directory(cache, run, tmp_path):
+    elsewhere = tmp_path / "else where"
+
+    assert f"cache ls --cache-dir '{elsewhere}'" in run("show", "abc", "--cache-dir", str(elsewhere))[2]
+    with pytest.raises(CacheMiss) as missed:
+        Engine.load("demo", cache_dir=elsewhere)
+    assert missed.value.hint == f"nanogpt-buckets build --model demo --cache-dir '{elsewhere}'"
 
 
 def test_a_dry_run_deletes_nothing_and_says_how_much_would_go(cache, run):

@@ -102,7 +102,7 @@ def test_cache_ls_and_verify(cli, demo_cache):
     verify = cli("cache", "verify", "--json", cache=demo_cache)
 
     assert sorted(row["bucket"] for row in rows) == ["1x16", "1x32"]
-    assert all(len(row["key"]) == 64 and row["state"] == "warm" for row in rows)
+    assert all(len(row["key"]) == 64 and row["state"] == "stored" for row in rows)
     assert (verify.returncode, json.loads(verify.stdout)["problems"]) == (0, [])
     assert cli("cache", "dir", cache=demo_cache).stdout.decode() == f"{demo_cache}\n"
 
@@ -141,4 +141,4 @@ def test_generate_compiles_in_a_cold_cache_from_any_script(tmp_path):
             assert done.returncode == 0, done.stderr
             assert done.stdout.startswith("ROMEO:")
             assert done.stdout.count("ROMEO:") == 1, "the script ran once"
-            assert "compiling 1 missing bucket(s) of demo first: 1x32" in done.stderr
+            assert "compiling for demo first: 1x32" in done.stderr

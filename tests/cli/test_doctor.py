@@ -80,6 +80,15 @@ def test_a_containers_quota_that_openmp_does_not_see_is_a_warning_with_the_numbe
     assert facts()[1]["machine processors"]["verdict"] == "ok"
 
 
+@pytest.mark.parametrize(("load", "verdict"), [(0.3, "ok"), (7.9, "warning")])
+def test_a_machine_that_others_use_is_said_to_be_slow(facts, monkeypatch, load, verdict):
+    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr(host, "cpu_count", lambda: 2)
+
+    found = facts()[1]["machine load"]
+    assert (found["verdict"], "OMP_" in found["hint"]) == (verdict, verdict == "warning")
+
+
 def test_people_get_a_table_and_the_counts(run):
     code, out, err = run()
 
@@ -142,16 +151,18 @@ def test_mounts_that_limit_are_said(facts, monkeypatch, kind, options, name, ver
 
     code, found = facts()
 
-    assert (code, found[name]["verdict"]) == (0, verdict)
+    # a cache that cannot be written can be used; the local directory is on the same mount, and is needed
+    assert (code, found[name]["verdict"]) == (int("ro" in options), verdict)
+    assert found["local writable"]["verdict"] == ("problem" if "ro" in options else "ok")
     assert found["cache file system"]["value"] == f"{kind} on /somewhere ({', '.join(sorted(options))})"
 
 
 def test_a_file_in_the_directorys_place_is_said(facts, tmp_path):
     (tmp_path / "file").write_text("")
 
-    _, found = facts(str(tmp_path / "file"))
+    code, found = facts(str(tmp_path / "file"))
 
-    assert found["cache writable"]["verdict"] != "ok"
+    assert (code, found["cache writable"]["verdict"]) == (1, "problem")
     assert "is a file" in found["cache writable"]["value"]
 
 

@@ -157,7 +157,14 @@ WRONG = {
         *BUILD, "--plan", a_plan(step="decode"),
         code=2, said="'decode'", hint="recompute",
     ),
-    "no default plan": wrong(*STATUS, code=2, said="no default plan", hint="--seq"),
+    "nothing to have a status": wrong(*STATUS, code=1, said="nothing is built or planned", hint="--seq"),
+    "status of no buckets": wrong(*STATUS, "--backend=eager", code=2, said="compiles nothing", hint="--backend"),
+    "misspelt command": wrong("genrate", code=2, said="Did you mean 'generate'", hint="--help"),
+    "cache directory without a name": wrong(*STATUS, "--cache-dir=", code=2, said="name is empty", hint="--help"),
+    "no file of that name": wrong(
+        "generate", "a", "--model=out/ckpt.pt", code=1, said="no file or folder 'out/ckpt.pt'", hint="nanoGPT ckpt.pt"
+    ),
+    "out-dir means resume": wrong("generate", "a", "--out-dir=/no/out", code=1, said="/no/out/ckpt.pt", hint="demo"),
     # where and what for
     **{f"neuron: {' '.join(options)}": wrong(
         "build", "--model=gpt2", "--seq=32", *options, code=1, said="torch-neuronx, which is not installed",

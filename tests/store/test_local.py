@@ -359,11 +359,12 @@ def test_a_directory_that_cannot_be_listed_is_transient(store, entry, monkeypatc
             call()
 
 
-def test_a_file_in_place_of_the_root_is_absent(tmp_path):
+def test_a_file_in_place_of_the_root_is_said_to_be_one(tmp_path):
     (tmp_path / "cache").write_text("x")
     store = LocalStore(tmp_path / "cache")
     manifest, blobs = make("one")
-    assert look(store, manifest).status is Status.ABSENT
+    assert look(store, manifest).status is Status.TRANSIENT
+    assert look(store, manifest).why.endswith("is not a directory")
     with pytest.raises(CacheError) as caught:
         store.publish(manifest, blobs)
     assert str(store.root) in caught.value.message

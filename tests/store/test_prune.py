@@ -66,7 +66,7 @@ def test_a_plan_of_deletion_changes_nothing_and_says_what_it_frees(store):
     manifest_bytes = store.entry_path(entry.family, entry.key).stat().st_size
     assert deletion.bytes == manifest_bytes + entry.blobs[0].size
     assert deletion.entries == 1
-    assert delete(deletion) == deletion.bytes
+    assert delete(store, deletion) == deletion.bytes
     assert left(store) == set()
     assert store.blob_paths() == []
 
@@ -82,7 +82,7 @@ def test_entries_go_before_blobs(store):
 def test_a_blob_that_another_entry_uses_stays(store):
     first, second = publish(store, 16, content=b"shared" * 99), publish(store, 32, content=b"shared" * 99)
 
-    delete(plan_removal(store, [first.key]))
+    delete(store, plan_removal(store, [first.key]))
 
     assert left(store) == {second.key}
     assert verify(store).problems == ()
@@ -107,11 +107,20 @@ def test_an_ambiguous_or_unknown_beginning_is_refused_with_the_candidates(store)
         plan_removal(store, ["0" * 64])
 
 
-def test_removing_what_a_plan_names_is_said(store):
-    entry = publish(store, 16)
-    keep(store, entry)
+def test_what_is_removed_by_name_goes_out_of_every_plan(store):
+    entry, other = publish(store, 16), publish(store, 32)
+    keep(store, entry, other)
+    store.save_plan("second", Plan([entry.bucket]).to_json(model="s", source="test", families=[entry.family]))
+    assert pinned(store)[entry.family, entry.bucket] == ["demo", "second"]
 
-    assert plan_removal(store, [entry.key]).notes == (f"entry {entry.key[:12]} is in plan demo",)
+    deletion = plan_removal(store, [entry.key])
+    assert deletion.notes == ("bucket 1x16 goes out of plan demo", "bucket 1x16 goes out of plan second")
+    assert store.plan_names() == ["demo", "second"], "planning changes nothing"
+    delete(store, deletion)
+
+    assert list(Plan.from_json(store.load_plan("demo"))) == [other.bucket]
+    assert store.plan_names() == ["demo"], "an empty plan goes"
+    assert (entry.family, entry.bucket) not in pinned(store)
 
 
 def test_age_takes_what_was_neither_built_nor_loaded_and_no_plan_names(store):
@@ -121,7 +130,7 @@ def test_age_takes_what_was_neither_built_nor_loaded_and_no_plan_names(store):
     deletion = plan_prune(store, older_than_s=30 * DAY)
 
     assert names(deletion) == [old.key]
-    delete(deletion)
+    delete(store, deletion)
     assert left(store) == {kept.key, young.key}
     assert verify(store).problems == ()
 
@@ -150,7 +159,17 @@ def test_size_that_plans_do_not_allow_is_said(store):
     deletion = plan_prune(store, max_bytes=10)
 
     assert deletion.files == ()
-    assert deletion.notes == ("1000 bytes are in plans, or cannot be judged, and stay; asked for at most 10",)
+    assert deletion.notes[0].startswith("0.0 MB are in plans (--planned deletes those too) or cannot be judged")
+
+
+def test_planned_entries_go_by_age_and_size_if_that_is_said(store):
+    old, young = publish(store, 16, content=b"x" * 1000, days_unused=40), publish(store, 32, content=b"y" * 1000)
+    keep(store, old, young)
+
+    assert names(plan_prune(store, older_than_s=30 * DAY, planned=True)) == [old.key]
+    assert names(plan_prune(store, max_bytes=1500, planned=True)) == [old.key]
+    assert sorted(names(plan_prune(store, max_bytes=0, planned=True))) == sorted([old.key, young.key])
+    assert Plan.from_json(store.load_plan("demo"))
 
 
 def test_old_toolchains_go_even_from_plans_and_newer_ones_stay(store):
@@ -164,7 +183,7 @@ def test_old_toolchains_go_even_from_plans_and_newer_ones_stay(store):
     assert plan_prune(store).files == ()
 
 
-@pytest.mark.parametrize("damage", ["missing blob", "short blob", "manifest"])
+@pytest.mark.parametrize("damage", ["missing blob", "short blob", "flipped byte", "manifest"])
 def test_damaged_entries_always_go_and_take_nothing_sound_along(store, damage):
     broken, sound = publish(store, 16), publish(store, 32)
     keep(store, broken)
@@ -174,10 +193,13 @@ def test_damaged_entries_always_go_and_take_nothing_sound_along(store, damage):
     elif damage == "short blob":
         blob.chmod(0o600)
         blob.write_bytes(b"x")
+    elif damage == "flipped byte":
+        blob.chmod(0o600)
+        blob.write_bytes(bytes([blob.read_bytes()[0] ^ 1]) + blob.read_bytes()[1:])
     else:
         manifest.write_bytes(b"{}")
 
-    delete(plan_prune(store))
+    delete(store, plan_prune(store))
 
     assert left(store) == {sound.key}
     assert verify(store).problems == ()
@@ -223,7 +245,7 @@ def test_what_is_used_after_the_plan_was_made_stays(store):
     deletion = plan_prune(store, older_than_s=30 * DAY)
 
     store.mark_used(entry.family, entry.key)
-    delete(deletion)
+    delete(store, deletion)
 
     assert left(store) == {entry.key}
 
@@ -232,8 +254,8 @@ def test_two_prunes_at_once_are_no_error(store):
     publish(store, 16, days_unused=40)
     first, second = (plan_prune(store, older_than_s=DAY) for _ in range(2))
 
-    assert delete(first) == first.bytes
-    assert delete(second) == 0
+    assert delete(store, first) == first.bytes
+    assert delete(store, second) == 0
 
 
 def test_a_store_that_others_can_write_is_not_touched(store):
@@ -260,6 +282,6 @@ def test_each_file_is_told_when_it_is_done(store):
     publish(store, 16)
     told = []
 
-    delete(plan_prune(store, older_than_s=0), on_file=told.append)
+    delete(store, plan_prune(store, older_than_s=0), on_file=told.append)
 
     assert [file.what for file in told] == ["entry", "blob"]
