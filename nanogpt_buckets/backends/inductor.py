@@ -64,7 +64,7 @@ class InductorBackend(Backend):
         Raises:
             BackendUnavailable: this machine cannot build or run that level.
         """
-        if host.version_tuple(version("torch"))[:2] < (2, 10) and requested in (None, host.NATIVE):
+        if not _has_levels() and requested in (None, host.NATIVE):
             return host.NATIVE
         return host.choose_level(requested)
 
@@ -137,6 +137,11 @@ class InductorExecutable:
         self._weights = {}
 
 
+def _has_levels() -> bool:
+    """Whether this torch can be told what to generate code for; before 2.10 it takes what it finds."""
+    return host.version_tuple(version("torch"))[:2] >= (2, 10)
+
+
 @functools.cache
 def _cxx_version() -> str | None:
     compiler = os.environ.get("CXX") or "g++"
@@ -169,6 +174,11 @@ def _compile_library(step: nn.Module, inputs: tuple[Tensor, Tensor], target: str
 
     if _cxx_version() is None:
         raise BackendUnavailable("no C++ compiler was found", hint="install g++, or set CXX to a compiler")
+    if target in _SIMDLEN and not _has_levels():
+        raise BackendUnavailable(
+            f"torch {version('torch')} cannot be told an instruction-set level",
+            hint="leave --target out, or use torch 2.10",
+        )
     _pin_instruction_set(target)
     output = workdir / "library.so"
     options = {

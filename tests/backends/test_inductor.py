@@ -48,7 +48,7 @@ def test_no_weights_are_inside_and_the_gate_is_on_record(catalog, artifact):
 
 
 def test_code_is_generated_for_the_named_level_and_nothing_beyond(artifact):
-    level = host.choose_level(None)
+    level = InductorBackend().target(None)
 
     if level == host.NATIVE:
         assert set(artifact.requires["cpu_flags"]) == host.cpu_flags()
@@ -192,10 +192,14 @@ def test_a_lesser_host_chooses_a_lower_level(monkeypatch):
     assert host.choose_level(None) == host.NATIVE
 
 
-def test_old_torch_builds_native_only(monkeypatch):
+def test_old_torch_builds_native_only(monkeypatch, tmp_path):
     monkeypatch.setattr("nanogpt_buckets.backends.inductor.version", lambda name: "2.9.1")
+    backend = InductorBackend()
 
-    assert InductorBackend().target(None) == host.NATIVE
+    assert backend.target(None) == host.NATIVE
+    request = BuildRequest("inductor", ODD, Bucket(1, 8), "float32", "x86-64-v2", backend.lowering())
+    with pytest.raises(BackendUnavailable, match=r"torch 2\.9\.1 cannot be told an instruction-set level"):
+        backend.compile(request, tmp_path)
 
 
 @pytest.mark.parametrize("target", ["trn1", "inf2", "trn2.48xlarge"])

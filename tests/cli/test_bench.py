@@ -34,7 +34,7 @@ def test_bench_measures_every_built_bucket_against_the_eager_model(run):
         assert row["tokens_per_s"] == 1000 / row["step_ms"]["median"]
         # float32 rounding, and not one and the same program
         assert 0 < row["mean_difference"] < row["max_difference"] < 1e-3
-        assert row["bytes"] > 1_000_000
+        assert row["bytes"] > 100_000
 
 
 def test_bench_shows_people_a_table(run):

@@ -143,7 +143,7 @@ def mount(tmp_path):
 
 
 def test_a_cache_that_is_full_then_has_room_then_is_read_only_and_may_not_execute(cli, mount):
-    cache = mount("size=700k,noexec")
+    cache = mount("size=300k,noexec")
     full = cli(*BUILD, "--seq=16", "--json", cache=cache)
     assert json.loads(full.stdout)["buckets"][0]["state"] == "failed"
     assert full.returncode == 5
