@@ -13,10 +13,12 @@ import torch
 
 from nanogpt_buckets import Bucket, build
 from nanogpt_buckets.backends import choose, gate, host
+from nanogpt_buckets.backends.base import BuildRequest
 from nanogpt_buckets.backends.inductor import InductorBackend
 from nanogpt_buckets.backends.memfile import library_path
 from nanogpt_buckets.catalog import open_catalog
 from nanogpt_buckets.errors import BackendUnavailable, CorruptEntry, IncompatibleEntry, UsageError
+from nanogpt_buckets.model.architecture import GPT2_SIZES
 from nanogpt_buckets.steps import NeuronStep
 
 
@@ -197,7 +199,7 @@ def test_old_torch_builds_native_only(monkeypatch, tmp_path):
     backend = InductorBackend()
 
     assert backend.target(None) == host.NATIVE
-    request = BuildRequest("inductor", ODD, Bucket(1, 8), "float32", "x86-64-v2", backend.lowering())
+    request = BuildRequest("inductor", GPT2_SIZES["gpt2"], Bucket(1, 8), "float32", "x86-64-v2", backend.lowering())
     with pytest.raises(BackendUnavailable, match=r"torch 2\.9\.1 cannot be told an instruction-set level"):
         backend.compile(request, tmp_path)
 
