@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import pytest
 
 from nanogpt_buckets.model.architecture import Architecture
@@ -24,50 +25,73 @@ def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def odd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A function that has a directory of some name filled once, whichever of the processes that run tests is first."""
+    base = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+
+    def once(name: str, fill: Callable[[Path], None]) -> Path:
+        directory = base / f"shared-{name}"
+        with filelock.FileLock(base / f"shared-{name}.lock"):
+            if not (base / f"shared-{name}.done").exists():
+                directory.mkdir()
+                fill(directory)
+                (base / f"shared-{name}.done").touch()
+        return directory
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def odd_folder(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """A Hugging Face GPT-2 in odd shapes, saved by transformers; initialised so that it does not repeat one token."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(20)
-    config = GPT2Config(
-        n_layer=ODD.n_layer,
-        n_head=ODD.n_head,
-        n_embd=ODD.n_embd,
-        n_positions=ODD.block_size,
-        vocab_size=ODD.vocab_size,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    folder = tmp_path_factory.mktemp("models") / "odd"
-    GPT2LMHeadModel(config).eval().save_pretrained(folder)
-    return folder
+    def save(folder: Path) -> None:
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(20)
+        config = GPT2Config(
+            n_layer=ODD.n_layer,
+            n_head=ODD.n_head,
+            n_embd=ODD.n_embd,
+            n_positions=ODD.block_size,
+            vocab_size=ODD.vocab_size,
+            initializer_range=0.2,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        GPT2LMHeadModel(config).eval().save_pretrained(folder / "odd")
+
+    return once("models", save) / "odd"
 
 
 @pytest.fixture(scope="session")
-def odd_cache(odd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def odd_cache(odd_folder: Path, once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """A cache directory in which the odd model's four buckets are compiled: 1x16, 1x33, 1x100 and 3x33."""
-    from nanogpt_buckets.builder import build
-    from nanogpt_buckets.plan.bucket import Bucket
 
-    cache = tmp_path_factory.mktemp("cache") / "cache"
-    plan = [Bucket(1, 16), Bucket(1, 33), Bucket(1, 100), Bucket(3, 33)]
-    report = build(plan, model=odd_folder, cache_dir=cache)
-    assert (report.compiled, report.failed) == (4, 0), report
-    return cache
+    def fill(directory: Path) -> None:
+        from nanogpt_buckets.builder import build
+        from nanogpt_buckets.plan.bucket import Bucket
+
+        plan = [Bucket(1, 16), Bucket(1, 33), Bucket(1, 100), Bucket(3, 33)]
+        report = build(plan, model=odd_folder, cache_dir=directory / "cache")
+        assert (report.compiled, report.failed) == (4, 0), report
+
+    return once("odd", fill) / "cache"
 
 
 @pytest.fixture(scope="session")
-def demo_cache(tmp_path_factory) -> Path:
+def demo_cache(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """The demo's buckets 1x16 and 1x32, compiled."""
-    from nanogpt_buckets.builder import build
-    from nanogpt_buckets.plan.bucket import Plan
 
-    cache = tmp_path_factory.mktemp("demo") / "cache"
-    report = build(Plan.grid(seq=[16, 32]), model="demo", cache_dir=cache)
-    assert report.compiled == 2, report
-    return cache
+    def fill(directory: Path) -> None:
+        from nanogpt_buckets.builder import build
+        from nanogpt_buckets.plan.bucket import Plan
+
+        report = build(Plan.grid(seq=[16, 32]), model="demo", cache_dir=directory / "cache")
+        assert report.compiled == 2, report
+
+    return once("demo", fill) / "cache"
 
 
 @pytest.fixture(scope="session")

@@ -562,6 +562,22 @@ def test_a_ladder_that_does_not_fit_the_cores_memory_is_refused_with_the_one_tha
     assert open_catalog("gpt2-xl", backend="inductor", target=None, dtype="float32", cache_dir=None).fits(ladder)
 
 
+def test_buckets_that_do_not_fit_together_are_not_loaded_and_a_plan_never_grows_beyond_what_fits(
+    host, tmp_path, monkeypatch, caplog
+):
+    host("trn1.2xlarge")
+    one = catalog(target=None).model.architecture.n_params * 4
+    monkeypatch.setitem(device._CORE_BYTES, "trn1", 2 * one + device._CORE_RESERVED_BYTES)
+
+    build_here(tmp_path, Plan.grid(seq=[8, 16]))
+    assert build_here(tmp_path, Plan.grid(seq=[24, 32])).compiled == 2
+    with Engine.load("demo") as engine:
+        assert [bucket.seq_len for bucket in engine._shelf.load_all()] == [24, 32], "the plan is that of the last build"
+    with pytest.raises(errors.PlanError, match="3 buckets of demo") as caught:
+        Engine.load("demo", plan=Plan.grid(seq=[8, 16, 24]))
+    assert "--seq 16,24" in caught.value.hint
+
+
 def test_as_many_compilations_run_at_once_as_host_memory_allows(monkeypatch):
     from nanogpt_buckets.backends import host as machine
 
@@ -608,6 +624,40 @@ def test_the_commands_on_a_device(host):
     assert found["neuron device"]["value"] == "trn1.2xlarge, 1 chip, 2 cores with 15.9 GB for buckets each"
     assert "SDK 2.31" in found["neuron packages"]["value"]
     assert found["backend chosen"]["value"] == "neuron: there is a Neuron device"
+
+
+@pytest.mark.parametrize(
+    ("installed", "verdict", "said", "hint"),
+    [
+        ({}, "problem", "torch-neuronx, which is not installed", "pip install"),
+        ({"torch-neuronx": "0.0.1"}, "problem", "a placeholder", "--force-reinstall"),
+        ({"torch-neuronx": "2.9.0.2.15.32035", "neuronx-cc": "2.26.6360.0"}, "ok", "SDK 2.31, Python 3.11 to 3.13", ""),
+        (
+            {"torch-neuronx": "2.9.0.2.13.26312", "neuronx-cc": "2.20.1.0"},
+            "warning",
+            "SDK 2.29",
+            "neuronx-cc==2.24.8799.0",
+        ),
+        ({"torch-neuronx": "2.9.0.9.9", "neuronx-cc": "9.9"}, "warning", "of no SDK known here", "pip install"),
+    ],
+)
+def test_doctor_names_the_sdk_that_is_installed_or_the_command_that_mends_it(
+    tmp_path, monkeypatch, plug_in, installed, verdict, said, hint
+):
+    from nanogpt_buckets import doctor
+
+    monkeypatch.setattr(device, "ROOT", tmp_path)
+    plug_in(tmp_path, "trn1.2xlarge")
+    monkeypatch.setattr(sdk, "installed", ({"torch": "2.9.0"} | installed).get)
+    monkeypatch.setenv("NEURON_CC_FLAGS", "-O1")
+
+    found = {finding.name: finding for finding in doctor._neuron()}
+    assert (found["packages"].verdict, said in found["packages"].value) == (verdict, True), found["packages"]
+    assert hint in found["packages"].hint
+    assert "--compiler-args" in found["NEURON_CC_FLAGS"].hint
+    assert "driver" not in found
+    (tmp_path / "proc" / "devices").write_text("")
+    assert "aws-neuronx-dkms" in {finding.name: finding for finding in doctor._neuron()}["driver"].hint
 
 
 def test_cache_ls_says_what_is_inside_and_what_was_not_checked(host, tmp_path, capsys):

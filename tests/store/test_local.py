@@ -674,7 +674,7 @@ if os.geteuid() == 0:
 @pytest.fixture
 def open_path(tmp_path):
     """Let another user walk down to this test's directory."""
-    for directory in (tmp_path, *tmp_path.parents[:2]):
+    for directory in (tmp_path, *tmp_path.parents[:3]):
         directory.chmod(directory.stat().st_mode | 0o055)
     return tmp_path
 
