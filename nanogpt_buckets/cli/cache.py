@@ -75,7 +75,7 @@ def show(key: str, cache_dir: Path | None, as_json: bool) -> None:
 
     KEY may be the beginning of a key, as cache ls shows it.
 
-    Example: nanogpt-buckets cache show 4b316b3a2404
+    Example: nanogpt-buckets cache show 02e44f249430
     """
     store = _open(cache_dir)
     family, answer = store.find(key)
@@ -204,7 +204,7 @@ def rm(keys: tuple[str, ...], dry_run: bool, yes: bool, cache_dir: Path | None, 
 
     KEY may be the beginning of a key, as cache ls shows it.
 
-    Example: nanogpt-buckets cache rm 4b316b3a2404 --dry-run
+    Example: nanogpt-buckets cache rm 02e44f249430 --dry-run
     """
     store = _open(cache_dir)
     return _carry_out(store, plan_removal(store, keys), dry_run, yes, as_json)
