@@ -124,7 +124,8 @@ def build(
         target: what to generate code for; None for this host's best.
         dtype: "float32" or "bfloat16".
         jobs: children at a time; None for as many as processors and memory allow.
-        executor: runs `compile_bucket(request)` instead of a child of this process; it may be on another machine.
+        executor: runs `compile_bucket(request)` instead of a child of this process; it may be on another machine, which
+            for Neuron must see this one's prepared weights under the same path.
         compiler_args: flags for neuronx-cc, as a line or a list.
         cache_dir: the store; None for the default.
         on_progress: called from worker threads with a bucket and its phase: "waiting", "waiting for another build",

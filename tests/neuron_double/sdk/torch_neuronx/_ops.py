@@ -10,19 +10,19 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from torch_neuronx import _artifact, _models
 
 _original_load = torch.jit.load
-_library: torch.library.Library | None = None  # the op lives as long as this
+_library: library.Library | None = None  # the op lives as long as this
 _wrapping = False  # while trace wraps the compiled program, the op only has to say how many outputs there are
 
 
 def install() -> None:
     """Register the op and hook torch.jit.load."""
     global _library
-    _library = torch.library.Library("neuron", "DEF")
+    _library = library.Library("neuron", "DEF")
     _library.define("forward_v2(Tensor[] inputs, Tensor model) -> Tensor[]")
     # this dispatch key, so that results never require a gradient
     _library.impl("forward_v2", _forward, "CompositeImplicitAutograd")
