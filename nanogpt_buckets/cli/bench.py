@@ -60,7 +60,8 @@ def bench(
     built = [bucket for bucket in asked if bucket in usable]
     if not built or (plan and missing):
         raise _miss(catalog, missing, plan)
-    from nanogpt_buckets.measure import measure
+    with output.ending_at_once():
+        from nanogpt_buckets.measure import measure
 
     weights = catalog.model.weights(catalog.dtype).tensors
     with output.progress("measuring", runs * len(built)) as advance:

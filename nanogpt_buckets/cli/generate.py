@@ -59,7 +59,8 @@ def generate(
         model = str((out_dir or Path("out")) / "ckpt.pt")
     elif init_from is not None:
         model = init_from
-    from nanogpt_buckets.engine import Engine
+    with output.ending_at_once():
+        from nanogpt_buckets.engine import Engine
 
     with output.BuildProgress() as update, Engine.load(
         model, backend=backend if compiled else "eager", target=target, dtype=dtype, tokenizer=tokenizer,

@@ -146,3 +146,23 @@ def test_sizes_ages_and_counts_for_people():
     ]  # fmt: skip
     assert [output.age(s) for s in (-1, 0, 59, 60, 7200, 86400 * 40)] == ["0 s", "0 s", "59 s", "1 min", "2 h", "40 d"]
     assert [output.count(n, "entry", "entries") for n in (0, 1, 2)] == ["0 entries", "1 entry", "2 entries"]
+
+
+def test_ctrl_c_ends_an_import_that_would_swallow_it():
+    code = (
+        "import os, signal, time\n"
+        "from nanogpt_buckets.cli import output\n"
+        "with output.ending_at_once():\n"
+        "    pass\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "with output.ending_at_once():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(5)\n"
+        "    except BaseException:\n"
+        "        pass\n"
+        "print('went on')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")
