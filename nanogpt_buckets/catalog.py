@@ -189,8 +189,10 @@ class Catalog:
         lengths = f" --seq {seq}" if seq else ""
         dtype = "" if self.dtype == "float32" else f" --dtype {self.dtype}"
         target = "" if self.target is None else f" --target {self.target}"
+        arguments = shlex.quote(" ".join(self.backend.arguments)) if any(self.backend.arguments) else ""
+        flags = f" --compiler-args={arguments}" if arguments else ""
         place = settings.cache_dir_option(self.store.root)
-        return f"nanogpt-buckets build --model {name}{rows}{lengths}{dtype}{target}{place}"
+        return f"nanogpt-buckets build --model {name}{rows}{lengths}{dtype}{target}{flags}{place}"
 
     def require_compiling(self) -> None:
         """Refuse a backend that has no buckets to speak of.
@@ -211,7 +213,8 @@ class Catalog:
             if manifest is not None and manifest.bucket == bucket:
                 theirs = manifest.parts["family"]
                 if theirs.get("architecture") == self.family_parts["architecture"]:
-                    targets = (self.target, manifest.parts["target"]) if self.target else (None, None)
+                    wanted = None if self.target is None else self.backend.target(self.target)
+                    targets = (wanted, manifest.parts["target"]) if wanted else (None, None)
                     ours = {**self.family_parts, "target": targets[0]}
                     differences.append(key.difference(ours, {**theirs, "target": targets[1]}))
         if not differences:

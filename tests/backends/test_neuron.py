@@ -316,6 +316,15 @@ def test_the_flags_of_an_entry_are_in_the_file_itself(host, tmp_path):
     assert header["flags"]["--optlevel"] == "1"
 
 
+def test_a_hint_builds_the_family_that_is_missing(host):
+    flagged = catalog(target="inf2", compiler_args=["-O1", "--auto-cast matmult"])
+
+    assert flagged.build_command([Bucket(1, 8)]) == (
+        "nanogpt-buckets build --model demo --seq 8 --target inf2 --compiler-args='-O1 --auto-cast matmult'"
+    )
+    assert catalog().build_command() == "nanogpt-buckets build --model demo --target trn1"
+
+
 def test_bfloat16_is_another_family_and_passes_its_gate(host, tmp_path):
     host("trn1.2xlarge")
     built = build_here(tmp_path, Plan([Bucket(1, 16)]), dtype="bfloat16")
