@@ -23,6 +23,7 @@ from nanogpt_buckets.catalog import Catalog, open_catalog, remember_plan
 from nanogpt_buckets.errors import (
     BackendUnavailable,
     BucketsError,
+    ChildFailed,
     CompileFailed,
     UsageError,
 )
@@ -183,7 +184,8 @@ def compile_bucket(request: dict[str, Any], on_event: Callable[[child.Event], No
         on_event: called with each of the child's events.
 
     Raises:
-        ChildFailed: the child made no artifact.
+        ChildFailed: the child ended without a word.
+        BucketsError: it could not compile the bucket, or the bucket failed the gate.
     """
     with tempfile.TemporaryDirectory(prefix="nanogpt-buckets-") as directory:
         workdir = Path(directory)
@@ -276,10 +278,9 @@ class _Builder:
         except BucketsError as error:
             if not self._stopped:
                 self._tell(bucket, "failed")
-            log = getattr(error, "log", "")
-            failures.remember(name, getattr(error, "kind", ""), error.message)
+            failures.remember(name, error)
             return BuildRow(
-                bucket, "failed", name, time.monotonic() - start, why=error.message, hint=error.hint, log=log
+                bucket, "failed", name, time.monotonic() - start, why=error.message, hint=error.hint, log=error.log
             )
         failures.forget(name)
         self._tell(bucket, "compiled")
@@ -301,7 +302,7 @@ class _Builder:
 
     def _compile(self, bucket: Bucket) -> Artifact:
         if self._stopped:
-            raise child.ChildFailed("the build was interrupted")
+            raise ChildFailed("the build was interrupted")
         catalog = self._catalog
         request = BuildRequest(
             backend=catalog.backend.name,
@@ -321,7 +322,7 @@ class _Builder:
         except BucketsError:
             raise
         except Exception as error:  # somebody else's executor, a full disk: whatever it is, it is this bucket's failure
-            raise child.ChildFailed(f"{type(error).__name__}: {error}") from error
+            raise ChildFailed(f"{type(error).__name__}: {error}") from error
 
     def _hear(self, bucket: Bucket, event: child.Event) -> None:
         if "phase" in event:

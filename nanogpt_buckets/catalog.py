@@ -26,6 +26,7 @@ from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import Blob, Manifest
+from nanogpt_buckets.versions import version_tuple
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +248,7 @@ class Catalog:
         assert answer.manifest is not None
         parts: Mapping[str, Any] = answer.manifest.parts
         own_compiler = parts["compiler"] == self.backend.compiler()
-        newest = [tuple(-n for n in host.version_tuple(text)) for text in sorted(parts["compiler"].values())]
+        newest = [tuple(-n for n in version_tuple(text)) for text in sorted(parts["compiler"].values())]
         runs_here = answer.status is Status.WARM
         return (not runs_here, not own_compiler, host.level_rank(parts["target"]), newest, answer.key)
 

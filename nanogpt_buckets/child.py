@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from nanogpt_buckets.errors import BucketsError
+from nanogpt_buckets import errors
+from nanogpt_buckets.errors import BucketsError, ChildFailed
 
 Event = dict[str, Any]
 
@@ -35,16 +36,6 @@ _LOG_TAIL_BYTES = 4000
 _LONGEST_S = 24 * 3600.0
 
 _running: set[subprocess.Popen[bytes]] = set()
-
-
-class ChildFailed(BucketsError):
-    """The child ended without a result.
-
-    `log` holds the end of what it wrote on stderr, `kind` the name of the error it ended with, if it named one.
-    """
-
-    log: str = ""
-    kind: str = ""
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -83,6 +74,7 @@ def run(
 
     Raises:
         ChildFailed: it ended, or was killed, without a result.
+        BucketsError: of the class that the child raised.
     """
     log_path = workdir / "child.log"
     last: Event = {}
@@ -153,9 +145,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 stream.close()
 
 
-def _failure(last: Event, status: int, log_path: Path, stopped: str) -> ChildFailed:
+def _failure(last: Event, status: int, log_path: Path, stopped: str) -> BucketsError:
+    """Return the error that a child named as its own, or one that says how it ended."""
+    kind: type[BucketsError] = ChildFailed
     if last.get("event") == "error":
         reason = str(last.get("message"))
+        kind = errors.named(str(last.get("kind"))) or ChildFailed
     elif stopped:
         reason = f"the child {stopped} without a result"
     elif status < 0:
@@ -164,8 +159,7 @@ def _failure(last: Event, status: int, log_path: Path, stopped: str) -> ChildFai
             reason += ", most likely for want of memory"
     else:
         reason = f"the child ended with status {status} and no result"
-    failure = ChildFailed(reason, hint=last.get("hint"))
-    failure.kind = str(last.get("kind", ""))
+    failure = kind(reason, hint=last.get("hint"))
     failure.log = log_path.read_bytes()[-_LOG_TAIL_BYTES:].decode("utf-8", "replace")
     return failure
 

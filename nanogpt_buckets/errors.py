@@ -10,8 +10,11 @@
     ├── TokenizerError           1   no tokenizer, or not the model's (ValueError)
     │   └── UnknownCharacter     1   text outside a character-level vocabulary
     ├── BackendUnavailable       1   the backend asked for cannot run or compile here
+    ├── DeviceError              1   an accelerator did not do what it was asked
     ├── NonFiniteLogits          1   a bucket returned NaN or infinity (ArithmeticError)
-    ├── CompileFailed            5   one or more buckets could not be compiled or failed the gate
+    ├── ChildFailed              1   a child process ended without a result
+    ├── CompileFailed            5   one or more buckets could not be compiled
+    │   └── GateFailed           5   compiled, and does not compute what the eager model computes
     └── CacheError               1   the cache directory cannot be used
         ├── TransientError       1   it could not be read this time; nothing was changed
         ├── CacheMiss            3   no compiled bucket reaches the request
@@ -37,6 +40,7 @@ class BucketsError(Exception):
 
     exit_code = 1
     usual_hint: str | None = None
+    log = ""  # the end of what a child that raised this wrote on stderr
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -49,12 +53,20 @@ class BucketsError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.hint)
+        return _rebuild, (type(self), self.message, self.hint, self.log)
 
 
-def _rebuild(kind: type[BucketsError], message: str, hint: str | None) -> BucketsError:
+def _rebuild(kind: type[BucketsError], message: str, hint: str | None, log: str = "") -> BucketsError:
     # keyword-only arguments do not survive the default pickling of exceptions
-    return kind(message, hint=hint)
+    error = kind(message, hint=hint)
+    error.log = log
+    return error
+
+
+def named(kind: str) -> type[BucketsError] | None:
+    """Return the error class of this name, as another process wrote it, or None if there is none."""
+    found = globals().get(kind)
+    return found if isinstance(found, type) and issubclass(found, BucketsError) else None
 
 
 class UsageError(BucketsError, ValueError):
@@ -118,6 +130,16 @@ class CompileFailed(BucketsError):
 
     exit_code = 5
     usual_hint = "nanogpt-buckets doctor examines the compiler"
+
+
+class GateFailed(CompileFailed):
+    """A compiled bucket does not compute what the eager model computes."""
+
+    usual_hint = "it was thrown away; --backend eager runs without compiling, another --target may compile rightly"
+
+
+class ChildFailed(BucketsError):
+    """A child process ended without a result."""
 
 
 class CacheError(BucketsError):

@@ -14,22 +14,21 @@ import uuid
 from pathlib import Path
 
 from nanogpt_buckets import settings
-from nanogpt_buckets.errors import BucketsError
-from nanogpt_buckets.store.files import unlink
+from nanogpt_buckets.errors import BucketsError, CompileFailed
+from nanogpt_buckets.files import unlink
 
-LASTING = ("CompileFailed", "GateFailed")
 _EXPIRE_S = 3600.0
 
 
-def remember(key: str, kind: str, why: str) -> None:
-    """Record that a key could not be compiled, if the kind of error is one that lasts; never fails."""
-    if kind not in LASTING:
+def remember(key: str, error: BucketsError) -> None:
+    """Record that a key could not be compiled, if the error is one that lasts; never fails."""
+    if not isinstance(error, CompileFailed):
         return
     with contextlib.suppress(OSError, BucketsError):
         path = _path(key)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         staged = path.with_name(f"tmp-{uuid.uuid4().hex}")
-        staged.write_text(json.dumps({"kind": kind, "why": why, "when": int(time.time())}), encoding="ascii")
+        staged.write_text(json.dumps({"why": error.message, "when": int(time.time())}), encoding="ascii")
         staged.replace(path)
 
 
@@ -38,7 +37,7 @@ def recall(key: str) -> str | None:
     try:
         record = json.loads(_path(key).read_bytes())
         age_s = time.time() - record["when"]
-        if record["kind"] in LASTING and 0 <= age_s < _EXPIRE_S:
+        if 0 <= age_s < _EXPIRE_S:
             return f"{record['why']} ({age_s / 60:.0f} min ago on this machine)"
     except (OSError, ValueError, TypeError, KeyError, BucketsError):
         pass

@@ -15,8 +15,8 @@ from typing import Any
 
 from nanogpt_buckets import settings
 from nanogpt_buckets.errors import BucketsError
+from nanogpt_buckets.files import unlink
 from nanogpt_buckets.report import Report
-from nanogpt_buckets.store.files import unlink
 
 log = logging.getLogger(__name__)
 

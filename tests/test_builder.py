@@ -15,12 +15,12 @@ import pytest
 
 from nanogpt_buckets import key
 from nanogpt_buckets.backends import host
-from nanogpt_buckets.backends.base import Artifact, BuildRequest, Contract
+from nanogpt_buckets.backends.base import Artifact, BuildRequest
 from nanogpt_buckets.backends.inductor import InductorBackend
 from nanogpt_buckets.builder import build, default_jobs
 from nanogpt_buckets.catalog import default_plan, open_catalog
-from nanogpt_buckets.child import ChildFailed
-from nanogpt_buckets.errors import BackendUnavailable, CacheError, PlanError, UntrustedStore, UsageError
+from nanogpt_buckets.contract import Contract
+from nanogpt_buckets.errors import BackendUnavailable, CacheError, ChildFailed, PlanError, UntrustedStore, UsageError
 from nanogpt_buckets.model.architecture import GPT2_SIZES
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.store.answer import Status

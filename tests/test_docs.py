@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 import pytest
 
-from nanogpt_buckets.backends.host import version_tuple
 from nanogpt_buckets.cli import cli
+from nanogpt_buckets.versions import version_tuple
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob(".github/*.md"), *ROOT.glob("nanogpt_buckets/**/README.md")])

@@ -13,9 +13,9 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
-    "errors", "mounts", "settings", "child", "key", "model", "steps", "plan", "backends", "store", "failures",
-    "catalog", "builder", "sampling", "textstream", "generation", "report", "last_run", "dispatch", "shelf", "engine",
-    "measure", "doctor", "cli", "__main__",
+    "errors", "versions", "mounts", "files", "settings", "child", "contract", "key", "model", "steps", "plan",
+    "backends", "store", "failures", "catalog", "builder", "sampling", "textstream", "generation", "report", "last_run",
+    "dispatch", "shelf", "engine", "measure", "doctor", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
     "errors",

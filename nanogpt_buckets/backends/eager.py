@@ -10,15 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt_buckets.backends.base import (
-    Artifact,
-    Backend,
-    BuildRequest,
-    Executable,
-    check_inputs,
-    check_weights,
-    step_contract,
-)
+from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Executable, step_contract
+from nanogpt_buckets.contract import check_inputs, check_weights
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket

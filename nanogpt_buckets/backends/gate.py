@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt_buckets.errors import CompileFailed, NonFiniteLogits
+from nanogpt_buckets.errors import GateFailed, NonFiniteLogits
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.gpt import GPT, from_weights
 from nanogpt_buckets.plan.bucket import Bucket
@@ -28,12 +28,6 @@ Step = Callable[[Tensor, Tensor], Tensor]
 FLOAT32_TOLERANCE = 2e-5
 # bfloat16 is judged by its own noise: eager bfloat16 against float32.
 BFLOAT16_FACTOR = 2.0
-
-
-class GateFailed(CompileFailed):
-    """A compiled bucket does not compute what the eager model computes."""
-
-    usual_hint = "it was thrown away; --backend eager runs without compiling, another --target may compile rightly"
 
 
 def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229) -> dict[str, Tensor]:

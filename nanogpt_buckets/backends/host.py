@@ -19,6 +19,7 @@ from typing import Any
 
 from nanogpt_buckets.backends.neuron import device
 from nanogpt_buckets.errors import BackendUnavailable
+from nanogpt_buckets.versions import version_tuple
 
 _V2 = frozenset({"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"})
 _V3 = _V2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
@@ -153,11 +154,6 @@ def unmet(requires: Mapping[str, Any]) -> str | None:
         return lack
     unknown = set(requires) - {"os", "machine", "cpu_flags", "glibc", "glibcxx", "neuron_core"}
     return f"has requirements unknown here: {', '.join(sorted(unknown))}" if unknown else None
-
-
-def version_tuple(text: str) -> tuple[int, ...]:
-    """Return a dotted version's numbers, for comparing; text that is no number counts as 0."""
-    return tuple(int(part) if part.isdigit() else 0 for part in re.split(r"[.+-]", text))
 
 
 def available_memory_bytes() -> int:

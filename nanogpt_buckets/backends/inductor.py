@@ -20,19 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets.backends import host
-from nanogpt_buckets.backends.base import (
-    Artifact,
-    Backend,
-    BuildRequest,
-    Contract,
-    Executable,
-    canonical_name,
-    check_inputs,
-    check_weights,
-    step_contract,
-)
+from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Executable, step_contract
 from nanogpt_buckets.backends.memfile import library_path
+from nanogpt_buckets.contract import Contract, canonical_name, check_inputs, check_weights
 from nanogpt_buckets.errors import BackendUnavailable, CompileFailed, IncompatibleEntry
+from nanogpt_buckets.versions import version_tuple
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -139,7 +131,7 @@ class InductorExecutable:
 
 def _has_levels() -> bool:
     """Whether this torch can be told what to generate code for; before 2.10 it takes what it finds."""
-    return host.version_tuple(version("torch"))[:2] >= (2, 10)
+    return version_tuple(version("torch"))[:2] >= (2, 10)
 
 
 @functools.cache

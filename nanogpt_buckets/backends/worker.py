@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets import child
 from nanogpt_buckets.backends import choose
-from nanogpt_buckets.backends.base import DEFERRED, Artifact, Backend, BuildRequest, Contract
+from nanogpt_buckets.backends.base import DEFERRED, Artifact, Backend, BuildRequest
+from nanogpt_buckets.contract import Contract
 from nanogpt_buckets.errors import BackendUnavailable
 
 if TYPE_CHECKING:

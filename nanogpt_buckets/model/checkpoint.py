@@ -212,11 +212,8 @@ def _convert(source: Path) -> _Known:
         request = {"source": str(source), "directory": str(directory)}
         try:
             result = child.run("nanogpt_buckets.model.convert", request, workdir=directory)
-        except child.ChildFailed as error:
+        except errors.ChildFailed as error:
             raise ModelError(f"{source} could not be converted: {error.message}", hint=error.hint) from error
-        if "refused" in result:
-            kind: type[errors.BucketsError] = getattr(errors, result["refused"])
-            raise kind(result["why"], hint=result["hint"])
         _settle(directory / convert.PREPARED, result["digest"])
     known = _Known(result["digest"], Architecture.from_json(result["architecture"]), result["dataset"])
     _remember(source, "float32", stamps, known)

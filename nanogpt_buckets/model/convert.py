@@ -258,13 +258,9 @@ def _architecture(args: Mapping[Any, Any], tied: bool, path: Path) -> Architectu
 
 
 def _handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]:
-    # A refusal is a result: as an exception it would reach the parent without its class.
-    try:
-        arch, dataset, state = read_checkpoint(Path(request["source"]))
-        with writing(local_dir()):
-            digest = write_prepared(Path(request["directory"]) / PREPARED, arch, "float32", state.__getitem__)
-    except (ModelError, CacheError) as error:
-        return {"refused": type(error).__name__, "why": error.message, "hint": error.hint}
+    arch, dataset, state = read_checkpoint(Path(request["source"]))
+    with writing(local_dir()):
+        digest = write_prepared(Path(request["directory"]) / PREPARED, arch, "float32", state.__getitem__)
     return {"digest": digest, "architecture": arch.to_json(), "dataset": dataset}
 
 

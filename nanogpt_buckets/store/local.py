@@ -24,8 +24,8 @@ from typing import Any
 from nanogpt_buckets import key as keys
 from nanogpt_buckets import settings
 from nanogpt_buckets.errors import CacheError, CacheMiss, CorruptEntry, TransientError, UsageError
+from nanogpt_buckets.files import list_names, read_file, read_verified, sweep, unlink
 from nanogpt_buckets.store.answer import ERRORS, Answer, Status, answer_for
-from nanogpt_buckets.store.files import list_names, read_file, read_verified, sweep, unlink
 from nanogpt_buckets.store.lock import held
 from nanogpt_buckets.store.manifest import (
     MAX_BYTES,

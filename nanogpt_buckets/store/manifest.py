@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn
 
 from nanogpt_buckets import key as keys
-from nanogpt_buckets.backends.base import DEFERRED, Contract
+from nanogpt_buckets.backends.base import DEFERRED
+from nanogpt_buckets.contract import Contract
 from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry, PlanError
 from nanogpt_buckets.plan.bucket import Bucket
 

@@ -15,13 +15,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nanogpt_buckets.backends.host import version_tuple
 from nanogpt_buckets.errors import CacheError, CorruptEntry, PlanError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import Manifest
 from nanogpt_buckets.store.trust import check_location
+from nanogpt_buckets.versions import version_tuple
 
 # A blob that no entry names may be one whose manifest is about to be written.
 _YOUNG_S = 3600.0

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt_buckets.errors import CacheError, TransientError
+from nanogpt_buckets.files import move_to_absent, sync_directory, unlink, write_new
 from nanogpt_buckets.store.answer import HINT
-from nanogpt_buckets.store.files import move_to_absent, sync_directory, unlink, write_new
 
 _SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55\n# This directory holds what nanogpt-buckets compiled.\n"
 # Trying again will not help; anything else may pass.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_buckets.errors import CorruptEntry
+from nanogpt_buckets.files import read_file
 from nanogpt_buckets.store.answer import Answer, Status
-from nanogpt_buckets.store.files import read_file
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.trust import check_location
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nanogpt_buckets.backends import gate
-from nanogpt_buckets.errors import NonFiniteLogits
+from nanogpt_buckets.errors import GateFailed, NonFiniteLogits
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.gpt import Lowering, from_weights
 from nanogpt_buckets.plan.bucket import Bucket
@@ -125,14 +125,14 @@ FAULTS = [
 @pytest.mark.parametrize("bucket", BUCKETS, ids=str)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_fails(fault, bucket):
-    with pytest.raises(gate.GateFailed, match=str(bucket)):
+    with pytest.raises(GateFailed, match=str(bucket)):
         run_gate(fault(), bucket)
 
 
 def test_a_step_that_is_not_repeatable_fails():
     step, calls = fresh(), iter(range(1000))
 
-    with pytest.raises(gate.GateFailed, match="second run"):
+    with pytest.raises(GateFailed, match="second run"):
         run_gate(lambda ids, last: step(ids, last) + 1e-6 * next(calls), Bucket(1, 32))
 
 
@@ -141,7 +141,7 @@ def test_bfloat16_is_judged_by_its_own_noise():
     record = run_gate(NeuronStep(from_weights(ARCH, weights)), Bucket(2, 32), weights)
 
     assert record["tolerance_e9"] > 1e9 * gate.FLOAT32_TOLERANCE
-    with pytest.raises(gate.GateFailed):
+    with pytest.raises(GateFailed):
         run_gate(fresh({k: v.clone() for k, v in weights.items()}, scale_by_head_size=False), Bucket(2, 32), weights)
 
 
@@ -149,7 +149,7 @@ def test_bfloat16_noise_hides_no_mask_fault():
     weights = gate.seeded_weights(ARCH, torch.bfloat16)
     step = one_layer_without_mask().to(torch.bfloat16)
 
-    with pytest.raises(gate.GateFailed):
+    with pytest.raises(GateFailed):
         run_gate(step, Bucket(1, 32), weights)
 
 
@@ -162,7 +162,7 @@ def test_the_canary_passes_the_right_pair_and_fails_another():
     other = {name: tensor + 0.01 for name, tensor in WEIGHTS.items()}
 
     gate.canary(fresh(), ARCH, Bucket(2, 16), WEIGHTS)
-    with pytest.raises(gate.GateFailed, match="these weights"):
+    with pytest.raises(GateFailed, match="these weights"):
         gate.canary(fresh(), ARCH, Bucket(2, 16), other)
 
 

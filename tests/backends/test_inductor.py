@@ -17,7 +17,7 @@ from nanogpt_buckets.backends.base import BuildRequest
 from nanogpt_buckets.backends.inductor import InductorBackend
 from nanogpt_buckets.backends.memfile import library_path
 from nanogpt_buckets.catalog import open_catalog
-from nanogpt_buckets.errors import BackendUnavailable, CorruptEntry, IncompatibleEntry, UsageError
+from nanogpt_buckets.errors import BackendUnavailable, CorruptEntry, GateFailed, IncompatibleEntry, UsageError
 from nanogpt_buckets.model.architecture import GPT2_SIZES
 from nanogpt_buckets.steps import NeuronStep
 
@@ -133,7 +133,7 @@ def test_the_canary_catches_weights_that_do_not_belong(catalog, artifact, weight
     other = weights | {"transformer.ln_f.bias": weights["transformer.ln_f.bias"] + 0.1}
 
     gate.canary(step, catalog.model.architecture, Bucket(3, 33), weights)
-    with pytest.raises(gate.GateFailed):
+    with pytest.raises(GateFailed):
         gate.canary(step, catalog.model.architecture, Bucket(3, 33), other)
 
 

@@ -19,11 +19,11 @@ import torch
 from nanogpt_buckets import Bucket, Engine, Plan, build, errors
 from nanogpt_buckets.backends import choose, neuron, worker
 from nanogpt_buckets.backends.base import BuildRequest
-from nanogpt_buckets.backends.gate import GateFailed
 from nanogpt_buckets.backends.neuron import backend as neuron_backend
 from nanogpt_buckets.backends.neuron import device, flags, sdk
 from nanogpt_buckets.builder import default_jobs
 from nanogpt_buckets.catalog import open_catalog
+from nanogpt_buckets.errors import GateFailed
 from nanogpt_buckets.model.architecture import GPT2_SIZES
 
 DOUBLE = Path(__file__).parents[1] / "neuron_double"

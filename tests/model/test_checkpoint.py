@@ -21,6 +21,7 @@ from nanogpt_buckets.errors import (
     BucketsError,
     CacheError,
     CheckpointDamaged,
+    ChildFailed,
     ModelError,
     ModelNotFound,
     UnsupportedModel,
@@ -816,7 +817,7 @@ def test_refusals_cross_the_childs_pipe_with_their_class_and_hint(tmp_path, loca
 
 def test_a_killed_child_is_an_error_about_the_model(tmp_path, monkeypatch):
     def killed(*args, **kwargs):
-        raise child.ChildFailed("the child was killed by SIGKILL, most likely for want of memory")
+        raise ChildFailed("the child was killed by SIGKILL, most likely for want of memory")
 
     monkeypatch.setattr(child, "run", killed)
     with pytest.raises(ModelError, match="could not be converted: the child was killed"):

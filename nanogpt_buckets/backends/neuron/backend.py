@@ -23,16 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_buckets.backends.base import (
-    Artifact,
-    Backend,
-    BuildRequest,
-    Contract,
-    Executable,
-    check_inputs,
-    step_contract,
-)
+from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Executable, step_contract
 from nanogpt_buckets.backends.neuron import device, flags, sdk
+from nanogpt_buckets.contract import Contract, check_inputs
 from nanogpt_buckets.errors import BackendUnavailable, CompileFailed, DeviceError, IncompatibleEntry
 from nanogpt_buckets.model.architecture import Architecture
 

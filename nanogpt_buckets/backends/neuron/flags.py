@@ -12,8 +12,8 @@ import os
 import shlex
 from collections.abc import Iterable, Sequence
 
-from nanogpt_buckets.backends.host import version_tuple
 from nanogpt_buckets.errors import UsageError
+from nanogpt_buckets.versions import version_tuple
 
 _ALIASES = {"-O": "--optlevel", "-lnc": "--logical-nc-config", "--lnc": "--logical-nc-config"}
 _ALONE = frozenset(

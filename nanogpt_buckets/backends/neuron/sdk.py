@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import metadata
 
-from nanogpt_buckets.backends.host import version_tuple
 from nanogpt_buckets.errors import BackendUnavailable
+from nanogpt_buckets.versions import version_tuple
 
 INDEX = "https://pip.repos.neuron.amazonaws.com"
 INSTALL = f"pip install --extra-index-url {INDEX} 'torch-neuronx>=2.9,<2.10' neuronx-cc"
