@@ -17,23 +17,23 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nanogpt_buckets.builder import BuildReport, build
-    from nanogpt_buckets.engine import Engine, generate
     from nanogpt_buckets.errors import BucketsError
-    from nanogpt_buckets.generation import Generation, Token
     from nanogpt_buckets.plan.bucket import Bucket, Plan
-    from nanogpt_buckets.report import Report
+    from nanogpt_buckets.run.engine import Engine, generate
+    from nanogpt_buckets.run.generation import Generation, Token
+    from nanogpt_buckets.run.report import Report
 
 _HOME = {
     "Bucket": "plan.bucket",
     "BucketsError": "errors",
     "BuildReport": "builder",
-    "Engine": "engine",
-    "Generation": "generation",
+    "Engine": "run.engine",
+    "Generation": "run.generation",
     "Plan": "plan.bucket",
-    "Report": "report",
-    "Token": "generation",
+    "Report": "run.report",
+    "Token": "run.generation",
     "build": "builder",
-    "generate": "engine",
+    "generate": "run.engine",
 }
 
 __all__ = [

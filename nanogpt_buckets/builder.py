@@ -10,16 +10,18 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from nanogpt_buckets import backends, child, failures, key
 from nanogpt_buckets.backends import host, worker
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest
-from nanogpt_buckets.catalog import Catalog, open_catalog, remember_plan
+from nanogpt_buckets.choice import Choice, Options, choose
+from nanogpt_buckets.default_plan import remember_plan
 from nanogpt_buckets.errors import (
     BackendUnavailable,
     BucketsError,
@@ -29,7 +31,9 @@ from nanogpt_buckets.errors import (
 )
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.store.answer import Status
+from nanogpt_buckets.store.manifest import Blob, Manifest
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +109,10 @@ def build(
     plan: Plan | Iterable[Bucket],
     *,
     model: str | os.PathLike[str],
-    backend: str = "auto",
-    target: str | None = None,
-    dtype: str = "float32",
     jobs: int | None = None,
     executor: Executor | None = None,
-    compiler_args: str | Sequence[str] = (),
-    cache_dir: str | os.PathLike[str] | None = None,
     on_progress: Listener | None = None,
+    **options: Unpack[Options],
 ) -> BuildReport:
     """Compile what is missing of a plan and add the plan to the model's default one.
 
@@ -121,16 +121,12 @@ def build(
     Args:
         plan: the buckets.
         model: a name or path; see `open_model`.
-        backend: "auto" or a backend's name.
-        target: what to generate code for; None for this host's best.
-        dtype: "float32" or "bfloat16".
         jobs: children at a time; None for as many as processors and memory allow.
         executor: runs `compile_bucket(request)` instead of a child of this process; it may be on another machine, which
             for Neuron must see this one's prepared weights under the same path.
-        compiler_args: flags for neuronx-cc, as a line or a list.
-        cache_dir: the store; None for the default.
         on_progress: called from worker threads with a bucket and its phase: "waiting", "waiting for another build",
             "compiling", "checking", "hit", "compiled" or "failed".
+        options: backend, target, dtype, compiler_args, cache_dir; see `Options`.
 
     Returns:
         One row per bucket. Failed buckets are rows, not exceptions.
@@ -140,14 +136,11 @@ def build(
         UsageError: an unknown dtype, backend or number of jobs, or a backend that compiles nothing.
         BackendUnavailable: there is something to compile and no compiler.
     """
-    catalog = open_catalog(
-        model, backend=backend, target=target, dtype=dtype, compiler_args=compiler_args, cache_dir=cache_dir
-    )
-    return build_missing(catalog, plan, jobs=jobs, executor=executor, on_progress=on_progress)
+    return build_missing(choose(model, **options), plan, jobs=jobs, executor=executor, on_progress=on_progress)
 
 
 def build_missing(
-    catalog: Catalog,
+    choice: Choice,
     plan: Plan | Iterable[Bucket],
     *,
     jobs: int | None = None,
@@ -155,25 +148,25 @@ def build_missing(
     on_progress: Listener | None = None,
     retry: bool = True,
 ) -> BuildReport:
-    """Do what `build` says for a catalog that is open already.
+    """Do what `build` says for a choice that is made already.
 
     Without `retry`, what this node failed to compile within the last hour fails at once.
     """
-    catalog.require_compiling()
+    backend, target = choice.compiler, choice.build_target
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs is {jobs}; it must be at least 1")
-    plan = (plan if isinstance(plan, Plan) else Plan(plan)).check(catalog.model.architecture.block_size)
-    catalog.check_memory(plan)
+    plan = (plan if isinstance(plan, Plan) else Plan(plan)).check(choice.model.architecture.block_size)
+    choice.check_memory(plan)
     try:
-        rows = _Builder(catalog, executor, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)
+        rows = _Builder(choice, executor, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)
     except KeyboardInterrupt:
-        finished = [bucket for bucket in plan if catalog.own(bucket).status is Status.WARM]
+        selection = Selection(choice)
+        finished = [bucket for bucket in plan if selection.own(bucket).status is Status.WARM]
         if finished:
-            remember_plan(catalog, Plan(finished))
+            remember_plan(choice, Plan(finished))
         raise
-    remember_plan(catalog, plan)
-    target = catalog.backend.target(catalog.target)
-    return BuildReport(catalog.model.name, catalog.backend.name, target, catalog.store.root, rows)
+    remember_plan(choice, plan)
+    return BuildReport(choice.model.name, backend.name, target, choice.store.root, rows)
 
 
 def compile_bucket(request: dict[str, Any], on_event: Callable[[child.Event], None] | None = None) -> Artifact:
@@ -191,7 +184,7 @@ def compile_bucket(request: dict[str, Any], on_event: Callable[[child.Event], No
         workdir = Path(directory)
         # nothing of the compiler's may land outside this directory, which goes when the child is done
         build = BuildRequest.from_json(request)
-        backend = backends.choose(build.backend, arguments=build.arguments)
+        backend = backends.backend_for(build.backend, compiler_args=build.compiler_args)
         result = child.run(
             worker.__name__,
             request,
@@ -212,8 +205,10 @@ def default_jobs(backend: Backend, arch: Architecture, missing: int) -> int:
 class _Builder:
     """One run of `build`: finds what is missing, compiles it, publishes it."""
 
-    def __init__(self, catalog: Catalog, executor: Executor | None, on_progress: Listener, retry: bool) -> None:
-        self._catalog = catalog
+    def __init__(self, choice: Choice, executor: Executor | None, on_progress: Listener, retry: bool) -> None:
+        self._choice = choice
+        self._store = choice.store
+        self._selection = Selection(choice)
         self._executor = executor
         self._tell = on_progress
         self._retry = retry
@@ -222,22 +217,22 @@ class _Builder:
     def run(self, plan: Plan, jobs: int | None) -> tuple[BuildRow, ...]:
         rows = {bucket: row for bucket in plan if (row := self._hit(bucket))}
         missing = sorted((b for b in plan if b not in rows), key=lambda b: -b.batch_size * b.seq_len)
-        if missing and self._catalog.key_parts(missing[0]) is None:
-            backend = self._catalog.backend
+        if missing and self._choice.key_parts(missing[0]) is None:
+            backend = self._choice.compiler
             raise BackendUnavailable(
                 f"{len(missing)} of {len(plan)} buckets are missing and there is no {backend.needs} to build them with",
                 hint=backend.install,
             )
         if missing:
-            self._catalog.store.prepare()  # a directory that cannot be written is said before minutes of compiling
-            count = jobs or default_jobs(self._catalog.backend, self._catalog.model.architecture, len(missing))
+            self._store.prepare()  # a directory that cannot be written is said before minutes of compiling
+            count = jobs or default_jobs(self._choice.compiler, self._choice.model.architecture, len(missing))
             rows |= self._build_all(missing, count)
         return tuple(rows[bucket] for bucket in plan)
 
     def _hit(self, bucket: Bucket, waited_s: float = 0.0) -> BuildRow | None:
-        answer = self._catalog.own(bucket)
-        if answer.status in (Status.UNTRUSTED, Status.TRANSIENT):
-            self._catalog.store.require(answer)
+        answer = self._selection.own(bucket)
+        if answer.status in (Status.UNTRUSTED, Status.TRANSIENT, Status.INCOMPATIBLE):
+            self._store.require(answer)
         if answer.status is not Status.WARM or answer.manifest is None:
             self._tell(bucket, "waiting")
             return None
@@ -263,18 +258,18 @@ class _Builder:
 
     def _build_one(self, bucket: Bucket) -> BuildRow:
         start = time.monotonic()
-        parts = self._catalog.key_parts(bucket)
+        parts = self._choice.key_parts(bucket)
         assert parts is not None
         name = key.digest(parts)
         try:
-            with self._catalog.store.compiling(name, _LOCK_TIMEOUT_S, self._waiting(bucket)):
+            with self._store.compiling(name, _LOCK_TIMEOUT_S, self._waiting(bucket)):
                 adopted = self._hit(bucket, time.monotonic() - start)
                 if adopted is not None:
                     return adopted
                 if not self._retry and (why := failures.recall(name)):
-                    raise CompileFailed(why, hint=f"to try again: {self._catalog.build_command([bucket])}")
+                    raise CompileFailed(why, hint=f"to try again: {self._choice.build_command([bucket])}")
                 artifact = self._compile(bucket)
-                manifest = self._catalog.store.publish(self._catalog.manifest(parts, artifact), artifact.blobs)
+                manifest = self._store.publish(self._manifest(parts, artifact), artifact.blobs)
         except BucketsError as error:
             if not self._stopped:
                 self._tell(bucket, "failed")
@@ -303,16 +298,18 @@ class _Builder:
     def _compile(self, bucket: Bucket) -> Artifact:
         if self._stopped:
             raise ChildFailed("the build was interrupted")
-        catalog = self._catalog
+        choice, backend = self._choice, self._choice.compiler
+        inlined = choice.model.weights(choice.dtype).path if backend.inlines_weights else None
         request = BuildRequest(
-            backend=catalog.backend.name,
-            architecture=catalog.model.architecture,
+            backend=backend.name,
+            architecture=choice.model.architecture,
             bucket=bucket,
-            dtype=catalog.dtype,
-            target=catalog.backend.target(catalog.target),
-            lowering=catalog.backend.lowering(),
-            arguments=catalog.backend.arguments,
-            weights=str(catalog.model.weights(catalog.dtype).path) if catalog.backend.inlines_weights else None,
+            dtype=choice.dtype,
+            target=choice.build_target,
+            lowering=backend.lowering(),
+            source=worker.source_of(backend, bucket.step),
+            compiler_args=backend.compiler_args,
+            weights_path=None if inlined is None else str(inlined),
         ).to_json()
         try:
             if self._executor is not None:
@@ -327,3 +324,15 @@ class _Builder:
     def _hear(self, bucket: Bucket, event: child.Event) -> None:
         if "phase" in event:
             self._tell(bucket, event["phase"])
+
+    def _manifest(self, parts: dict[str, Any], artifact: Artifact) -> Manifest:
+        """Describe a new artifact under the names its parts give it."""
+        blobs = (Blob(role, sha256(data).hexdigest(), len(data)) for role, data in sorted(artifact.blobs.items()))
+        return Manifest(
+            family=key.digest(parts["family"]),
+            key=key.digest(parts),
+            parts=parts,
+            blobs=tuple(blobs),
+            contains_weights=self._choice.compiler.inlines_weights,
+            **artifact.facts(),
+        )

@@ -46,10 +46,11 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         if name not in _SCRUBBED_NAMES and not name.startswith(_SCRUBBED_PREFIXES)
     }
     search = [entry for entry in [os.environ.get("PYTHONPATH")] if entry]
-    # The child must import this very package, also when it was found through sys.path and not installed.
+    # The child must import this very package, also when it was found through sys.path and not installed: so it comes
+    # before what PYTHONPATH names, where another copy may be.
     package_parent = Path(__file__).resolve().parents[1]
     if package_parent != Path(sysconfig.get_path("purelib")).resolve():
-        search.append(str(package_parent))
+        search.insert(0, str(package_parent))
     return kept | {"PYTHONPATH": os.pathsep.join(search), "PYTHONSAFEPATH": "1"} | dict(extra or {})
 
 

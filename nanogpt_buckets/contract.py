@@ -1,4 +1,4 @@
-"""What one tensor must be, and the checks that compiled code does not make: of weights at load, of inputs at calls.
+"""What a step's tensors must be, and the checks that compiled code does not make: of weights at load, of every call.
 
 Compiled code takes everything on trust: a wrong stride is silently wrong, a missing tensor ends the process. Knows
 nothing of steps or compilers. Imports torch only for type checkers.
@@ -6,11 +6,11 @@ nothing of steps or compilers. Imports torch only for type checkers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nanogpt_buckets.errors import CorruptEntry, UsageError
+from nanogpt_buckets.errors import CorruptEntry, DeviceError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +30,89 @@ class Contract:
     dtype: str
     shape: tuple[int, ...]
 
+    def fault(self, tensor: Tensor) -> str | None:
+        """Say in words how a tensor breaks this contract, or None."""
+        if dtype_name(tensor) != self.dtype:
+            return f"{self.name} is {dtype_name(tensor)}, not {self.dtype}"
+        if tuple(tensor.shape) != self.shape:
+            return f"{self.name} has shape {tuple(tensor.shape)}, not {self.shape}"
+        return None if tensor.is_contiguous() else f"{self.name} is not contiguous"
 
-def canonical_name(parameter: str) -> str:
-    """Return a step parameter's name as checkpoints know it: the step's own prefix removed."""
-    return parameter.removeprefix("gpt.")
+
+@dataclass(frozen=True)
+class Interface:
+    """What a step takes and returns in one bucket.
+
+    Args:
+        inputs: of a call, in order.
+        outputs: of a call, in order.
+        state: tensors written in place and alive between calls.
+        limits: for whole-number inputs, what every value must be below; all must be 0 or more.
+    """
+
+    inputs: tuple[Contract, ...]
+    outputs: tuple[Contract, ...]
+    state: tuple[Contract, ...] = ()
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    def check_inputs(self, tensors: Sequence[Tensor]) -> None:
+        """Check, on the host, what compiled code takes on trust.
+
+        Raises:
+            UsageError: a number of tensors, dtype, shape, layout or value is not what the step takes.
+        """
+        wanted = (*self.inputs, *self.state)
+        if len(tensors) != len(wanted):
+            raise UsageError(f"the bucket takes {len(wanted)} inputs, not {len(tensors)}")
+        for contract, tensor in zip(wanted, tensors, strict=True):
+            if fault := contract.fault(tensor):
+                raise UsageError(f"the bucket cannot take this input: {fault}")
+            limit = self.limits.get(contract.name)
+            if limit is not None:
+                low, high = (int(bound) for bound in tensor.aminmax())
+                if low < 0 or high >= limit:
+                    value = low if low < 0 else high
+                    raise UsageError(f"{contract.name} {value} is out of range: it must be 0 to {limit - 1}")
+
+    def check_outputs(self, tensors: Sequence[Tensor]) -> None:
+        """Check what came back.
+
+        Raises:
+            DeviceError: it is not what the step returns.
+        """
+        if len(tensors) != len(self.outputs):
+            raise DeviceError(f"the bucket returned {len(tensors)} tensors, not {len(self.outputs)}")
+        for contract, tensor in zip(self.outputs, tensors, strict=True):
+            if dtype_name(tensor) != contract.dtype or tuple(tensor.shape) != contract.shape:
+                found = f"{dtype_name(tensor)} {tuple(tensor.shape)}"
+                raise DeviceError(f"the bucket returned {found} for {contract.name}, not {contract}")
+
+
+class Executable:
+    """One loaded bucket: a callable whose every call is checked against the step's interface.
+
+    Args:
+        run: takes the inputs, returns the outputs; compiled code, or an eager step.
+        interface: what it takes and returns.
+        close: lets go of what it holds.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Sequence[Tensor]],
+        interface: Interface,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._run = run
+        self.interface = interface
+        self.close = close
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the step once."""
+        self.interface.check_inputs(tensors)
+        outputs = tuple(self._run(*tensors))
+        self.interface.check_outputs(outputs)
+        return outputs
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -41,10 +120,8 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def check_weights(contracts: tuple[Contract, ...], weights: Mapping[str, Tensor]) -> None:
+def check_weights(contracts: Sequence[Contract], weights: Mapping[str, Tensor]) -> None:
     """Refuse any set of weights that is not exactly what the artifact was compiled for.
-
-    Compiled code checks nothing: a wrong stride is silently wrong, a missing tensor ends the process.
 
     Raises:
         CorruptEntry: a name, dtype, shape or memory layout differs.
@@ -54,30 +131,5 @@ def check_weights(contracts: tuple[Contract, ...], weights: Mapping[str, Tensor]
         odd = sorted(wanted.keys() ^ weights.keys())
         raise CorruptEntry(f"the weights do not fit the compiled bucket: {odd[0]} is missing on one side")
     for name, contract in wanted.items():
-        fault = _fault(contract, weights[name])
-        if fault:
+        if fault := contract.fault(weights[name]):
             raise CorruptEntry(f"the weights do not fit the compiled bucket: {fault}")
-
-
-def check_inputs(contracts: tuple[Contract, ...], input_ids: Tensor, last_index: Tensor, vocab_size: int) -> None:
-    """Check, on the host, what compiled code takes on trust.
-
-    Raises:
-        UsageError: dtype, shape, layout, a token id or a last index is out of range.
-    """
-    for contract, tensor in zip(contracts, (input_ids, last_index), strict=True):
-        fault = _fault(contract, tensor)
-        if fault:
-            raise UsageError(f"the bucket cannot take this input: {fault}")
-    for name, tensor, limit in (("token id", input_ids, vocab_size), ("last index", last_index, input_ids.shape[1])):
-        low, high = (int(bound) for bound in tensor.aminmax())
-        if low < 0 or high >= limit:
-            raise UsageError(f"{name} {low if low < 0 else high} is out of range: it must be 0 to {limit - 1}")
-
-
-def _fault(contract: Contract, tensor: Tensor) -> str | None:
-    if dtype_name(tensor) != contract.dtype:
-        return f"{contract.name} is {dtype_name(tensor)}, not {contract.dtype}"
-    if tuple(tensor.shape) != tuple(contract.shape):
-        return f"{contract.name} has shape {tuple(tensor.shape)}, not {tuple(contract.shape)}"
-    return None if tensor.is_contiguous() else f"{contract.name} is not contiguous"

@@ -26,6 +26,7 @@ from nanogpt_buckets.mounts import Mount, mount_of
 from nanogpt_buckets.store.answer import Status
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.trust import check_location
+from nanogpt_buckets.versions import installed
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken", "safetensors")
 _VARIABLES = (
@@ -137,7 +138,7 @@ def _backend() -> Iterator[Finding]:
     yield from _neuron()
     if Path("/dev/nvidiactl").exists():
         yield Finding("backend", "cuda", "a GPU is here; this release runs on the CPU")
-    chosen = backends.choose()
+    chosen = backends.backend_for()
     why = "there is a Neuron device" if chosen.name == "neuron" else "there is no Neuron device"
     yield Finding("backend", "chosen", f"{chosen.name}: {why}")
     try:
@@ -193,7 +194,7 @@ def _neuron_packages(*, wanted: bool) -> Finding:
     except BucketsError as error:
         verdict = Verdict.PROBLEM if wanted else Verdict.OK
         return Finding("neuron", "packages", error.message, verdict, error.hint or "")
-    compiler = sdk.installed("neuronx-cc")
+    compiler = installed("neuronx-cc")
     row = sdk.pairing(version, compiler)
     text = f"torch-neuronx {version}, neuronx-cc {compiler or 'not installed'}"
     if row is None:

@@ -19,8 +19,8 @@ Parts = Mapping[str, Any]
 _PREFIX = b"nanogpt-buckets v1\n"
 _PACKAGE = Path(__file__).parent
 
-# What defines the graph, whatever the backend; a backend adds its own file.
-_GRAPH_SOURCES = ("model/architecture.py", "model/gpt.py", "steps.py")
+# What defines every graph, whatever the backend and step; each of these adds its own file.
+GRAPH_SOURCES = ("model/gpt.py", "steps/graph.py")
 
 
 def canonical_json(value: Any) -> bytes:
@@ -52,14 +52,14 @@ def digest(parts: Parts) -> str:
     return hashlib.sha256(_PREFIX + canonical_json(parts)).hexdigest()
 
 
-def source_digest(*backend_sources: str) -> str:
-    """Digest the raw bytes of the files that define the graph and its compilation.
+def source_digest(*names: str) -> str:
+    """Digest the raw bytes of files of this package: those that shape generated code, and no others.
 
     Args:
-        backend_sources: further files, relative to the package, such as "backends/inductor.py".
+        names: relative to the package, such as "model/gpt.py".
     """
     hasher = hashlib.sha256()
-    for name in (*_GRAPH_SOURCES, *backend_sources):
+    for name in names:
         content = (_PACKAGE / name).read_bytes()
         hasher.update(f"{name} {len(content)}\n".encode() + content)
     return hasher.hexdigest()
@@ -83,7 +83,7 @@ def family_parts(
         dtype: "float32" or "bfloat16".
         backend: "inductor", ...
         runtime: library versions that must match to load at all.
-        source: `source_digest(...)`.
+        source: `source_digest` of what every bucket of the family is made with.
         lowering: how the graph is written for this backend.
         flags: canonical compiler flags chosen by the user.
         weights: digest of the weights where they are compiled in, else None.
@@ -100,16 +100,18 @@ def family_parts(
     }
 
 
-def key_parts(family: Parts, *, bucket: Parts, target: str, compiler: Parts) -> dict[str, Any]:
+def key_parts(family: Parts, *, bucket: Parts, step: str, target: str, compiler: Parts) -> dict[str, Any]:
     """Add to a family what names one compiled entry.
 
     Args:
         family: `family_parts(...)`.
         bucket: step, batch_size and seq_len.
+        step: `source_digest` of the step's own file.
         target: the instruction-set level or device compiled for.
         compiler: versions of everything that turns the graph into code.
     """
-    return {"family": dict(family), "bucket": dict(bucket), "target": target, "compiler": dict(compiler)}
+    parts = {"family": dict(family), "bucket": dict(bucket), "step": step}
+    return parts | {"target": target, "compiler": dict(compiler)}
 
 
 def difference(wanted: Parts, found: Parts) -> list[str]:

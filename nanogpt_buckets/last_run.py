@@ -16,7 +16,7 @@ from typing import Any
 from nanogpt_buckets import settings
 from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.files import unlink
-from nanogpt_buckets.report import Report
+from nanogpt_buckets.run.report import Report
 
 log = logging.getLogger(__name__)
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanogpt_buckets.backends.base import Executable
-from nanogpt_buckets.backends.eager import EagerBackend
-from nanogpt_buckets.catalog import Catalog
+from nanogpt_buckets.choice import Choice
+from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.run.loader import read_artifact
+from nanogpt_buckets.selection import Selection
+from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.store.answer import Answer
 
 _LOADS = 5
@@ -68,8 +70,7 @@ class Figures:
 
 
 def measure(
-    catalog: Catalog,
-    answers: Sequence[Answer],
+    selection: Selection,
     bucket: Bucket,
     weights: Mapping[str, Tensor],
     *,
@@ -79,28 +80,28 @@ def measure(
     """Measure the best intact entry of a bucket.
 
     Args:
-        catalog: the model's entries.
-        answers: entries of the bucket that run here, best first.
+        selection: the entries that run here.
         bucket: which.
-        weights: of the model, in the catalog's dtype.
+        weights: of the model, in the choice's dtype.
         runs: steps of each kind that are timed; one more of each warms up.
         on_run: called after each.
 
     Raises:
         CacheError: none of the entries can be loaded.
     """
-    executable, answer, load_ms = _load(catalog, answers, weights)
-    arch = catalog.model.architecture
-    eager = EagerBackend().run_eagerly(arch, bucket, weights)
+    executable, answer, load_ms = _load(selection, bucket, weights)
+    arch, step_kind = selection.choice.model.architecture, step_named(bucket.step)
+    eager = step_kind.eager(arch, bucket, weights)
     generator = torch.Generator().manual_seed(0)
     B, S = bucket.batch_size, bucket.seq_len
-    ids = torch.randint(arch.vocab_size, (B, S), generator=generator, dtype=torch.int32)  # (B, S)
-    last = torch.full((B,), S - 1, dtype=torch.int32)  # (B,)
-    difference = (executable(ids, last) - eager(ids, last)).abs()  # (B, V)
+    ids = torch.randint(arch.vocab_size, (B, S), generator=generator)  # (B, S)
+    inputs = step_kind.pack(ids.tolist(), bucket)
+    own, baseline_logits = (step_kind.logits(run(*inputs), B) for run in (executable, eager))  # 2 x (B, V)
+    difference = (own - baseline_logits).abs()  # (B, V)
     step_ms, eager_ms = [], []
     for _ in range(runs):
-        step_ms.append(_milliseconds(executable, ids, last))
-        eager_ms.append(_milliseconds(eager, ids, last))
+        step_ms.append(_milliseconds(executable, inputs))
+        eager_ms.append(_milliseconds(eager, inputs))
         on_run(1)
     executable.close()
     step, baseline = _spread(step_ms), _spread(eager_ms)
@@ -118,18 +119,19 @@ def measure(
     )
 
 
-def _load(
-    catalog: Catalog, answers: Sequence[Answer], weights: Mapping[str, Tensor]
-) -> tuple[Executable, Answer, Spread]:
+def _load(selection: Selection, bucket: Bucket, weights: Mapping[str, Tensor]) -> tuple[Executable, Answer, Spread]:
     """Load the first entry that can be, several times over."""
+    choice: Choice = selection.choice
+    interface = step_named(bucket.step).interface(choice.model.architecture, bucket)
     refused: CacheError | None = None
-    for answer in answers:
+    for answer in selection.usable[bucket]:
         assert answer.manifest is not None
         try:
             times = []
             for _ in range(_LOADS):
                 start = time.perf_counter()
-                executable = catalog.backend.load(catalog.artifact(answer.manifest), weights)
+                artifact = read_artifact(selection.store, answer.manifest)
+                executable = choice.compiler.load(artifact, interface, weights)
                 times.append(1000 * (time.perf_counter() - start))
             return executable, answer, _spread(times)
         except CacheError as error:
@@ -138,9 +140,9 @@ def _load(
     raise refused
 
 
-def _milliseconds(executable: Executable, ids: Tensor, last: Tensor) -> float:
+def _milliseconds(executable: Executable, inputs: tuple[Tensor, ...]) -> float:
     start = time.perf_counter()
-    executable(ids, last)
+    executable(*inputs)
     return 1000 * (time.perf_counter() - start)
 
 

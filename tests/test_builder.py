@@ -16,15 +16,17 @@ import pytest
 from nanogpt_buckets import key
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, BuildRequest
-from nanogpt_buckets.backends.inductor import InductorBackend
+from nanogpt_buckets.backends.inductor.backend import InductorBackend
 from nanogpt_buckets.builder import build, default_jobs
-from nanogpt_buckets.catalog import default_plan, open_catalog
+from nanogpt_buckets.choice import choose
 from nanogpt_buckets.contract import Contract
+from nanogpt_buckets.default_plan import default_plan
 from nanogpt_buckets.errors import BackendUnavailable, CacheError, ChildFailed, PlanError, UntrustedStore, UsageError
 from nanogpt_buckets.model.architecture import GPT2_SIZES
 from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.store.answer import Status
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.plans import Plans
 
 
 class Pretend(Executor):
@@ -89,8 +91,8 @@ def test_a_damaged_entry_is_built_again(damage, tmp_path):
         file.unlink()
     else:
         file.write_bytes(content[:-1] if damage == "truncate" else bytes([content[0] ^ 1]) + content[1:])
-    catalog = open_catalog("demo", backend="auto", target=None, dtype="float32", cache_dir=None)
-    states = sorted(catalog.own(bucket).status for bucket in Plan.grid(seq=[32, 64]))
+    selection = Selection(choose("demo"))
+    states = sorted(selection.own(bucket).status for bucket in Plan.grid(seq=[32, 64]))
     assert states == sorted([Status.WARM, Status.CORRUPT])
 
     report = pretend_build([32, 64])
@@ -116,13 +118,12 @@ def test_a_damaged_plan_is_replaced_and_an_unwritable_one_does_not_fail_the_buil
     pretend_build([64])
     (tmp_path / "cache" / "v1" / "plans" / "demo.json").write_text("{")
     assert pretend_build([64]).hits == 1
-    catalog = open_catalog("demo", backend="auto", target=None, dtype="float32", cache_dir=None)
-    assert default_plan(catalog) == Plan.grid(seq=[64])
+    assert default_plan(choose("demo")) == Plan.grid(seq=[64])
 
     def refuse(*arguments):
         raise CacheError("read-only")
 
-    monkeypatch.setattr(LocalStore, "save_plan", refuse)
+    monkeypatch.setattr(Plans, "change", refuse)
     assert pretend_build([32], target="x86-64-v2").compiled == 1
     assert "was not saved: read-only" in caplog.text
 
@@ -130,9 +131,8 @@ def test_a_damaged_plan_is_replaced_and_an_unwritable_one_does_not_fail_the_buil
 def test_build_adds_to_the_models_plan(monkeypatch):
     pretend_build([64])
     pretend_build([32])
-    catalog = open_catalog("demo", backend="auto", target=None, dtype="float32", cache_dir=None)
 
-    assert default_plan(catalog) == Plan.grid(seq=[32, 64])
+    assert default_plan(choose("demo")) == Plan.grid(seq=[32, 64])
 
 
 def test_another_dtype_target_or_compiler_is_another_entry(monkeypatch):
@@ -146,8 +146,7 @@ def test_another_dtype_target_or_compiler_is_another_entry(monkeypatch):
 
 def test_a_loader_prefers_its_own_compiler_then_the_highest_level(monkeypatch):
     def best():
-        catalog = open_catalog("demo", backend="auto", target=None, dtype="float32", cache_dir=None)
-        return catalog.best(Bucket(1, 32)).manifest.parts
+        return Selection(choose("demo")).best(Bucket(1, 32)).manifest.parts
 
     pretend_build([32], target="x86-64-v2")
     assert best()["target"] == "x86-64-v2"
@@ -160,12 +159,12 @@ def test_a_loader_prefers_its_own_compiler_then_the_highest_level(monkeypatch):
 
 def test_an_entry_for_a_better_cpu_is_not_loaded_and_not_touched():
     pretend_build([32], Pretend(requires={"cpu_flags": ["a_flag_of_2040"]}))
-    catalog = open_catalog("demo", backend="auto", target=None, dtype="float32", cache_dir=None)
-    answer = catalog.best(Bucket(1, 32))
+    selection = Selection(choose("demo"))
+    answer = selection.best(Bucket(1, 32))
 
     assert answer.status is Status.INCOMPATIBLE
     assert "a_flag_of_2040" in answer.why
-    assert catalog.usable() == {}
+    assert selection.usable == {}
 
 
 def test_without_a_compiler_hits_still_work_and_a_miss_is_said_at_once(monkeypatch):
@@ -262,9 +261,9 @@ def test_two_builders_at_once_compile_each_key_once(tmp_path):
 def test_ctrl_c_while_waiting_for_another_builder_ends_at_once(tmp_path):
     import filelock
 
-    catalog = open_catalog("demo", backend="auto", target=None, dtype="float32", cache_dir=None)
-    catalog.store.prepare()
-    name = key.digest(catalog.key_parts(Bucket(1, 24)))
+    choice = choose("demo")
+    choice.store.prepare()
+    name = key.digest(choice.key_parts(Bucket(1, 24)))
     with filelock.FileLock(tmp_path / "cache" / "v1" / "locks" / f"{name}.lock"):
         run = subprocess.Popen([*BUILD, "24"], stderr=subprocess.PIPE, text=True)
         time.sleep(2)
@@ -323,31 +322,31 @@ def upgraded(monkeypatch, version: str) -> None:
     monkeypatch.setattr(InductorBackend, "runtime", lambda self: {"torch": version})
 
 
-def demo_catalog(dtype="float32"):
-    return open_catalog("demo", backend="auto", target=None, dtype=dtype, cache_dir=None)
+def demo_choice(dtype="float32"):
+    return choose("demo", dtype=dtype)
 
 
 def pinned_families() -> set[str]:
-    return set(demo_catalog().store.load_plan("demo")["families"])
+    return set(Plans(demo_choice().store).load("demo").families)
 
 
 def test_a_plan_names_the_families_whose_buckets_are_in_use():
     pretend_build([32])
-    assert pinned_families() == {demo_catalog().family}
+    assert pinned_families() == {demo_choice().family}
 
     pretend_build([32], dtype="bfloat16")
-    assert pinned_families() == {demo_catalog().family, demo_catalog("bfloat16").family}
+    assert pinned_families() == {demo_choice().family, demo_choice("bfloat16").family}
 
 
 def test_building_after_an_upgrade_lets_go_of_the_family_it_replaces_and_of_no_other(monkeypatch):
     pretend_build([32])
     pretend_build([32], dtype="bfloat16")
-    bfloat16 = demo_catalog("bfloat16").family
+    bfloat16 = demo_choice("bfloat16").family
 
     upgraded(monkeypatch, "99.0")
     pretend_build([32])
 
-    assert pinned_families() == {demo_catalog().family, bfloat16}
+    assert pinned_families() == {demo_choice().family, bfloat16}
 
 
 def test_after_an_upgrade_status_says_what_the_bucket_that_is_there_was_built_for(monkeypatch):
@@ -356,7 +355,7 @@ def test_after_an_upgrade_status_says_what_the_bucket_that_is_there_was_built_fo
     pretend_build([32])
     upgraded(monkeypatch, "99.0")
 
-    assert demo_catalog().best(Bucket(1, 32)).why == (
+    assert Selection(demo_choice()).best(Bucket(1, 32)).why == (
         f"not built; there is one with runtime.torch: {version('torch')}, not 99.0"
     )
-    assert demo_catalog().best(Bucket(1, 64)).why == "not built"
+    assert Selection(demo_choice()).best(Bucket(1, 64)).why == "not built"

@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_buckets.dispatch import Dispatcher, cheapest, group, pad
 from nanogpt_buckets.errors import NonFiniteLogits
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.report import Report
+from nanogpt_buckets.run.coverage import cheapest, group
+from nanogpt_buckets.run.dispatch import Dispatcher
+from nanogpt_buckets.run.report import Report
+from nanogpt_buckets.steps import step_named
 
 
 def area(bucket: Bucket) -> int:
@@ -77,7 +79,7 @@ def test_grouping_costs_no_more_than_any_partition(lengths, buckets, overhead):
 
 
 def test_padding_is_on_the_right_and_padding_rows_are_valid():
-    input_ids, last_index = pad([[5, 6, 7], [8]], Bucket(3, 4))
+    input_ids, last_index = step_named("recompute").pack([[5, 6, 7], [8]], Bucket(3, 4))
 
     assert input_ids.tolist() == [[5, 6, 7, 0], [8, 0, 0, 0], [0, 0, 0, 0]]
     assert last_index.tolist() == [2, 0, 0]
@@ -85,9 +87,9 @@ def test_padding_is_on_the_right_and_padding_rows_are_valid():
 
 
 def echo(input_ids, last_index):
-    """Return the last real token and the row's first token as two 'logits'."""
+    """Return the last real token and the row's first token as two 'logits' of one output."""
     last = input_ids[torch.arange(len(input_ids)), last_index]
-    return torch.stack([last, input_ids[:, 0]], dim=1).float()
+    return (torch.stack([last, input_ids[:, 0]], dim=1).float(),)
 
 
 def test_order_is_restored_and_padding_rows_are_dropped():
@@ -112,7 +114,7 @@ def test_long_contexts_are_cropped_to_their_last_block_size_tokens():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_not_finite_name_the_bucket(value):
-    dispatcher = Dispatcher(lambda b: lambda i, n: torch.full((1, 2), value), area, 8, Report("eager", "m"))
+    dispatcher = Dispatcher(lambda b: lambda i, n: (torch.full((1, 2), value),), area, 8, Report("eager", "m"))
 
     with pytest.raises(NonFiniteLogits, match="bucket 1x8"):
         dispatcher.run([[1]], [Bucket(1, 8)])

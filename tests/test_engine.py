@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from nanogpt_buckets import Bucket, Engine, Plan, build, generate
-from nanogpt_buckets.backends import gate
-from nanogpt_buckets.backends.inductor import InductorBackend
-from nanogpt_buckets.catalog import open_catalog
+from nanogpt_buckets.backends.inductor.backend import InductorBackend
+from nanogpt_buckets.choice import choose
 from nanogpt_buckets.errors import CacheMiss, CorruptEntry, TokenizerError, UsageError
 from nanogpt_buckets.model.tokenizer import characters
 from nanogpt_buckets.plan.bucket import Bucket as B
-from nanogpt_buckets.sampling import Sampling, candidates, uniform
+from nanogpt_buckets.run.sampling import Sampling, candidates, uniform
+from nanogpt_buckets.selection import Selection
+from nanogpt_buckets.steps import gate
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.verify import verify
 
@@ -349,8 +350,8 @@ def test_the_canary_is_remembered_on_this_node(odd_folder, odd_cache, tmp_path, 
 def test_damaged_entries_are_passed_over_or_built_again(odd_folder, odd_cache, tmp_path):
     cache = tmp_path / "damaged"
     shutil.copytree(odd_cache, cache)
-    catalog = open_catalog(odd_folder, backend="auto", target=None, dtype="float32", cache_dir=cache)
-    sha256 = catalog.best(B(1, 16)).manifest.blobs[0].sha256
+    selection = Selection(choose(odd_folder, cache_dir=cache))
+    sha256 = selection.best(B(1, 16)).manifest.blobs[0].sha256
     blob = cache / "v1" / "blobs" / sha256[:2] / sha256
     blob.chmod(0o600)
     blob.write_bytes(blob.read_bytes()[:-1])

@@ -13,27 +13,38 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
-    "errors", "versions", "mounts", "files", "settings", "child", "contract", "key", "model", "steps", "plan",
-    "backends", "store", "failures", "catalog", "builder", "sampling", "textstream", "generation", "report", "last_run",
-    "dispatch", "shelf", "engine", "measure", "doctor", "cli", "__main__",
+    "errors", "versions", "mounts", "files", "settings", "child", "key", "contract", "model", "plan", "steps",
+    "backends", "store", "failures", "choice", "default_plan", "selection", "builder", "last_run", "run", "measure",
+    "doctor", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
     "errors",
     "mounts",
     "settings",
+    "files",
+    "versions",
+    "contract",
     "child",
     "plan",
     "key",
     "store",
-    "report",
     "failures",
     "last_run",
     "doctor",
     "cli",
-    "catalog",
+    "choice",
+    "default_plan",
+    "selection",
     "builder",
-    "backends/host",
-    "backends/neuron",
+    "backends",
+    "steps/__init__",
+    "steps/step",
+    "steps/recompute",
+    "run/coverage",
+    "run/loader",
+    "run/misses",
+    "run/options",
+    "run/report",
 )
 
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -1,6 +1,8 @@
 """The key: same and different pairs for each part, a golden digest, and stability across everything irrelevant."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_buckets import key
-from nanogpt_buckets.backends.inductor import InductorBackend
+from nanogpt_buckets import child, key
+from nanogpt_buckets.backends import BACKENDS, backend_for
+from nanogpt_buckets.backends.base import BuildRequest
+from nanogpt_buckets.backends.worker import source_of
+from nanogpt_buckets.builder import compile_bucket
+from nanogpt_buckets.errors import CompileFailed
 from nanogpt_buckets.model.architecture import GPT2_SIZES, Architecture
+from nanogpt_buckets.plan.bucket import STEPS, Bucket
+from nanogpt_buckets.steps import step_named
+
+PACKAGE = Path(key.__file__).parent
 
 FAMILY = {
     "architecture": GPT2_SIZES["gpt2"].to_json(),
@@ -25,6 +35,7 @@ FAMILY = {
 }
 ENTRY = {
     "bucket": {"step": "recompute", "batch_size": 1, "seq_len": 64},
+    "step": "3" * 64,
     "target": "x86-64-v3",
     "compiler": {"torch": "2.13.0+cpu", "cxx": "g++ (Debian 12.2.0-14) 12.2.0"},
 }
@@ -41,6 +52,7 @@ OTHER_FAMILY = {
 }
 OTHER_ENTRY = {
     "bucket": {"step": "recompute", "batch_size": 1, "seq_len": 65},
+    "step": "4" * 64,
     "target": "x86-64-v4",
     "compiler": {"torch": "2.13.0+cpu", "cxx": "g++ (Debian 14.2.0-1) 14.2.0"},
 }
@@ -120,13 +132,10 @@ def test_distinct_values_have_distinct_encodings(a, b):
 
 SHOW = """
 from nanogpt_buckets import key
-from nanogpt_buckets.backends.inductor import InductorBackend
-from nanogpt_buckets.model.architecture import GPT2_SIZES
-b = InductorBackend()
-parts = key.family_parts(architecture=GPT2_SIZES["gpt2"].to_json(), dtype="float32", backend=b.name,
-    runtime=b.runtime(), source=key.source_digest(*b.sources), lowering=b.lowering(), flags=[], weights=None)
-print(key.digest(parts), key.digest(key.key_parts(parts, bucket={"batch_size": 1, "seq_len": 64, "step": "recompute"},
-    target=b.target(None), compiler=b.compiler())))
+from nanogpt_buckets.choice import choose
+from nanogpt_buckets.plan.bucket import Bucket
+choice = choose("gpt2")
+print(choice.family, key.digest(choice.key_parts(Bucket(1, 64))))
 """
 
 
@@ -153,8 +162,131 @@ def test_names_do_not_depend_on_process_home_directory_or_hash_seed(tmp_path):
     assert first == show(elsewhere, OMP_NUM_THREADS="1", TORCHINDUCTOR_FREEZING="1", NANOGPT_BUCKETS_CACHE_DIR="/x")
 
 
-def test_the_source_digest_covers_graph_and_backend():
-    plain, inductor = key.source_digest(), key.source_digest(*InductorBackend().sources)
+# --- what is hashed: all that shapes code, and only that --------------------------------------------------------------
 
-    assert plain != inductor
-    assert len(plain) == 64
+
+def hashed(backend: str) -> set[str]:
+    return {*key.GRAPH_SOURCES, *backend_for(backend).sources, *(step_named(step).source for step in STEPS)}
+
+
+COPY = """
+import json, sys
+from nanogpt_buckets import key
+from nanogpt_buckets.backends import BACKENDS, backend_for
+from nanogpt_buckets.backends.worker import source_of
+print(json.dumps({name: source_of(backend_for(name), "recompute") for name in BACKENDS}), key.__file__)
+"""
+
+
+def digests_in(copy: Path) -> dict[str, str]:
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", COPY], env=environment, capture_output=True, text=True, check=True
+    )
+    digests, _, place = run.stdout.strip().rpartition(" ")
+    assert place.startswith(str(copy)), place
+    return json.loads(digests)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A copy of the package that may be changed."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(PACKAGE, folder / "nanogpt_buckets", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def changed(file: Path, copy: Path) -> dict[str, str]:
+    """Return the digests with one byte of a file changed."""
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content + b"\n")
+        return digests_in(copy)
+    finally:
+        file.write_bytes(content)
+
+
+def test_one_byte_of_any_hashed_file_moves_the_digest_and_of_no_other(copy):
+    before = digests_in(copy)
+    every = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    assert hashed("inductor") | hashed("neuron") <= every
+
+    for name in sorted(hashed("inductor") | hashed("neuron")):
+        after = changed(copy / "nanogpt_buckets" / name, copy)
+        moved = {backend for backend in BACKENDS if after[backend] != before[backend]}
+        assert moved == {backend for backend in BACKENDS if name in hashed(backend)}, name
+    for name in ("errors.py", "backends/base.py", "backends/inductor/load.py", "steps/gate.py", "run/engine.py"):
+        assert changed(copy / "nanogpt_buckets" / name, copy) == before, name
+
+
+# Imported while compiling, and shaping no code: each has its reason.
+SHAPES_NOTHING = {
+    "__init__", "errors", "versions", "mounts", "settings", "files", "child",  # the process, not the graph
+    "key", "contract",  # names and checks
+    "model/__init__", "model/architecture",  # sizes and switches, which are in the key as data
+    "plan/__init__", "plan/bucket",  # the shape, which is in the key as data
+    "steps/__init__", "steps/step", "steps/gate",  # what is asked of a step; the check of what was compiled
+    "backends/__init__", "backends/base", "backends/host", "backends/worker", "backends/memfile",
+    "backends/inductor/__init__", "backends/inductor/backend", "backends/inductor/load",
+    "backends/neuron/__init__", "backends/neuron/backend", "backends/neuron/device", "backends/neuron/flags",
+    "backends/neuron/sdk",  # the other backend: asked whether a device is here
+}  # fmt: skip
+
+COMPILE = """
+import sys, json
+from nanogpt_buckets import child
+from nanogpt_buckets.backends import worker
+result = worker.handle(json.loads(sys.argv[1]), lambda *a, **k: None)
+names = [m for m in sys.modules if m.partition(".")[0] == "nanogpt_buckets"]
+print(json.dumps(names))
+"""
+
+
+def test_every_module_imported_while_compiling_is_hashed_or_named_here(tmp_path):
+    arch = Architecture(1, 1, 8, 32, 8, 11)
+    backend = backend_for("inductor")
+    request = BuildRequest(
+        "inductor", arch, Bucket(1, 4), "float32", backend.target(None), backend.lowering(),
+        source_of(backend, "recompute"),
+    )  # fmt: skip
+    environment = child.clean_environment({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps(request.to_json())],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    imported = set()
+    for name in json.loads(run.stdout.splitlines()[-1]):
+        parts = name.split(".")[1:]
+        path = "/".join(parts)
+        imported.add(f"{path}/__init__" if (PACKAGE / path).is_dir() and path else path or "__init__")
+
+    sources = {name.removesuffix(".py") for name in hashed("inductor")}
+    assert sources <= imported, "what is hashed is used"
+    assert imported - sources <= SHAPES_NOTHING
+    assert not sources & SHAPES_NOTHING
+
+
+# --- a child compiles what its parent means ---------------------------------------------------------------------------
+
+
+def test_a_child_imports_its_parents_copy_whatever_pythonpath_names(copy, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(copy, other)
+    monkeypatch.setenv("PYTHONPATH", str(other))
+    code = "import nanogpt_buckets, sys; print(nanogpt_buckets.__file__)"
+
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=child.clean_environment(), cwd=tmp_path, capture_output=True, text=True
+    )
+
+    assert Path(run.stdout.strip()).parent == PACKAGE
+
+
+def test_a_child_of_another_source_refuses(tmp_path, monkeypatch):
+    backend = backend_for("inductor")
+    request = BuildRequest(
+        "inductor", GPT2_SIZES["gpt2"], Bucket(1, 4), "float32", backend.target(None), backend.lowering(), "0" * 64
+    )
+
+    with pytest.raises(CompileFailed, match="another copy of nanogpt_buckets"):
+        compile_bucket(request.to_json())

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_buckets.errors import UsageError
-from nanogpt_buckets.sampling import (
+from nanogpt_buckets.run.sampling import (
     Sampling,
     candidates,
     draw_nanogpt,

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenizer import characters, gpt2
-from nanogpt_buckets.textstream import TextStream, stop_strings
+from nanogpt_buckets.run.textstream import TextStream, stop_strings
 
 ABC = characters(dict(enumerate("ab|")))
 

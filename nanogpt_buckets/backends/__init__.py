@@ -8,38 +8,46 @@ from nanogpt_buckets.backends.base import Backend
 from nanogpt_buckets.backends.neuron import device
 from nanogpt_buckets.errors import UsageError
 
-BACKENDS = ("inductor", "neuron", "eager")
+BACKENDS = ("inductor", "neuron")
 
 
-def choose(
-    backend: str = "auto", target: str | None = None, *, arguments: str | Sequence[str] = (), cores: int = 1
+def backend_for(
+    backend: str = "auto", target: str | None = None, *, compiler_args: str | Sequence[str] = (), cores: int = 1
 ) -> Backend:
     """Return the backend asked for; for "auto" the target decides, else what devices are here.
 
     Args:
         backend: "auto" or one of BACKENDS.
         target: what to build for; a Trainium or Inferentia name means neuron.
-        arguments: compiler flags, which only neuron takes.
+        compiler_args: compiler flags, which only neuron takes.
         cores: NeuronCores to run on.
 
     Raises:
         UsageError: no such backend, a target that is not its own, or an argument it does not take.
     """
-    from nanogpt_buckets.backends.eager import EagerBackend
-    from nanogpt_buckets.backends.inductor import InductorBackend
+    from nanogpt_buckets.backends.inductor.backend import InductorBackend
     from nanogpt_buckets.backends.neuron.backend import NeuronBackend
 
     if backend not in ("auto", *BACKENDS):
-        raise UsageError(f"backend {backend!r} is unknown", hint=f"backends: auto, {', '.join(BACKENDS)}")
+        raise UsageError(f"backend {backend!r} is unknown", hint=f"backends: auto, {', '.join(BACKENDS)}, eager")
     if backend == "auto":
         here = target is None and device.find() is not None
         backend = "neuron" if here or device.is_neuron(target) else "inductor"
     if backend == "neuron":
-        return NeuronBackend((arguments,) if isinstance(arguments, str) else tuple(arguments), cores)
+        return NeuronBackend((compiler_args,) if isinstance(compiler_args, str) else tuple(compiler_args), cores)
+    refuse_neuron_only(backend, target, compiler_args, cores)
+    return InductorBackend()
+
+
+def refuse_neuron_only(name: str, target: str | None, compiler_args: str | Sequence[str], cores: int) -> None:
+    """Refuse, for what runs on the CPU, what only neuron takes.
+
+    Raises:
+        UsageError: one of them was given.
+    """
     if device.is_neuron(target):
-        raise UsageError(f"the {backend} backend does not build for {target}", hint="leave --backend out")
-    if arguments:
-        raise UsageError(f"the {backend} backend takes no compiler arguments", hint="they are for --backend neuron")
+        raise UsageError(f"the {name} backend does not build for {target}", hint="leave --backend out")
+    if compiler_args:
+        raise UsageError(f"the {name} backend takes no compiler arguments", hint="they are for --backend neuron")
     if cores != 1:
-        raise UsageError(f"the {backend} backend runs on one device", hint="cores are for --backend neuron")
-    return InductorBackend() if backend == "inductor" else EagerBackend()
+        raise UsageError(f"the {name} backend runs on one device", hint="cores are for --backend neuron")

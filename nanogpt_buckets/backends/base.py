@@ -1,22 +1,24 @@
-"""The protocol between a plan and a compiler: what is asked, what comes back, what is checked at every call.
+"""The protocol between a plan and a compiler: what is asked, what comes back, and how a bucket is loaded.
 
-Knows nothing of any one compiler, nor of where artifacts are stored. Imports torch only for type checkers.
+Knows nothing of any one compiler or step, nor of where artifacts are stored. Imports torch only for type checkers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from nanogpt_buckets.contract import Contract, canonical_name, dtype_name
+from nanogpt_buckets.backends import host
+from nanogpt_buckets.contract import Contract, Executable, Interface, check_weights
+from nanogpt_buckets.errors import CorruptEntry
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 DTYPES = ("float32", "bfloat16")
 # In a gate's record: why a bucket was published unchecked; whoever loads it first checks it.
@@ -30,12 +32,13 @@ class BuildRequest:
     Args:
         backend: name of the backend.
         architecture: the model, without weights.
-        bucket: the shape.
+        bucket: the shape and its step.
         dtype: "float32" or "bfloat16".
         target: what to generate code for.
         lowering: how the graph is written.
-        arguments: the user's compiler flags.
-        weights: path of the prepared weights, where they are compiled in.
+        source: digest of the files that shape the code, which must be those of whoever compiles.
+        compiler_args: the user's compiler flags.
+        weights_path: the prepared weights, where they are compiled in.
     """
 
     backend: str
@@ -44,8 +47,9 @@ class BuildRequest:
     dtype: str
     target: str
     lowering: Mapping[str, str]
-    arguments: tuple[str, ...] = ()
-    weights: str | None = None
+    source: str
+    compiler_args: tuple[str, ...] = ()
+    weights_path: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the request as plain JSON."""
@@ -57,7 +61,7 @@ class BuildRequest:
         """Rebuild from `to_json`'s output."""
         architecture = Architecture.from_json(data["architecture"])
         rebuilt = {"architecture": architecture, "bucket": Bucket(**data["bucket"])}
-        return cls(**(data | rebuilt | {"arguments": tuple(data["arguments"])}))
+        return cls(**(data | rebuilt | {"compiler_args": tuple(data["compiler_args"])}))
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Artifact:
         inputs: contract of each input, in order.
         outputs: contract of each output.
         weights: contract of each tensor that must be given at load, by canonical name.
-        requires: what a host must have to run it; see `host.unmet`.
+        requires: what a host must have to run it; see `Backend.unmet`.
         stats: whole numbers worth keeping, such as compile_ms.
         gate: what the equivalence gate measured.
     """
@@ -82,35 +86,44 @@ class Artifact:
     stats: Mapping[str, int] = field(default_factory=dict)
     gate: Mapping[str, Any] = field(default_factory=dict)
 
+    def facts(self) -> dict[str, Any]:
+        """Return every field but the blobs, by name: what a manifest keeps of an artifact."""
+        return {name: getattr(self, name) for name in FACTS}
 
-class Executable(Protocol):
-    """One loaded bucket."""
+    def facts_to_json(self) -> dict[str, Any]:
+        """Return the same as plain JSON."""
+        return {name: value for name, value in asdict(self).items() if name in FACTS}
 
-    def __call__(self, input_ids: Tensor, last_index: Tensor) -> Tensor:
-        """Run the step: int32 (B, S), int32 (B,) -> float32 (B, V)."""
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any], blobs: Mapping[str, bytes]) -> Artifact:
+        """Rebuild from `facts_to_json`'s output."""
+        plain = dict(facts)
+        for name in ("inputs", "outputs", "weights"):
+            plain[name] = tuple(Contract(row["name"], row["dtype"], tuple(row["shape"])) for row in facts[name])
+        return cls(blobs=blobs, **plain)
 
-    def close(self) -> None:
-        """Let go of what the executable holds."""
+
+FACTS = tuple(f.name for f in fields(Artifact) if f.name != "blobs")
+# What a backend makes of verified bytes: calls take the step's inputs; closing lets go.
+Opened = tuple[Callable[..., Sequence["Tensor"]], Callable[[], None]]
 
 
 class Backend(ABC):
     """One compiler with its loader; what most have in common is here.
 
     `name` is part of the family. `sources` are the files of this backend that shape generated code, relative to the
-    package. `compiles` is False where every shape runs at once and nothing is cached. `inlines_weights` is True where
-    weights are compiled in. `needs` says what is lacking where `compiler` finds none, and `install` how to get it.
-    `timeout_s` bounds one compilation. `arguments` are the user's compiler flags. `cores` is how many steps can run at
-    once.
+    package. `inlines_weights` is True where weights are compiled in. `needs` says what is lacking where `compiler`
+    finds none, and `install` how to get it. `timeout_s` bounds one compilation. `compiler_args` are the user's compiler
+    flags. `cores` is how many steps can run at once.
     """
 
     name: str
     sources: tuple[str, ...]
-    compiles = True
     inlines_weights = False
     needs = "compiler"
     install = ""
     timeout_s = 3600.0
-    arguments: tuple[str, ...] = ()
+    compiler_args: tuple[str, ...] = ()
     cores: int = 1
 
     @abstractmethod
@@ -134,8 +147,27 @@ class Backend(ABC):
         """Compile one bucket; runs in a child."""
 
     @abstractmethod
-    def load(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Executable:
-        """Make an executable of verified bytes; the weights are checked against their contract first."""
+    def open(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Opened:
+        """Make verified bytes callable, with weights that have been checked."""
+
+    def load(self, artifact: Artifact, interface: Interface, weights: Mapping[str, Tensor]) -> Executable:
+        """Make an executable of verified bytes.
+
+        Args:
+            artifact: what was compiled.
+            interface: what this release's step takes and returns, which the artifact must agree with.
+            weights: canonical name -> tensor; kept, not copied.
+
+        Raises:
+            CorruptEntry: the artifact was not made for this interface or for these weights.
+            IncompatibleEntry: it cannot be loaded here.
+        """
+        if (artifact.inputs, artifact.outputs) != (interface.inputs, interface.outputs):
+            raise CorruptEntry("the compiled bucket takes or returns something else than its step")
+        if not self.inlines_weights:
+            check_weights(artifact.weights, weights)
+        run, close = self.open(artifact, weights)
+        return Executable(run, interface, close)
 
     def flags(self) -> list[str]:
         """Return, in canonical order, what of the user's compiler flags can change what is compiled."""
@@ -144,6 +176,14 @@ class Backend(ABC):
     def rounds(self) -> bool:
         """Whether what is compiled computes with less precision than its dtype has, because it was asked to."""
         return False
+
+    def unmet(self, requires: Mapping[str, Any]) -> str | None:
+        """Say in words what this machine lacks to run an artifact, or None if it has all."""
+        return host.unmet(requires)
+
+    def rank(self, target: str) -> int:
+        """Order targets of entries that run here from most to least specialised: 0 is best."""
+        return host.level_rank(target)
 
     def can_check(self, artifact: Artifact) -> bool:
         """Whether this machine can run what it has just compiled, and so check it before it is published."""
@@ -160,12 +200,3 @@ class Backend(ABC):
     def child_environment(self, request: BuildRequest) -> dict[str, str]:
         """Return what a compiling child needs in its environment from its start."""
         return {}
-
-
-def step_contract(step: nn.Module, bucket: Bucket) -> tuple[tuple[Contract, ...], tuple[Contract, ...]]:
-    """Return the contracts of a recompute step's inputs and of its weights."""
-    B, S = bucket.batch_size, bucket.seq_len
-    inputs = (Contract("input_ids", "int32", (B, S)), Contract("last_index", "int32", (B,)))
-    named = sorted(step.named_parameters())
-    weights = tuple(Contract(canonical_name(name), dtype_name(p), tuple(p.shape)) for name, p in named)
-    return inputs, weights

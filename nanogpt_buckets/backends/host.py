@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import platform
 import re
@@ -17,7 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nanogpt_buckets.backends.neuron import device
 from nanogpt_buckets.errors import BackendUnavailable
 from nanogpt_buckets.versions import version_tuple
 
@@ -26,6 +26,11 @@ _V3 = _V2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsav
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 LEVELS: Mapping[str, frozenset[str]] = {"x86-64-v4": _V4, "x86-64-v3": _V3, "x86-64-v2": _V2}  # highest first
 NATIVE = "native"
+# What g++ -march=native can turn on: vector, bit, crypto and matrix instructions of x86-64 and aarch64.
+_CODE_FLAG = re.compile(
+    r"mmx|sse|sse2|pni|ssse3|sse4_[12]|sse4a|avx.*|f16c|fma4?|xop|abm|bmi[12]|popcnt|movbe|lahf_lm|cx16|adx|aes|pclmulqdq"
+    r"|vaes|vpclmulqdq|gfni|sha_ni|amx_.*|xsave.*|fsgsbase|rdrand|rdseed|fp|asimd.*|sve.*|sme.*|i8mm|bf16|atomics|fphp|crc32|sha\d|pmull"
+)
 
 
 @functools.cache
@@ -39,9 +44,20 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(match.group(1).split()) if match else frozenset()
 
 
+def code_flags() -> frozenset[str]:
+    """Return those of the CPU's features that generated code can use."""
+    return frozenset(flag for flag in cpu_flags() if _CODE_FLAG.fullmatch(flag))
+
+
 def levels_here() -> list[str]:
     """Return the instruction-set levels this CPU has, highest first."""
     return [level for level, flags in LEVELS.items() if flags <= cpu_flags()]
+
+
+def native() -> str:
+    """Return the target that stands for this very CPU: what it needs is in its name."""
+    features = ",".join(sorted(code_flags()))
+    return f"{NATIVE}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 def choose_level(requested: str | None) -> str:
@@ -52,21 +68,23 @@ def choose_level(requested: str | None) -> str:
     """
     supported = levels_here()
     if requested is None:
-        return supported[0] if supported else NATIVE
-    if requested == NATIVE or requested in supported:
+        return supported[0] if supported else native()
+    if requested in (NATIVE, native()):
+        return native()
+    if requested in supported:
         return requested
-    known = ", ".join([*LEVELS, NATIVE])
-    if requested in LEVELS:
+    if requested in LEVELS or requested.startswith(f"{NATIVE}-"):
         raise BackendUnavailable(
             f"this CPU cannot run {requested}, and a bucket is only published after it ran",
             hint=f"this CPU has: {', '.join([*supported, NATIVE])}",
         )
+    known = ", ".join([*LEVELS, NATIVE])
     raise BackendUnavailable(f"target {requested!r} is unknown", hint=f"targets of this machine's backend: {known}")
 
 
 def level_rank(target: str) -> int:
     """Order targets from most to least specialised: 0 is best."""
-    order = [NATIVE, *LEVELS]
+    order = [native(), *LEVELS]
     return order.index(target) if target in order else len(order)
 
 
@@ -79,7 +97,7 @@ def flags_of_compile_line(line: str) -> list[str]:
     needed: set[str] = set()
     for option in re.findall(r"\s-m([a-z0-9=_.+-]+)", line):
         if option == "arch=native":
-            needed |= cpu_flags()
+            needed |= code_flags()
         elif option.startswith("arch="):
             needed |= LEVELS.get(option.removeprefix("arch="), frozenset())
         else:
@@ -150,9 +168,7 @@ def unmet(requires: Mapping[str, Any]) -> str | None:
         needed, provided = requires.get(name), own_versions().get(name)
         if needed is not None and version_tuple(provided or "0") < version_tuple(needed):
             return f"needs {name.upper()} {needed}, this host has {provided or 'none'}"
-    if "neuron_core" in requires and (lack := device.unmet(str(requires["neuron_core"]))):
-        return lack
-    unknown = set(requires) - {"os", "machine", "cpu_flags", "glibc", "glibcxx", "neuron_core"}
+    unknown = set(requires) - {"os", "machine", "cpu_flags", "glibc", "glibcxx"}
     return f"has requirements unknown here: {', '.join(sorted(unknown))}" if unknown else None
 
 

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_buckets import child
-from nanogpt_buckets.backends import choose
+from nanogpt_buckets import child, key
+from nanogpt_buckets.backends import backend_for
 from nanogpt_buckets.backends.base import DEFERRED, Artifact, Backend, BuildRequest
-from nanogpt_buckets.contract import Contract
-from nanogpt_buckets.errors import BackendUnavailable
+from nanogpt_buckets.errors import BackendUnavailable, CompileFailed
+from nanogpt_buckets.steps import step_named
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def source_of(backend: Backend, step: str) -> str:
+    """Return the digest of every file that shapes what this backend compiles of a step."""
+    return key.source_digest(*key.GRAPH_SOURCES, *backend.sources, step_named(step).source)
 
 
 def handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]:
@@ -34,10 +39,16 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]
 
     Raises:
         BucketsError: the bucket cannot be compiled, or failed the gate.
+        CompileFailed: this process has imported another copy of the program than whoever asks.
     """
     build = BuildRequest.from_json(request)
+    backend = backend_for(build.backend, compiler_args=build.compiler_args)
+    if source_of(backend, build.bucket.step) != build.source:
+        raise CompileFailed(
+            f"the compiling process has imported another copy of nanogpt_buckets, {Path(key.__file__).parent}",
+            hint="see what PYTHONPATH names, there and here",
+        )
     emit("phase", phase="compiling")
-    backend = choose(build.backend, arguments=build.arguments)
     artifact = backend.compile(build, Path.cwd())
     emit("phase", phase="checking")
     artifact = replace(artifact, gate=_gate(backend, build, artifact))
@@ -45,49 +56,34 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]
     for role, content in artifact.blobs.items():
         files[role] = f"{role}.blob"
         Path(files[role]).write_bytes(content)
-    return {**_contracts(artifact), "files": files}
-
-
-def _contracts(artifact: Artifact) -> dict[str, Any]:
-    plain = asdict(replace(artifact, blobs={}))
-    return {name: plain[name] for name in ("inputs", "outputs", "weights", "requires", "stats", "gate")}
+    return {"facts": artifact.facts_to_json(), "files": files}
 
 
 def artifact_from_json(result: dict[str, Any], workdir: Path) -> Artifact:
     """Read back, in the parent, what `handle` returned."""
-
-    def contracts(rows: list[dict[str, Any]]) -> tuple[Contract, ...]:
-        return tuple(Contract(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
-
-    return Artifact(
-        blobs={role: (workdir / Path(name).name).read_bytes() for role, name in result["files"].items()},
-        inputs=contracts(result["inputs"]),
-        outputs=contracts(result["outputs"]),
-        weights=contracts(result["weights"]),
-        requires=result["requires"],
-        stats=result["stats"],
-        gate=result["gate"],
-    )
+    blobs = {role: (workdir / Path(name).name).read_bytes() for role, name in result["files"].items()}
+    return Artifact.from_json(result["facts"], blobs)
 
 
 def _gate(backend: Backend, build: BuildRequest, artifact: Artifact) -> dict[str, Any]:
     """Check what was compiled on the bytes that will be published, or say why that must wait until it is loaded."""
     import torch
 
-    from nanogpt_buckets.backends import gate
+    from nanogpt_buckets.steps import gate
 
     if not backend.can_check(artifact):
         return {DEFERRED: "no device where it was built"}
+    arch, bucket = build.architecture, build.bucket
     dtype = getattr(torch, build.dtype)
-    weights = gate.seeded_weights(build.architecture, dtype) if build.weights is None else _read(build.weights)
+    weights = gate.seeded_weights(arch, dtype) if build.weights_path is None else _read(build.weights_path)
     try:
-        step = backend.load(artifact, weights)
+        executable = backend.load(artifact, step_named(bucket.step).interface(arch, bucket), weights)
     except BackendUnavailable as error:
         return {DEFERRED: error.message}
     try:
-        return gate.check(step, build.architecture, build.bucket, weights, rounds=backend.rounds())
+        return gate.check(executable, arch, bucket, weights, rounds=backend.rounds())
     finally:
-        step.close()
+        executable.close()
 
 
 def _read(path: str) -> dict[str, Tensor]:

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nanogpt_buckets.catalog import default_plan, open_catalog
+from nanogpt_buckets.choice import Options, choose
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
-from nanogpt_buckets.errors import CacheMiss
-from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.default_plan import default_plan
+from nanogpt_buckets.selection import Selection, explain_miss
 
 if TYPE_CHECKING:
-    from nanogpt_buckets.catalog import Catalog
     from nanogpt_buckets.measure import Figures, Spread
 
 
@@ -32,11 +31,7 @@ def bench(
     batch: tuple[int, ...],
     plan_file: Path | None,
     model: str,
-    backend: str,
-    target: str | None,
-    dtype: str,
-    compiler_args: str,
-    cache_dir: Path | None,
+    options: Options,
     runs: int,
     as_json: bool,
 ) -> None:
@@ -50,24 +45,23 @@ def bench(
     Example: nanogpt-buckets bench --model demo
     """
     plan = read_plan(seq, batch, plan_file)
-    catalog = open_catalog(
-        model, backend=backend, target=target, dtype=dtype, compiler_args=compiler_args, cache_dir=cache_dir
-    )
-    catalog.require_compiling()
-    usable = catalog.usable()
-    asked = plan or default_plan(catalog) or sorted(usable)
+    choice = choose(model, **options)
+    selection = Selection(choice)
+    usable = selection.usable
+    asked = plan or default_plan(choice) or sorted(usable)
     missing = [bucket for bucket in asked if bucket not in usable]
     built = [bucket for bucket in asked if bucket in usable]
     if not built or (plan and missing):
-        raise _miss(catalog, missing, plan)
+        lacking = f"bucket {', '.join(map(str, missing))} {'are' if len(missing) > 1 else 'is'} not built"
+        raise explain_miss(choice, selection, lacking if missing else "no bucket is built", missing if plan else [])
     with output.ending_at_once():
         from nanogpt_buckets.measure import measure
 
-    weights = catalog.model.weights(catalog.dtype).tensors
+    weights = choice.model.weights(choice.dtype).tensors
     with output.progress("measuring", runs * len(built)) as advance:
-        figures = [measure(catalog, usable[b], b, weights, runs=runs, on_run=advance) for b in built]
+        figures = [measure(selection, b, weights, runs=runs, on_run=advance) for b in built]
     if as_json:
-        names = {"model": catalog.model.name, "backend": catalog.backend.name, "dtype": catalog.dtype, "runs": runs}
+        names = {"model": choice.model.name, "backend": choice.backend_name, "dtype": choice.dtype, "runs": runs}
         output.document(names | {"buckets": [figure.to_json() for figure in figures]})
     else:
         _show(figures)
@@ -75,14 +69,6 @@ def bench(
         output.say("note: some steps took several times the median: this machine does something else as well")
     for bucket in missing:
         output.say(f"bucket {bucket} is in the plan and not built")
-
-
-def _miss(catalog: Catalog, missing: list[Bucket], plan: Plan | None) -> CacheMiss:
-    what = "no bucket is built"
-    if missing:
-        what = f"bucket {', '.join(map(str, missing))} {'are' if len(missing) > 1 else 'is'} not built"
-    hint = catalog.build_command(missing if plan else ())
-    return CacheMiss(f"{what} for model {catalog.model.name} in {catalog.store.root}", hint=hint)
 
 
 def _show(figures: list[Figures]) -> None:

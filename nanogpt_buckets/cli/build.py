@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from nanogpt_buckets.builder import BuildReport, build_missing
-from nanogpt_buckets.catalog import open_catalog
+from nanogpt_buckets.choice import Options, choose
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
+from nanogpt_buckets.default_plan import default_plan
 from nanogpt_buckets.errors import CompileFailed
 from nanogpt_buckets.plan.bucket import Plan
 from nanogpt_buckets.plan.ladder import default_ladder
@@ -25,30 +26,27 @@ def build(
     batch: tuple[int, ...],
     plan_file: Path | None,
     model: str,
-    backend: str,
-    target: str | None,
-    dtype: str,
-    compiler_args: str,
-    cache_dir: Path | None,
+    options: Options,
     jobs: int | None,
     as_json: bool,
 ) -> int:
     """Compile the buckets that are not built yet.
 
-    Without --seq or --plan: block_size/8, /4, /2 and block_size. Needs neither weights nor network. The buckets are
-    added to the model's default plan, which generate uses.
+    Without --seq or --plan: the saved plan, which earlier builds made, or block_size/8, /4, /2 and block_size where
+    there is none, in each batch size of --batch. Needs neither weights nor network. The buckets are added to the
+    model's default plan, which generate uses.
 
     Example: nanogpt-buckets build --model demo --seq 32,64,128
     """
     plan = read_plan(seq, batch, plan_file)
-    catalog = open_catalog(
-        model, backend=backend, target=target, dtype=dtype, compiler_args=compiler_args, cache_dir=cache_dir
-    )
+    choice = choose(model, **options)
     if plan is None:
-        plan = Plan.grid(batch=batch, seq=default_ladder(catalog.model.architecture.block_size))
+        saved = default_plan(choice)
+        lengths = sorted({b.seq_len for b in saved}) if saved else default_ladder(choice.model.architecture.block_size)
+        plan = saved if saved and batch == (1,) else Plan.grid(batch=batch, seq=lengths)
     try:
         with output.BuildProgress() as update:
-            report = build_missing(catalog, plan, jobs=jobs, on_progress=update)
+            report = build_missing(choice, plan, jobs=jobs, on_progress=update)
     except KeyboardInterrupt:
         output.say("finished buckets are kept; the same command goes on from there")
         raise

@@ -12,14 +12,15 @@ from typing import Any
 import click
 
 from nanogpt_buckets import settings
-from nanogpt_buckets.backends import host
+from nanogpt_buckets.backends import BACKENDS, backend_for
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import Command, Size, TimeSpan, cache_dir_option, output_options
 from nanogpt_buckets.errors import CacheError, CorruptEntry, UsageError
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
-from nanogpt_buckets.store.prune import Deletion, delete, pinned, plan_prune, plan_removal
+from nanogpt_buckets.store.plans import Plans
+from nanogpt_buckets.store.prune import Deletion, delete, plan_prune, plan_removal
 from nanogpt_buckets.store.verify import verify as verify_store
 
 # What an entry is called that is in order as far as was looked.
@@ -51,7 +52,7 @@ def ls(cache_dir: Path | None, as_json: bool) -> None:
     Example: nanogpt-buckets cache ls --json
     """
     store = _open(cache_dir)
-    pins = pinned(store)
+    pins = Plans(store).pins().buckets
     rows = [_row(store, family, store.glance(answer), answer, pins) for family, answer in store.entries()]
     if as_json:
         output.document(rows)
@@ -88,12 +89,13 @@ def show(key: str, cache_dir: Path | None, as_json: bool) -> None:
 
 def _described(store: LocalStore, family: str, answer: Answer) -> dict[str, Any]:
     manifest = answer.manifest
-    known = _row(store, family, store.check(answer), answer, pinned(store)) | {"family": family}
+    known = _row(store, family, store.check(answer), answer, Plans(store).pins().buckets) | {"family": family}
     known["path"] = str(store.entry_path(family, answer.key))
     if manifest is None:
         return known
     blobs = [{"role": b.role, "bytes": b.size, "path": str(store.blob_path(b.sha256))} for b in manifest.blobs]
-    lack = host.unmet(manifest.requires)
+    backend = manifest.parts["family"].get("backend", "")
+    lack = backend_for(backend).unmet(manifest.requires) if backend in BACKENDS else f"backend {backend} is unknown"
     return known | {
         "runs_here": lack is None,
         "lacks": lack or "",

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nanogpt_buckets.choice import EAGER, Options
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import model_options, output_options
+from nanogpt_buckets.cli.options import model_options, output_options, sampling_options
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenizer import well_formed
+from nanogpt_buckets.run.options import SamplingOptions
 
 if TYPE_CHECKING:
-    from nanogpt_buckets.engine import Engine
+    from nanogpt_buckets.run.engine import Engine
 
 _PARTING = "---------------"
 
@@ -27,13 +29,9 @@ _PARTING = "---------------"
 @click.option("--init-from", metavar="resume|gpt2...", help="sample.py's name for --model; resume takes --out-dir.")
 @click.option("--out-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where ckpt.pt is; means resume.")
 @click.option("-n", "--max-new-tokens", type=int, default=100, show_default=True)
-@click.option("-t", "--temperature", type=float, default=0.8, show_default=True, help="0 takes the likeliest token.")
-@click.option("-k", "--top-k", type=int, default=200, show_default=True, help="0 turns it off.")
-@click.option("-p", "--top-p", type=float, help="Keep the likeliest tokens up to this probability.")
-@click.option("-s", "--seed", type=int, help="Default: a new one each time, told on stderr.")
+@sampling_options
 @click.option("--num-samples", type=int, default=1, show_default=True)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text appears; may be repeated.")
-@click.option("--rng", type=click.Choice(["per-row", "nanogpt"]), default="per-row", show_default=True)
 @click.option("--plain-text", is_flag=True, help="<|endoftext|> in the prompt is ordinary text.")
 @click.option("--meta", "--tokenizer", "tokenizer", metavar="PATH", help="A meta.pkl, a tokenizer folder, or gpt2.")
 @click.option("--cached-only", is_flag=True, help="Never compile; exit 3 if nothing that is built reaches.")
@@ -42,10 +40,9 @@ _PARTING = "---------------"
 @click.option("--compile", "compiled", type=bool, default=True, metavar="BOOL", help="False runs the eager backend.")
 @output_options
 def generate(
-    prompt: str | None, start: str | None, model: str, init_from: str | None, out_dir: Path | None, backend: str,
-    cached_only: bool, compiled: bool, as_json: bool, device: str, target: str | None, dtype: str,
-    compiler_args: str, cores: int, tokenizer: str | None, cache_dir: Path | None, num_samples: int,
-    stop: tuple[str, ...], **sampling: Any,
+    prompt: str | None, start: str | None, model: str, init_from: str | None, out_dir: Path | None, options: Options,
+    cached_only: bool, compiled: bool, as_json: bool, device: str, cores: int, tokenizer: str | None, num_samples: int,
+    max_new_tokens: int, stop: tuple[str, ...], plain_text: bool, sampling: SamplingOptions,
 ) -> None:  # fmt: skip
     """Continue PROMPT and print both. `FILE:prompt.txt` reads a file, `-` reads standard input.
 
@@ -55,23 +52,22 @@ def generate(
     Example: nanogpt-buckets generate "ROMEO:" --model demo --max-new-tokens 200 --seed 1337
     """
     text = _prompt(prompt, start)
+    options |= {"cores": cores} if compiled else {"cores": cores, "backend": EAGER}
     if init_from == "resume" or (out_dir is not None and init_from is None):
         model = str((out_dir or Path("out")) / "ckpt.pt")
     elif init_from is not None:
         model = init_from
     with output.ending_at_once():
-        from nanogpt_buckets.engine import Engine
+        from nanogpt_buckets.run.engine import Engine
 
     with output.BuildProgress() as update, Engine.load(
-        model, backend=backend if compiled else "eager", target=target, dtype=dtype, tokenizer=tokenizer,
-        on_miss="build", cached_only=cached_only, lazy=True, compiler_args=compiler_args, cores=cores,
-        cache_dir=cache_dir, on_progress=update,
+        model, tokenizer=tokenizer, on_miss="build", cached_only=cached_only, lazy=True, on_progress=update, **options
     ) as engine:  # fmt: skip
-        sampling["stop"] = list(stop) or None
+        how = {"max_new_tokens": max_new_tokens, "stop": list(stop) or None, "plain_text": plain_text, **sampling}
         if num_samples == 1 and not as_json:
-            _stream(engine, text, sampling)
+            _stream(engine, text, how)
         else:
-            _print_all(engine, text, num_samples, sampling, as_json)
+            _print_all(engine, text, num_samples, how, as_json)
         _tell(engine)
 
 

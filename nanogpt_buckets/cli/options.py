@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +12,13 @@ import click
 
 from nanogpt_buckets.backends import BACKENDS
 from nanogpt_buckets.backends.base import DTYPES
+from nanogpt_buckets.choice import EAGER, Options
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.errors import PlanError, UsageError
+from nanogpt_buckets.errors import CorruptEntry, PlanError, UsageError
+from nanogpt_buckets.files import read_file
 from nanogpt_buckets.plan.bucket import Plan
+from nanogpt_buckets.run.options import RNGS, SamplingOptions
+from nanogpt_buckets.store.manifest import MAX_BYTES, parse
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -84,30 +88,62 @@ class Directory(click.Path):
         return super().convert(value, param, ctx)
 
 
-def model_options(command: Command) -> Command:
-    """Add --model, --backend, --target, --dtype, --compiler-args and --cache-dir."""
-    for option in reversed(
-        (
-            click.option(
-                "-m", "--model", default="gpt2", show_default=True, metavar="NAME|PATH",
-                help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, a Hugging Face folder, or a nanoGPT ckpt.pt.",
-            ),
-            click.option(
-                "--backend", default="auto", show_default=True, type=click.Choice(["auto", *BACKENDS])
-            ),
-            click.option(
-                "--target", metavar="TARGET",
-                help="What to generate code for: trn1, inf2, trn2, x86-64-v3, ... Default: this machine.",
-            ),
-            click.option("--dtype", default="float32", show_default=True, type=click.Choice(DTYPES)),
-            click.option(
-                "--compiler-args", default="", metavar="FLAGS", help="For neuronx-cc; they are part of a bucket's key."
-            ),
-            cache_dir_option,
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
+def _together(name: str, keys: Iterable[str], options: Sequence[Callable[[Any], Any]]) -> Any:
+    """Return a decorator that adds options and hands the values of these keys on as one dictionary."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def gathered(**given: Any) -> Any:
+            values = {key: given.pop(key) for key in keys if key in given}
+            return command(**given, **{name: values})
+
+        made: Callable[..., Any] = gathered
+        for option in reversed(options):
+            made = option(made)
+        return made
+
+    return decorate
+
+
+cache_dir_option = click.option(
+    "--cache-dir", type=Directory(), metavar="DIR",
+    help="Directory of compiled buckets. Default: $NANOGPT_BUCKETS_CACHE_DIR, else the user's cache directory.",
+)  # fmt: skip
+
+# --model, and the fields of `Options` as one argument, `options`.
+model_options: Callable[[Command], Command] = _together(
+    "options",
+    Options.__annotations__,
+    (
+        click.option(
+            "-m", "--model", default="gpt2", show_default=True, metavar="NAME|PATH",
+            help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, a Hugging Face folder, or a nanoGPT ckpt.pt.",
+        ),
+        click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", *BACKENDS, EAGER])),
+        click.option(
+            "--target", metavar="TARGET",
+            help="What to generate code for: trn1, inf2, trn2, x86-64-v3, ... Default: this machine.",
+        ),
+        click.option("--dtype", default="float32", show_default=True, type=click.Choice(DTYPES)),
+        click.option(
+            "--compiler-args", default="", metavar="FLAGS", help="For neuronx-cc; they are part of a bucket's key."
+        ),
+        cache_dir_option,
+    ),
+)  # fmt: skip
+
+# The fields of `Sampling` as one argument, `sampling`.
+sampling_options: Callable[[Command], Command] = _together(
+    "sampling",
+    SamplingOptions.__annotations__,
+    (
+        click.option("-t", "--temperature", type=float, default=0.8, show_default=True, help="0: the likeliest token."),
+        click.option("-k", "--top-k", type=int, default=200, show_default=True, help="0 turns it off."),
+        click.option("-p", "--top-p", type=float, help="Keep the likeliest tokens up to this probability."),
+        click.option("-s", "--seed", type=int, help="Default: a new one each time, told on stderr."),
+        click.option("--rng", type=click.Choice(RNGS), default="per-row", show_default=True),
+    ),
+)
 
 
 def plan_options(command: Command) -> Command:
@@ -123,12 +159,6 @@ def plan_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
-
-
-cache_dir_option = click.option(
-    "--cache-dir", type=Directory(), metavar="DIR",
-    help="Directory of compiled buckets. Default: $NANOGPT_BUCKETS_CACHE_DIR, else the user's cache directory.",
-)  # fmt: skip
 
 
 def output_options(command: Command) -> Command:
@@ -168,10 +198,8 @@ def read_plan(seq: tuple[int, ...] | None, batch: tuple[int, ...], plan_file: Pa
     if seq is not None:
         raise PlanError("--seq and --plan say the same thing twice", hint="give one of them")
     try:
-        return Plan.from_json(json.loads(plan_file.read_text(encoding="utf-8")))
+        return Plan.from_json(parse(read_file(plan_file.expanduser(), limit=MAX_BYTES), "it"))
     except OSError as error:
         raise PlanError(f"the plan file {plan_file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        if isinstance(error, PlanError):
-            raise
-        raise PlanError(f"the plan file {plan_file} is not JSON") from None
+    except CorruptEntry as error:
+        raise PlanError(f"the plan file {plan_file} cannot be used: {error.message}") from None

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
-from nanogpt_buckets.catalog import Catalog, built, default_plan, open_catalog
+from nanogpt_buckets.choice import Choice, Options, choose
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
+from nanogpt_buckets.default_plan import default_plan
 from nanogpt_buckets.errors import CacheError
-from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.selection import Selection, explain_miss
 from nanogpt_buckets.store.answer import Answer, Status
 
 
@@ -23,11 +25,7 @@ def status(
     batch: tuple[int, ...],
     plan_file: Path | None,
     model: str,
-    backend: str,
-    target: str | None,
-    dtype: str,
-    compiler_args: str,
-    cache_dir: Path | None,
+    options: Options,
     as_json: bool,
 ) -> int:
     """Say for each bucket whether this machine could run it now. Exit 0 if all are warm, 1 if not.
@@ -37,36 +35,36 @@ def status(
     Example: nanogpt-buckets status --model demo --seq 32,64,128
     """
     plan = read_plan(seq, batch, plan_file)
-    catalog = open_catalog(
-        model, backend=backend, target=target, dtype=dtype, compiler_args=compiler_args, cache_dir=cache_dir
-    )
-    catalog.require_compiling()
-    plan = plan or default_plan(catalog) or built(catalog)
+    choice = choose(model, **options)
+    selection = Selection(choice)
+    plan = plan or default_plan(choice) or (Plan(selection.usable) if selection.usable else None)
     if plan is None:
+        if selection.reasons():
+            raise explain_miss(choice, selection, "nothing that is built can be used", [])
         raise CacheError(
-            f"nothing is built or planned for model {catalog.model.name} in {catalog.store.root}",
-            hint=f"give --seq or --plan, or {catalog.build_command()}",
+            f"nothing is built or planned for model {choice.model.name} in {choice.store.root}",
+            hint=f"give --seq or --plan, or {choice.build_command()}",
         )
-    answers = {bucket: catalog.best(bucket) for bucket in plan.check(catalog.model.architecture.block_size)}
+    answers = {bucket: selection.best(bucket) for bucket in plan.check(choice.model.architecture.block_size)}
     warm = sum(answer.status is Status.WARM for answer in answers.values())
     if as_json:
         rows = [
             {"bucket": bucket.to_json(), "state": answer.status.value, "key": answer.key, "why": answer.why}
             for bucket, answer in answers.items()
         ]
-        document = {"model": catalog.model.name, "backend": catalog.backend.name, "family": catalog.family}
+        document = {"model": choice.model.name, "backend": choice.backend_name, "family": choice.family}
         output.document({**document, "warm": warm, "total": len(answers), "buckets": rows})
     else:
         rows_for_people = [(str(bucket), a.status.value, a.key[:12], a.why) for bucket, a in answers.items()]
         output.table(("BUCKET", "STATE", "KEY", "WHY"), rows_for_people)
-        output.say(f"{warm} of {len(answers)} buckets warm for {catalog.model.name} on {catalog.backend.name}")
-        _advise(catalog, answers)
+        output.say(f"{warm} of {len(answers)} buckets warm for {choice.model.name} on {choice.backend_name}")
+        _advise(choice, answers)
     return 0 if warm == len(answers) else 1
 
 
-def _advise(catalog: Catalog, answers: dict[Bucket, Answer]) -> None:
+def _advise(choice: Choice, answers: dict[Bucket, Answer]) -> None:
     """Say what would mend what is not warm."""
     hints = {answer.hint for answer in answers.values() if answer.hint}
     lacking = [b for b, answer in answers.items() if answer.status in (Status.ABSENT, Status.CORRUPT)]
-    for hint in sorted(hints) or ([catalog.build_command(lacking)] if lacking else []):
+    for hint in sorted(hints) or ([choice.build_command(lacking)] if lacking else []):
         output.say(f"hint: {hint}")

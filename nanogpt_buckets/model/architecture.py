@@ -69,11 +69,6 @@ class Architecture:
                 f"the model's layer_norm_epsilon is {self.layer_norm_epsilon!r}; it must be a small positive number"
             )
 
-    def attention_scale(self, layer: int) -> float:
-        """Return the factor on attention scores in this layer (counted from 0)."""
-        scale = (self.n_embd // self.n_head) ** -0.5 if self.scale_by_head_size else 1.0
-        return scale / (layer + 1) if self.scale_by_layer else scale
-
     @property
     def n_params(self) -> int:
         """Number of parameters, a tied head counted once."""

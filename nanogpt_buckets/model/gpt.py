@@ -8,7 +8,6 @@ Source: structure and names after nanoGPT model.py (MIT, Andrej Karpathy).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -55,6 +54,12 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
+def _attention_scale(arch: Architecture, layer: int) -> float:
+    """Return the factor on attention scores in this layer (counted from 0)."""
+    scale = (arch.n_embd // arch.n_head) ** -0.5 if arch.scale_by_head_size else 1.0
+    return scale / (layer + 1) if arch.scale_by_layer else scale
+
+
 class CausalSelfAttention(nn.Module):
     """Masked multi-head attention: position t sees positions 0..t, so right padding is never seen."""
 
@@ -63,7 +68,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(arch.n_embd, 3 * arch.n_embd, bias=arch.bias)
         self.c_proj = nn.Linear(arch.n_embd, arch.n_embd, bias=arch.bias)
         self.n_head = arch.n_head
-        self.scale = arch.attention_scale(layer)
+        self.scale = _attention_scale(arch, layer)
         self.upcast = arch.upcast_attention
         self.explicit = lowering.attention == "explicit"
 
@@ -189,15 +194,3 @@ def from_weights(arch: Architecture, weights: Mapping[str, Tensor], lowering: Lo
         gpt = GPT(arch, lowering)
     gpt.load_state_dict(dict(weights), strict=True, assign=True)
     return gpt.eval().requires_grad_(False)
-
-
-def init_weights(gpt: GPT, generator: torch.Generator | None = None) -> None:
-    """Initialise in place for training: N(0, 0.02), residual projections scaled by depth.
-
-    Source: GPT-2 paper by way of nanoGPT model.py (MIT).
-    """
-    residual_std = 0.02 / math.sqrt(2 * gpt.arch.n_layer)
-    for name, parameter in gpt.named_parameters():
-        if parameter.dim() >= 2:
-            std = residual_std if name.endswith("c_proj.weight") else 0.02
-            nn.init.normal_(parameter, std=std, generator=generator)

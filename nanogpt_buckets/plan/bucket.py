@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanogpt_buckets.errors import PlanError
+from nanogpt_buckets.errors import IncompatibleEntry, PlanError
 
 STEPS = ("recompute",)
 # So that ids, and what is counted in tokens, fit in 32 bits.
@@ -56,7 +56,8 @@ class Bucket:
         return {"step": self.step, "batch_size": self.batch_size, "seq_len": self.seq_len}
 
     def __str__(self) -> str:
-        return f"{self.batch_size}x{self.seq_len}"
+        shape = f"{self.batch_size}x{self.seq_len}"
+        return shape if self.step == STEPS[0] else f"{shape} {self.step}"
 
 
 @dataclass(frozen=True, init=False)
@@ -133,13 +134,18 @@ class Plan(Sequence[Bucket]):
         """Read the content of a plan file.
 
         Raises:
-            PlanError: it is not a plan, has an unknown field, or was written by a newer release.
+            PlanError: it is not a plan.
+            IncompatibleEntry: a newer release wrote it: its format, a field or a step is unknown here.
         """
-        if not isinstance(data, Mapping) or data.get("format") != 1:
-            raise PlanError("this is not a plan file of format 1")
+        if not isinstance(data, Mapping) or type(data.get("format")) is not int:
+            raise PlanError("this is not a plan file: it names no format")
+        if data["format"] != 1:
+            raise _newer(f"it is of format {data['format']}, and this release knows format 1")
+        if unknown := sorted(set(data) - {"format", "model", "buckets", "source", "families"}):
+            raise _newer(f"it has a field {unknown[0]!r}")
         rows = data.get("buckets")
-        if not isinstance(rows, list) or not set(data) <= {"format", "model", "buckets", "source", "families"}:
-            raise PlanError("the plan file has unknown fields or no list of buckets")
+        if not isinstance(rows, list):
+            raise PlanError("the plan file has no list of buckets")
         families = data.get("families", [])
         if not isinstance(families, list) or not all(re.fullmatch("[0-9a-f]{64}", str(family)) for family in families):
             raise PlanError("the plan file names families that are no digests")
@@ -147,6 +153,17 @@ class Plan(Sequence[Bucket]):
 
 
 def _bucket_from_json(row: Any) -> Bucket:
-    if not isinstance(row, Mapping) or not {"batch_size", "seq_len"} <= set(row) <= {"step", "batch_size", "seq_len"}:
-        raise PlanError(f"{row!r} is not a bucket", hint='a bucket is {"step", "batch_size", "seq_len"}')
-    return Bucket(row["batch_size"], row["seq_len"], row.get("step", "recompute"))
+    if not isinstance(row, Mapping) or not {"batch_size", "seq_len"} <= set(row):
+        raise PlanError(f"{row!r:.200} is not a bucket", hint='a bucket is {"step", "batch_size", "seq_len"}')
+    if unknown := sorted(set(row) - {"step", "batch_size", "seq_len"}):
+        raise _newer(f"a bucket of it has a field {unknown[0]!r}")
+    step = row.get("step", STEPS[0])
+    if isinstance(step, str) and step not in STEPS:
+        raise _newer(f"it has a step {step!r}")
+    return Bucket(row["batch_size"], row["seq_len"], step)
+
+
+def _newer(what: str) -> IncompatibleEntry:
+    return IncompatibleEntry(
+        f"the plan was written by a newer release: {what:.200}", hint="update nanogpt-buckets; the file is left alone"
+    )

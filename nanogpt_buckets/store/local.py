@@ -34,7 +34,6 @@ from nanogpt_buckets.store.manifest import (
     decode,
     encode_entry,
     is_digest,
-    parse,
     require_digest,
 )
 from nanogpt_buckets.store.tree import Tree
@@ -42,7 +41,6 @@ from nanogpt_buckets.store.trust import check_location
 
 _STALE_SECONDS = 24 * 3600
 _USED_EVERY_S = 60
-_PLAN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
 class LocalStore:
@@ -54,7 +52,7 @@ class LocalStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._tree = Tree(root)
+        self.tree = Tree(root)
 
     def look(self, family: str, key: str, parts: Mapping[str, Any] | None = None) -> Answer:
         """Read one manifest, and no blob.
@@ -89,7 +87,7 @@ class LocalStore:
 
     def entries(self) -> Iterator[tuple[str, Answer]]:
         """Look at every entry; yields its family and what was found."""
-        for family in filter(is_digest, list_names(self._tree.v1 / "entries")):
+        for family in filter(is_digest, list_names(self.tree.v1 / "entries")):
             for answer in self.family(family):
                 yield family, answer
 
@@ -192,20 +190,20 @@ class LocalStore:
         if stored.manifest is not None:
             return stored.manifest
         path = self.entry_path(manifest.family, manifest.key)
-        with self._tree.writing():
-            self._tree.prepare(path.parent)
-            sweep(self._tree.v1 / "tmp", older_than_s=_STALE_SECONDS)
+        with self.tree.writing():
+            self.tree.prepare(path.parent)
+            sweep(self.tree.v1 / "tmp", older_than_s=_STALE_SECONDS)
             for blob in manifest.blobs:
                 self._put_blob(blob, blobs[blob.role])
             damaged = self._damaged_blobs(manifest) if stored.status is Status.CORRUPT else []
-            if self._tree.put(path, data, 0o666, replace=stored.status is Status.CORRUPT):
+            if self.tree.put(path, data, 0o666, replace=stored.status is Status.CORRUPT):
                 for left in damaged:
                     unlink(left)
                 return manifest
             # Another process was first. If what it left is damaged already, ours replaces it.
             stored = self._settled(manifest)
             if stored.manifest is None:
-                self._tree.put(path, data, 0o666, replace=True)
+                self.tree.put(path, data, 0o666, replace=True)
             return stored.manifest or manifest
 
     def _settled(self, manifest: Manifest) -> Answer:
@@ -229,7 +227,7 @@ class LocalStore:
 
     def _put_blob(self, blob: Blob, data: bytes) -> None:
         path = self.blob_path(blob.sha256)
-        self._tree.make_directory(path.parent)
+        self.tree.make_directory(path.parent)
         damaged = False
         try:
             read_verified(path, blob.sha256, blob.size)
@@ -240,7 +238,7 @@ class LocalStore:
             pass
         except CorruptEntry:
             damaged = True
-        self._tree.put(path, data, 0o444, replace=damaged)
+        self.tree.put(path, data, 0o444, replace=damaged)
 
     def prepare(self) -> None:
         """Make the directories that writing needs, to find out early whether it is possible.
@@ -250,56 +248,10 @@ class LocalStore:
             CacheError: it cannot be written.
         """
         check_location(self.root)
-        with self._tree.writing():
-            self._tree.prepare()
-            if not os.access(self._tree.v1 / "tmp", os.W_OK):
+        with self.tree.writing():
+            self.tree.prepare()
+            if not os.access(self.tree.v1 / "tmp", os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    def save_plan(self, name: str, plan: dict[str, Any]) -> None:
-        """Store a named plan (plain JSON without floats), whatever was under that name.
-
-        Raises:
-            UsageError: the name is not a plain word, or the plan is too large.
-            CacheError: it cannot be written.
-        """
-        path = self._plan_path(name)
-        data = keys.canonical_json(plan) + b"\n"
-        try:
-            parse(data, "the plan")
-        except CorruptEntry as error:
-            raise UsageError(f"plan {name!r} cannot be stored: {error}") from error
-        check_location(self.root, path.parent)
-        with self._tree.writing():
-            self._tree.prepare()
-            self._tree.put(path, data, 0o666, replace=True)
-
-    def load_plan(self, name: str) -> dict[str, Any] | None:
-        """Return a named plan, or None if there is none.
-
-        Raises:
-            UsageError: the name is not a plain word.
-            CorruptEntry: the file is not plain JSON.
-            TransientError: it cannot be read this time.
-        """
-        path = self._plan_path(name)
-        check_location(self.root, path.parent)
-        try:
-            return parse(read_file(path, limit=MAX_BYTES), f"plan {name!r}")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise TransientError(f"{path} cannot be read: {error.strerror or error}") from error
-
-    def drop_plan(self, name: str) -> None:
-        """Remove a named plan, if it is there."""
-        check_location(self.root)
-        with self._tree.writing(), contextlib.suppress(FileNotFoundError):
-            self._plan_path(name).unlink()
-
-    def plan_names(self) -> list[str]:
-        """Return the names of all plans, sorted."""
-        names = [name.removesuffix(".json") for name in list_names(self._tree.v1 / "plans") if name.endswith(".json")]
-        return [name for name in names if _PLAN_NAME.fullmatch(name)]
 
     @contextlib.contextmanager
     def compiling(self, key: str, timeout_s: float, cancelled: Callable[[], bool] = lambda: False) -> Iterator[bool]:
@@ -310,28 +262,34 @@ class LocalStore:
             timeout_s: how long to wait for another process.
             cancelled: asked while waiting; True ends it.
         """
-        path = self._tree.v1 / "locks" / f"{require_digest(key)}.lock"
+        with self.locked(require_digest(key), timeout_s, cancelled) as worked:
+            yield worked
+
+    @contextlib.contextmanager
+    def locked(self, name: str, timeout_s: float, cancelled: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Hold one of the store's locks; yields whether that worked, and never fails for it."""
+        path = self.tree.v1 / "locks" / f"{name}.lock"
         try:
             check_location(self.root, path.parent)
-            self._tree.prepare()
+            self.tree.prepare()
         except (OSError, CacheError):
             yield False
             return
-        with held(path, mode=0o600 | self._tree.mode() & 0o666, timeout_s=timeout_s, cancelled=cancelled) as worked:
+        with held(path, mode=0o600 | self.tree.mode() & 0o666, timeout_s=timeout_s, cancelled=cancelled) as worked:
             yield worked
 
     def leftovers(self) -> list[Path]:
         """Return files that only a running process needs: staged ones and locks."""
-        return [self._tree.v1 / name / file for name in ("tmp", "locks") for file in list_names(self._tree.v1 / name)]
+        return [self.tree.v1 / name / file for name in ("tmp", "locks") for file in list_names(self.tree.v1 / name)]
 
     def blob_paths(self) -> list[Path]:
         """Return the path of every blob, whether or not a manifest names it."""
-        blobs = self._tree.v1 / "blobs"
+        blobs = self.tree.v1 / "blobs"
         found = ((prefix, name) for prefix in list_names(blobs) for name in list_names(blobs / prefix))
         return [self.blob_path(name) for prefix, name in found if is_digest(name) and name.startswith(prefix)]
 
     def _family_path(self, family: str) -> Path:
-        return self._tree.v1 / "entries" / require_digest(family)
+        return self.tree.v1 / "entries" / require_digest(family)
 
     def entry_path(self, family: str, key: str) -> Path:
         """Return where a key's manifest is."""
@@ -339,11 +297,4 @@ class LocalStore:
 
     def blob_path(self, sha256: str) -> Path:
         """Return where a blob is."""
-        return self._tree.v1 / "blobs" / require_digest(sha256)[:2] / sha256
-
-    def _plan_path(self, name: str) -> Path:
-        if _PLAN_NAME.fullmatch(name) is None:
-            raise UsageError(
-                f"plan name {name!r} is not a plain word", hint="use letters, digits, dots, dashes and underscores"
-            )
-        return self._tree.v1 / "plans" / f"{name}.json"
+        return self.tree.v1 / "blobs" / require_digest(sha256)[:2] / sha256

@@ -7,19 +7,20 @@ Knows nothing of terminals, nor of how an age or a size is written.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from nanogpt_buckets.errors import CacheError, CorruptEntry, PlanError
-from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.errors import CacheError
+from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import Manifest
+from nanogpt_buckets.store.plans import Plans, without
 from nanogpt_buckets.store.trust import check_location
 from nanogpt_buckets.versions import version_tuple
 
@@ -85,9 +86,12 @@ def plan_removal(store: LocalStore, prefixes: Iterable[str]) -> Deletion:
     """
     check_location(store.root)
     found = [store.find(prefix) for prefix in prefixes]
-    pins = _pins(store, [])
+    pins = Plans(store).pins()
     unplanned = [
-        (name, pin[1]) for family, answer in found if (pin := _pin(family, answer)) for name in pins.get(pin, ())
+        (name, pin[1])
+        for family, answer in found
+        if (pin := _pin(family, answer))
+        for name in pins.buckets.get(pin, ())
     ]
     notes = [f"bucket {bucket} goes out of plan {name}" for name, bucket in unplanned]
     chosen = {answer.key: "asked for" for _, answer in found}
@@ -124,7 +128,8 @@ def plan_prune(
     check_location(store.root)
     notes: list[str] = []
     entries = list(store.entries())
-    pins = {} if planned else _pins(store, notes)
+    pins = Plans(store).pins()
+    notes += pins.notes
     chosen = {}
     for _, answer in entries:
         checked = store.check(answer)
@@ -134,7 +139,9 @@ def plan_prune(
     readable = [(f, a, a.manifest) for f, a in entries if a.manifest is not None]
     if old_toolchains:
         chosen |= {a.key: why for _, a, manifest in readable if (why := _outdated(manifest))}
-    free = [(family, answer) for family, answer, _ in readable if _pin(family, answer) not in pins]
+    if planned:
+        pins.buckets.clear()  # what a newer release planned stays all the same
+    free = [(f, a) for f, a, manifest in readable if not pins.keep(f, manifest.bucket)]
     used = {answer.key: store.entry_path(family, answer.key).stat().st_mtime for family, answer in free}
     if older_than_s is not None:
         limit = time.time() - older_than_s
@@ -167,41 +174,11 @@ def delete(store: LocalStore, deletion: Deletion, on_file: Callable[[Doomed], No
         if on_file is not None:
             on_file(file)
     for name in {name for name, _ in deletion.unplanned}:
-        _unplan(store, name, {bucket for plan, bucket in deletion.unplanned if plan == name})
+        gone = {bucket for plan, bucket in deletion.unplanned if plan == name}
+        Plans(store).change(name, functools.partial(without, gone=gone))
     if refused:
         raise CacheError(refused, hint="the cache must be writable; what could be deleted is gone")
     return freed
-
-
-def pinned(store: LocalStore) -> dict[tuple[str, Bucket], list[str]]:
-    """Return which plans keep what: (family, bucket) -> the plans' names."""
-    return _pins(store, [])
-
-
-def _unplan(store: LocalStore, name: str, gone: set[Bucket]) -> None:
-    """Take buckets out of a plan; one that is empty then goes."""
-    saved = store.load_plan(name)
-    if saved is None:
-        return
-    left = [bucket for bucket in Plan.from_json(saved) if bucket not in gone]
-    if left:
-        store.save_plan(name, saved | {"buckets": [bucket.to_json() for bucket in left]})
-    else:
-        store.drop_plan(name)
-
-
-def _pins(store: LocalStore, notes: list[str]) -> dict[tuple[str, Bucket], list[str]]:
-    pins: dict[tuple[str, Bucket], list[str]] = {}
-    for name in store.plan_names():
-        try:
-            saved: dict[str, Any] = store.load_plan(name) or {}
-            plan = Plan.from_json(saved)
-        except (CorruptEntry, PlanError) as error:
-            notes.append(f"plan {name} keeps nothing: {error.message}")
-            continue
-        for pin in ((family, bucket) for family in saved.get("families", ()) for bucket in plan):
-            pins.setdefault(pin, []).append(name)
-    return pins
 
 
 def _pin(family: str, answer: Answer) -> tuple[str, Bucket] | None:

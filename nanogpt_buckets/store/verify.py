@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt_buckets.errors import CorruptEntry
+from nanogpt_buckets.errors import CacheError, CorruptEntry, IncompatibleEntry
 from nanogpt_buckets.files import read_file
 from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.plans import Plans
 from nanogpt_buckets.store.trust import check_location
 
 
@@ -60,7 +61,19 @@ def verify(store: LocalStore, on_file: Callable[[int], None] | None = None) -> V
     for family, answer in entries:
         path = store.entry_path(family, answer.key).relative_to(store.root)
         problems += [Problem(path.as_posix(), what) for what in _damage(answer, sizes)]
+    problems += _damaged_plans(store)
     return Verification(len(entries), len(paths), sum(sizes.values()), tuple(problems))
+
+
+def _damaged_plans(store: LocalStore) -> Iterator[Problem]:
+    plans = Plans(store)
+    for name in plans.names():
+        try:
+            plans.load(name)
+        except IncompatibleEntry:
+            pass  # a newer release's; it is in order as far as this one can tell
+        except CacheError as error:
+            yield Problem(f"v1/plans/{name}.json", error.message)
 
 
 def _examine(path: Path) -> tuple[str, int]:

@@ -12,36 +12,52 @@ import pytest
 import torch
 
 from nanogpt_buckets import Bucket, build
-from nanogpt_buckets.backends import choose, gate, host
-from nanogpt_buckets.backends.base import BuildRequest
-from nanogpt_buckets.backends.inductor import InductorBackend
+from nanogpt_buckets.backends import backend_for, host
+from nanogpt_buckets.backends.inductor.backend import InductorBackend
 from nanogpt_buckets.backends.memfile import library_path
-from nanogpt_buckets.catalog import open_catalog
-from nanogpt_buckets.errors import BackendUnavailable, CorruptEntry, GateFailed, IncompatibleEntry, UsageError
-from nanogpt_buckets.model.architecture import GPT2_SIZES
-from nanogpt_buckets.steps import NeuronStep
+from nanogpt_buckets.choice import choose
+from nanogpt_buckets.errors import (
+    BackendUnavailable,
+    ChildFailed,
+    CorruptEntry,
+    GateFailed,
+    IncompatibleEntry,
+    UsageError,
+)
+from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.run.loader import read_artifact
+from nanogpt_buckets.selection import Selection
+from nanogpt_buckets.steps import gate, step_named
+
+ODD = Architecture(n_layer=2, n_head=3, n_embd=48, n_inner=192, block_size=100, vocab_size=211)
 
 
 @pytest.fixture(scope="module")
-def catalog(odd_folder, odd_cache):
-    return open_catalog(odd_folder, backend="auto", target=None, dtype="float32", cache_dir=odd_cache)
+def selection(odd_folder, odd_cache):
+    return Selection(choose(odd_folder, cache_dir=odd_cache))
 
 
 @pytest.fixture(scope="module")
-def artifact(catalog):
-    return catalog.artifact(catalog.best(Bucket(3, 33)).manifest)
+def artifact(selection):
+    return read_artifact(selection.store, selection.best(Bucket(3, 33)).manifest)
 
 
 @pytest.fixture
-def weights(catalog):
-    return dict(catalog.model.weights("float32").tensors)
+def weights(selection):
+    return dict(selection.choice.model.weights("float32").tensors)
+
+
+def loaded(artifact, weights):
+    """Load a bucket 3x33 and return what gives its logits."""
+    executable = InductorBackend().load(artifact, step_named("recompute").interface(ODD, Bucket(3, 33)), weights)
+    return lambda *tensors: executable(*tensors)[0]
 
 
 IDS, LAST = torch.zeros(3, 33, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
 
 
-def test_no_weights_are_inside_and_the_gate_is_on_record(catalog, artifact):
-    manifest = catalog.best(Bucket(3, 33)).manifest
+def test_no_weights_are_inside_and_the_gate_is_on_record(selection, artifact):
+    manifest = selection.best(Bucket(3, 33)).manifest
     assert manifest.contains_weights is False
     assert manifest.gate["lengths"] == [1, 16, 17, 32, 33]
     assert 0 <= manifest.gate["relative_error_e9"] <= manifest.gate["tolerance_e9"] == 20_000
@@ -52,8 +68,8 @@ def test_no_weights_are_inside_and_the_gate_is_on_record(catalog, artifact):
 def test_code_is_generated_for_the_named_level_and_nothing_beyond(artifact):
     level = InductorBackend().target(None)
 
-    if level == host.NATIVE:
-        assert set(artifact.requires["cpu_flags"]) == host.cpu_flags()
+    if level == host.native():
+        assert set(artifact.requires["cpu_flags"]) == host.code_flags()
     else:
         assert set(artifact.requires["cpu_flags"]) == host.LEVELS[level]
     assert artifact.requires["glibc"] <= host.own_versions()["glibc"]
@@ -78,7 +94,7 @@ def test_weights_that_differ_from_the_contract_are_refused(artifact, weights, sp
         }[spoil]
 
     with pytest.raises(CorruptEntry, match=r"the weights do not fit"):
-        InductorBackend().load(artifact, weights)
+        loaded(artifact, weights)
 
 
 WRONG_INPUTS = [
@@ -86,28 +102,27 @@ WRONG_INPUTS = [
     (IDS[:, :20], LAST, "shape"),
     (IDS[:2], LAST[:2], "shape"),
     (torch.zeros(33, 3, dtype=torch.int32).t(), LAST, "not contiguous"),
-    (IDS + 211, LAST, "token id 211"),
-    (IDS - 1, LAST, "token id -1"),
-    (IDS, LAST + 33, "last index 33"),
-    (IDS, LAST - 1, "last index -1"),
+    (IDS + 211, LAST, "input_ids 211"),
+    (IDS - 1, LAST, "input_ids -1"),
+    (IDS, LAST + 33, "last_index 33"),
+    (IDS, LAST - 1, "last_index -1"),
 ]
 
 
 @pytest.mark.parametrize(("ids", "last", "said"), WRONG_INPUTS, ids=range(len(WRONG_INPUTS)))
 def test_inputs_the_code_would_misread_are_refused(artifact, weights, ids, last, said):
-    step = InductorBackend().load(artifact, weights)
+    step = loaded(artifact, weights)
 
     with pytest.raises(UsageError, match=said):
         step(ids, last)
 
 
-def test_one_library_serves_two_sets_of_weights_at_once(catalog, artifact, weights):
+def test_one_library_serves_two_sets_of_weights_at_once(selection, artifact, weights):
     other = {name: tensor * 1.25 for name, tensor in weights.items()}
-    first, second = (InductorBackend().load(artifact, w) for w in (weights, other))
-    from nanogpt_buckets.model.gpt import from_weights
+    first, second = (loaded(artifact, w) for w in (weights, other))
 
     for step, own in ((first, weights), (second, other), (first, weights)):
-        expected = NeuronStep(from_weights(catalog.model.architecture, own))(IDS, LAST)
+        expected = step_named("recompute").eager(ODD, Bucket(3, 33), own)(IDS, LAST)[0]
         assert (step(IDS, LAST) - expected).abs().max() <= gate.FLOAT32_TOLERANCE * expected.abs().max()
 
 
@@ -125,16 +140,16 @@ def test_bytes_that_are_no_library_are_incompatible_and_not_a_crash(artifact, we
     broken = dataclasses.replace(artifact, blobs={"library": b"\x7fELF and no more"})
 
     with pytest.raises(IncompatibleEntry, match="cannot be loaded here"):
-        InductorBackend().load(broken, weights)
+        loaded(broken, weights)
 
 
-def test_the_canary_catches_weights_that_do_not_belong(catalog, artifact, weights):
-    step = InductorBackend().load(artifact, weights)
+def test_the_canary_catches_weights_that_do_not_belong(selection, artifact, weights):
+    step = loaded(artifact, weights)
     other = weights | {"transformer.ln_f.bias": weights["transformer.ln_f.bias"] + 0.1}
 
-    gate.canary(step, catalog.model.architecture, Bucket(3, 33), weights)
+    gate.canary(lambda *tensors: (step(*tensors),), selection.choice.model.architecture, Bucket(3, 33), weights)
     with pytest.raises(GateFailed):
-        gate.canary(step, catalog.model.architecture, Bucket(3, 33), other)
+        gate.canary(lambda *tensors: (step(*tensors),), selection.choice.model.architecture, Bucket(3, 33), other)
 
 
 def test_a_bfloat16_bucket_passes_its_gate(odd_folder, tmp_path):
@@ -155,7 +170,7 @@ def test_flags_of_a_compile_line():
     line = "g++ -march=x86-64-v3 -mfma -mavx512vnni -mavx512bf16 -o x"
 
     assert set(host.flags_of_compile_line(line)) == host.LEVELS["x86-64-v3"] | {"avx512_vnni", "avx512_bf16"}
-    assert set(host.flags_of_compile_line("g++ -march=native -O3")) == host.cpu_flags()
+    assert set(host.flags_of_compile_line("g++ -march=native -O3")) == host.code_flags()
 
 
 def test_symbol_versions_are_the_highest_named():
@@ -191,23 +206,36 @@ def test_a_lesser_host_chooses_a_lower_level(monkeypatch):
     with pytest.raises(BackendUnavailable, match="cannot run x86-64-v4"):
         host.choose_level("x86-64-v4")
     monkeypatch.setattr(host, "cpu_flags", frozenset)
-    assert host.choose_level(None) == host.NATIVE
+    assert host.choose_level(None) == host.native()
 
 
-def test_old_torch_builds_native_only(monkeypatch, tmp_path):
-    monkeypatch.setattr("nanogpt_buckets.backends.inductor.version", lambda name: "2.9.1")
+def test_old_torch_builds_native_only(monkeypatch):
+    monkeypatch.setattr("nanogpt_buckets.backends.inductor.backend.version", lambda name: "2.9.1")
     backend = InductorBackend()
 
-    assert backend.target(None) == host.NATIVE
-    request = BuildRequest("inductor", GPT2_SIZES["gpt2"], Bucket(1, 8), "float32", "x86-64-v2", backend.lowering())
+    assert backend.target(None) == backend.target("native") == host.native()
     with pytest.raises(BackendUnavailable, match=r"torch 2\.9\.1 cannot be told an instruction-set level"):
-        backend.compile(request, tmp_path)
+        backend.target("x86-64-v2")
+
+
+def test_native_names_what_this_cpu_can_run_and_nothing_else_does(monkeypatch):
+    here, flags = host.native(), host.cpu_flags()
+    needed = host.flags_of_compile_line("g++ -march=native")
+
+    monkeypatch.setattr(host, "cpu_flags", lambda: flags | {"hypervisor", "ibrs_enhanced"})
+    assert host.native() == here, "what generated code cannot use is not in the name"
+    assert host.flags_of_compile_line("g++ -march=native") == needed
+    monkeypatch.setattr(host, "cpu_flags", lambda: flags - {"avx2", "sse4_2", "asimd"})
+    assert host.native() != here
+    assert host.unmet({"cpu_flags": needed}) is not None
+    with pytest.raises(BackendUnavailable, match="cannot run native-"):
+        host.choose_level(here)
 
 
 @pytest.mark.parametrize("target", ["trn1", "inf2", "trn2.48xlarge"])
 def test_neuron_targets_are_never_a_silent_cpu_build(target):
     with pytest.raises(BackendUnavailable, match="torch-neuronx, which is not installed"):
-        choose("auto", target).target(target)
+        backend_for("auto", target).target(target)
 
 
 def test_a_crash_in_the_child_takes_nothing_along(tmp_path):
@@ -215,7 +243,7 @@ def test_a_crash_in_the_child_takes_nothing_along(tmp_path):
 
     module = tmp_path / "crashing.py"
     module.write_text("import os, sys\nsys.stderr.write('last words')\nos.abort()\n")
-    with pytest.raises(child.ChildFailed, match="SIGABRT") as caught:
+    with pytest.raises(ChildFailed, match="SIGABRT") as caught:
         child.run("crashing", {}, workdir=tmp_path, environment={"PYTHONPATH": str(tmp_path)})
 
     assert "last words" in caught.value.log

@@ -17,14 +17,15 @@ import pytest
 import torch
 
 from nanogpt_buckets import Bucket, Engine, Plan, build, errors
-from nanogpt_buckets.backends import choose, neuron, worker
+from nanogpt_buckets.backends import backend_for, neuron, worker
 from nanogpt_buckets.backends.base import BuildRequest
 from nanogpt_buckets.backends.neuron import backend as neuron_backend
 from nanogpt_buckets.backends.neuron import device, flags, sdk
 from nanogpt_buckets.builder import default_jobs
-from nanogpt_buckets.catalog import open_catalog
+from nanogpt_buckets.choice import choose
 from nanogpt_buckets.errors import GateFailed
 from nanogpt_buckets.model.architecture import GPT2_SIZES
+from nanogpt_buckets.selection import Selection
 
 DOUBLE = Path(__file__).parents[1] / "neuron_double"
 PLAN = Plan([Bucket(1, 16), Bucket(2, 16)])
@@ -85,8 +86,8 @@ def double() -> Any:
     return sys.modules["torch_neuronx"]._double
 
 
-def catalog(target: str | None = "trn1", **options: Any):
-    return open_catalog("demo", backend="neuron", target=target, dtype="float32", cache_dir=None, **options)
+def selection(target: str | None = "trn1", **options: Any):
+    return Selection(choose("demo", backend="neuron", target=target, **options))
 
 
 def build_here(tmp_path: Path, plan: Plan = PLAN, **options: Any):
@@ -94,7 +95,7 @@ def build_here(tmp_path: Path, plan: Plan = PLAN, **options: Any):
 
 
 def manifests(**options: Any) -> list[Any]:
-    return [answers[0].manifest for answers in catalog(**options).usable().values()]
+    return [answers[0].manifest for answers in selection(**options).usable.values()]
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -253,12 +254,12 @@ def test_the_wrong_package_under_the_right_name_is_found_out_at_import(variant, 
 
 def test_auto_means_the_device_that_is_here_and_never_the_cpu_in_its_place(tmp_path, monkeypatch, capsys, plug_in):
     monkeypatch.setattr(device, "ROOT", tmp_path)
-    assert choose().name == "inductor"
-    assert choose("auto", "inf2").name == "neuron"
+    assert backend_for().name == "inductor"
+    assert backend_for("auto", "inf2").name == "neuron"
     plug_in(tmp_path, "trn1.2xlarge")
-    assert choose().name == "neuron"
-    assert choose("auto", "x86-64-v3").name == "inductor"
-    assert choose("inductor").name == "inductor"
+    assert backend_for().name == "neuron"
+    assert backend_for("auto", "x86-64-v3").name == "inductor"
+    assert backend_for("inductor").name == "inductor"
 
     with pytest.raises(errors.BackendUnavailable, match="torch-neuronx, which is not installed"):
         Engine.load("demo")
@@ -274,15 +275,15 @@ def test_built_in_children_without_a_device_then_checked_and_run_on_one(host, tm
     again = build(PLAN, model="demo", target="trn1")
     assert (again.hits, again.compiled) == (2, 0)
 
-    entry = catalog().own(Bucket(1, 16)).manifest
+    entry = selection().own(Bucket(1, 16)).manifest
     assert entry.contains_weights
     assert entry.unchecked == "no device where it was built"
     assert entry.requires == {"neuron_core": "v2"}
     assert [contract.dtype for contract in entry.inputs] == ["int32", "int32"]
     assert entry.parts["compiler"] == {"neuronx-cc": "2.26.6360.0"}
     assert entry.parts["family"]["runtime"] == {"torch": "2.9.0", "torch-neuronx": "2.9.0.2.15.32035"}
-    assert entry.parts["family"]["weights"] == catalog().model.weights("float32").digest
-    best = catalog().best(Bucket(1, 16))
+    assert entry.parts["family"]["weights"] == selection().choice.model.weights("float32").digest
+    best = selection().best(Bucket(1, 16))
     assert (best.status.value, best.why) == ("incompatible", "needs a NeuronCore-v2, this machine has no Neuron device")
 
     host("trn1.2xlarge")
@@ -303,13 +304,13 @@ def test_built_in_children_without_a_device_then_checked_and_run_on_one(host, tm
 
 def test_the_flags_of_an_entry_are_in_the_file_itself(host, tmp_path):
     build_here(tmp_path, Plan([Bucket(1, 8)]), target="trn1", compiler_args="-O1 --auto-cast matmult")
-    found = catalog(compiler_args=["--auto-cast=matmult", "--optlevel", "1"]).own(Bucket(1, 8)).manifest
+    found = selection(compiler_args=["--auto-cast=matmult", "--optlevel", "1"]).own(Bucket(1, 8)).manifest
     assert found is not None, "another spelling of the same flags hits"
-    assert catalog().own(Bucket(1, 8)).manifest is None, "no flags do not"
+    assert selection().own(Bucket(1, 8)).manifest is None, "no flags do not"
 
     import torch_neuronx
 
-    (tmp_path / "module.pt").write_bytes(catalog().store.read_blob(found.blobs[0]))
+    (tmp_path / "module.pt").write_bytes(selection().store.read_blob(found.blobs[0]))
     header = torch_neuronx._double.artifact(tmp_path / "module.pt")
     assert header["arch"] == "v2"
     assert header["flags"]["--auto-cast"] == "matmult"
@@ -317,12 +318,12 @@ def test_the_flags_of_an_entry_are_in_the_file_itself(host, tmp_path):
 
 
 def test_a_hint_builds_the_family_that_is_missing(host):
-    flagged = catalog(target="inf2", compiler_args=["-O1", "--auto-cast matmult"])
+    flagged = selection(target="inf2", compiler_args=["-O1", "--auto-cast matmult"])
 
-    assert flagged.build_command([Bucket(1, 8)]) == (
+    assert flagged.choice.build_command([Bucket(1, 8)]) == (
         "nanogpt-buckets build --model demo --seq 8 --target inf2 --compiler-args='-O1 --auto-cast matmult'"
     )
-    assert catalog().build_command() == "nanogpt-buckets build --model demo --target trn1"
+    assert selection().choice.build_command() == "nanogpt-buckets build --model demo --target trn1"
 
 
 def test_bfloat16_is_another_family_and_passes_its_gate(host, tmp_path):
@@ -330,7 +331,7 @@ def test_bfloat16_is_another_family_and_passes_its_gate(host, tmp_path):
     built = build_here(tmp_path, Plan([Bucket(1, 16)]), dtype="bfloat16")
 
     assert (built.compiled, built.failed) == (1, 0), built
-    entry = open_catalog("demo", backend="neuron", target=None, dtype="bfloat16", cache_dir=None).own(Bucket(1, 16))
+    entry = Selection(choose("demo", backend="neuron", dtype="bfloat16")).own(Bucket(1, 16))
     assert entry.manifest.unchecked is None
     assert entry.manifest.gate["relative_error_e9"] <= entry.manifest.gate["tolerance_e9"]
 
@@ -340,9 +341,9 @@ def test_precision_that_was_given_away_is_judged_by_bfloat16s_noise(host, tmp_pa
     one = Plan([Bucket(1, 16)])
 
     assert build_here(tmp_path, one, compiler_args="--auto-cast matmult").compiled == 1
-    cast = catalog(target=None, compiler_args="--auto-cast=matmult").own(Bucket(1, 16)).manifest
+    cast = selection(target=None, compiler_args="--auto-cast=matmult").own(Bucket(1, 16)).manifest
     assert build_here(tmp_path, one).compiled == 1
-    plain = catalog(target=None).own(Bucket(1, 16)).manifest
+    plain = selection(target=None).own(Bucket(1, 16)).manifest
     assert plain.gate["tolerance_e9"] == 20_000
     assert plain.gate["tolerance_e9"] < cast.gate["relative_error_e9"] <= cast.gate["tolerance_e9"]
     with Engine.load("demo", compiler_args=["--auto-cast", "matmult"]) as engine:
@@ -473,7 +474,7 @@ def test_code_for_other_cores_is_told_before_it_is_read(host, tmp_path):
     build_here(tmp_path, Plan([Bucket(1, 16)]), target="trn2")
     host("trn1.2xlarge")
 
-    best = catalog(target=None).best(Bucket(1, 16))
+    best = selection(target=None).best(Bucket(1, 16))
     assert (best.status.value, best.why) == ("incompatible", "needs a NeuronCore-v3, this machine has v2")
 
 
@@ -484,8 +485,8 @@ def test_a_core_that_another_process_holds_is_said_to_be_so(host, tmp_path):
         "import sys, torch, torch_neuronx, io\n"
         "torch.jit.load(sys.argv[1])\nprint('ready', flush=True)\nsys.stdin.read()\n"
     )
-    entry = catalog(target=None).own(Bucket(1, 16)).manifest
-    (tmp_path / "module.pt").write_bytes(catalog(target=None).store.read_blob(entry.blobs[0]))
+    entry = selection(target=None).own(Bucket(1, 16)).manifest
+    (tmp_path / "module.pt").write_bytes(selection(target=None).store.read_blob(entry.blobs[0]))
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "module.pt")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"ready\n"
@@ -508,7 +509,7 @@ def test_a_core_that_is_taken_between_compiling_and_checking_puts_the_check_off(
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(neuron_backend, "_load", taken)
         assert build_here(tmp_path, Plan([Bucket(1, 8)])).compiled == 1
-    assert catalog(target=None).own(Bucket(1, 8)).manifest.unchecked == "no NeuronCore is free"
+    assert selection(target=None).own(Bucket(1, 8)).manifest.unchecked == "no NeuronCore is free"
     with Engine.load("demo") as engine:
         assert engine.logits(["ROMEO:"]).shape == (1, 83)
 
@@ -557,7 +558,7 @@ def test_cores_that_the_user_chose_are_kept(host, tmp_path):
 
 def test_a_ladder_that_does_not_fit_the_cores_memory_is_refused_with_the_one_that_does(host):
     ladder = Plan.grid(seq=[32, 64, 128, 256, 512, 1024])
-    xl = open_catalog("gpt2-xl", backend="neuron", target="trn1", dtype="float32", cache_dir=None)
+    xl = choose("gpt2-xl", backend="neuron", target="trn1")
 
     with pytest.raises(errors.PlanError, match=r"6 buckets of gpt2-xl hold 37\.4 GB of weights") as caught:
         xl.check_memory(ladder)
@@ -566,16 +567,16 @@ def test_a_ladder_that_does_not_fit_the_cores_memory_is_refused_with_the_one_tha
     with pytest.raises(errors.PlanError):
         build(ladder, model="gpt2-xl", target="trn1")
     xl.check_memory(Plan.grid(seq=[512, 1024]))
-    half = open_catalog("gpt2-xl", backend="neuron", target="trn1", dtype="bfloat16", cache_dir=None)
+    half = choose("gpt2-xl", backend="neuron", target="trn1", dtype="bfloat16")
     half.check_memory(Plan.grid(seq=[128, 256, 512, 1024]))
-    assert open_catalog("gpt2-xl", backend="inductor", target=None, dtype="float32", cache_dir=None).fits(ladder)
+    assert choose("gpt2-xl", backend="inductor").fits(ladder)
 
 
 def test_buckets_that_do_not_fit_together_are_not_loaded_and_a_plan_never_grows_beyond_what_fits(
     host, tmp_path, monkeypatch, caplog
 ):
     host("trn1.2xlarge")
-    one = catalog(target=None).model.architecture.n_params * 4
+    one = selection(target=None).choice.model.architecture.n_params * 4
     monkeypatch.setitem(device._CORE_BYTES, "trn1", 2 * one + device._CORE_RESERVED_BYTES)
 
     build_here(tmp_path, Plan.grid(seq=[8, 16]))
@@ -593,13 +594,13 @@ def test_as_many_compilations_run_at_once_as_host_memory_allows(monkeypatch):
     monkeypatch.setattr(machine, "cpu_count", lambda: 64)
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 128_000_000_000)
 
-    assert default_jobs(choose("neuron"), GPT2_SIZES["gpt2"], 100) == 6
-    assert default_jobs(choose("neuron"), GPT2_SIZES["gpt2-xl"], 100) == 2
+    assert default_jobs(backend_for("neuron"), GPT2_SIZES["gpt2"], 100) == 6
+    assert default_jobs(backend_for("neuron"), GPT2_SIZES["gpt2-xl"], 100) == 2
 
 
 def test_a_child_takes_one_core_at_most_and_knows_its_target(host):
     request = BuildRequest("neuron", GPT2_SIZES["gpt2"], Bucket(1, 8), "float32", "trn2", {})
-    here = choose("neuron")
+    here = backend_for("neuron")
 
     assert here.child_environment(request) == {
         "NEURON_PLATFORM_TARGET_OVERRIDE": "trn2", "NEURON_RT_NUM_CORES": "1"
@@ -682,8 +683,8 @@ def test_cache_ls_says_what_is_inside_and_what_was_not_checked(host, tmp_path, c
 
 def test_a_saved_module_holds_no_path_of_the_building_machine(host, tmp_path):
     build_here(tmp_path, Plan([Bucket(1, 16)]), target="trn1")
-    entry = catalog().own(Bucket(1, 16)).manifest
-    content = catalog().store.read_blob(entry.blobs[0])
+    entry = selection().own(Bucket(1, 16)).manifest
+    content = selection().store.read_blob(entry.blobs[0])
 
     assert str(tmp_path).encode() not in content
     assert str(tmp_path) not in json.dumps(entry.parts)

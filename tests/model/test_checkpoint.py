@@ -30,6 +30,7 @@ from nanogpt_buckets.errors import (
 from nanogpt_buckets.model import checkpoint, convert, gpt, huggingface
 from nanogpt_buckets.model.architecture import GPT2_SIZES, Architecture
 from nanogpt_buckets.model.checkpoint import open_model
+from nanogpt_buckets.model.initial import init_weights
 
 TINY = Architecture(n_layer=2, n_head=3, n_embd=48, n_inner=192, block_size=100, vocab_size=211)
 NANO_ARGS = {
@@ -624,7 +625,7 @@ def test_gpt2_with_the_real_hub_offline(tmp_path):
 def nano_state(*, tied: bool = True, vocab_size: int = 211, seed: int = 0) -> dict[str, torch.Tensor]:
     arch = Architecture(2, 3, 48, 192, 100, vocab_size, activation="gelu", tied=tied)
     network = gpt.GPT(arch)
-    gpt.init_weights(network, torch.Generator().manual_seed(seed))
+    init_weights(network, torch.Generator().manual_seed(seed))
     state = dict(network.state_dict())
     if tied:
         state["lm_head.weight"] = state["transformer.wte.weight"]

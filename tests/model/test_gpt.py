@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from nanogpt_buckets.model import gpt
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.checkpoint import open_model
+from nanogpt_buckets.model.initial import init_weights
 
 ODD = {"n_layer": 3, "n_head": 3, "n_embd": 48, "n_positions": 100, "vocab_size": 211, "initializer_range": 0.2}
 LOWERINGS = [gpt.Lowering("sdpa"), gpt.Lowering("explicit")]
@@ -209,7 +210,7 @@ def test_logits_are_those_of_nanogpt(bias, tied, tmp_path):
 def test_from_weights_copies_nothing_and_misses_nothing():
     arch = Architecture(2, 3, 48, 192, 100, 211)
     source = gpt.GPT(arch)
-    gpt.init_weights(source, torch.Generator().manual_seed(0))
+    init_weights(source, torch.Generator().manual_seed(0))
     state = dict(source.state_dict())
 
     network = gpt.from_weights(arch, state)
@@ -226,7 +227,7 @@ def test_no_position_sees_what_comes_after_it(lowering):
     torch.manual_seed(4)
     arch = Architecture(2, 3, 48, 192, 100, 211)
     network = gpt.GPT(arch, lowering).eval()
-    gpt.init_weights(network)
+    init_weights(network)
     ids = torch.randint(0, 211, (1, 20))
     changed = ids.clone()
     changed[:, 11:] = (changed[:, 11:] + 7) % 211

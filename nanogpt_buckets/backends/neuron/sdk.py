@@ -8,10 +8,9 @@ Source: AWS Neuron documentation, release manifests up to SDK 2.33 (October 2026
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import metadata
 
 from nanogpt_buckets.errors import BackendUnavailable
-from nanogpt_buckets.versions import version_tuple
+from nanogpt_buckets.versions import installed, version_tuple
 
 INDEX = "https://pip.repos.neuron.amazonaws.com"
 INSTALL = f"pip install --extra-index-url {INDEX} 'torch-neuronx>=2.9,<2.10' neuronx-cc"
@@ -51,14 +50,6 @@ PAIRINGS = (
     Pairing("2.23", ("2.6.0.2.7.5413", "2.5.1.2.7.5413"), ("2.18.121.0",), "3.9 to 3.11"),
     Pairing("2.22", ("2.5.1.2.6.0",), ("2.17.194.0",), "3.9 to 3.11"),
 )
-
-
-def installed(package: str) -> str | None:
-    """Return the version of an installed package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def pairing(torch_neuronx: str, neuronx_cc: str | None) -> Pairing | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from nanogpt_buckets.errors import UsageError
-from nanogpt_buckets.textstream import TextStream
+from nanogpt_buckets.run.textstream import TextStream
 
 Prompt = str | Sequence[int]
 

@@ -8,59 +8,14 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanogpt_buckets.errors import UsageError
+from nanogpt_buckets.run.options import Sampling
 
-RNGS = ("per-row", "nanogpt")
 # Logits whose largest is looked at first in search of the k-th largest.
 _CHUNK = 32
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        temperature: divides the logits; 0 always takes the likeliest token, the lowest id among equals.
-        top_k: keep the k likeliest tokens and whatever equals the k-th; None or 0 keeps all.
-        top_p: keep the fewest likeliest tokens whose probabilities reach p; None keeps all.
-        seed: of all draws.
-        rng: "per-row" draws by (seed, prompt, sample, step) alone, whatever the batch, bucket or vocabulary padding;
-            "nanogpt" uses one torch generator and gives nanoGPT's own text.
-
-    Raises:
-        UsageError: a value is out of range.
-    """
-
-    temperature: float = 0.8
-    top_k: int | None = 200
-    top_p: float | None = None
-    seed: int = 0
-    rng: str = "per-row"
-
-    def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature is {self.temperature!r}; it must be 0 or a positive number")
-        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 0):
-            raise UsageError(f"top_k is {self.top_k!r}; it must be a whole number, 0 or None to turn it off")
-        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
-            raise UsageError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
-        if not _is_whole(self.seed):
-            raise UsageError(f"seed is {self.seed!r}; it must be a whole number")
-        if self.rng not in RNGS:
-            raise UsageError(f"rng {self.rng!r} is unknown", hint=f"generators: {', '.join(RNGS)}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def mask_undecodable(logits: Tensor, n_vocab: int) -> Tensor:

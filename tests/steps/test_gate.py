@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from nanogpt_buckets.backends import gate
 from nanogpt_buckets.errors import GateFailed, NonFiniteLogits
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.gpt import Lowering, from_weights
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.steps import NeuronStep
+from nanogpt_buckets.steps import gate, step_named
 
 ARCH = Architecture(
     n_layer=4, n_head=3, n_embd=96, n_inner=384, block_size=64, vocab_size=211, activation="gelu_tanh", tied=False
@@ -22,19 +21,26 @@ BUCKETS = [Bucket(1, 32), Bucket(3, 32)]
 
 def run_gate(step, bucket, weights=WEIGHTS):
     with torch.inference_mode():
-        return gate.check(step, ARCH, bucket, weights)
+        return gate.check(called(step), ARCH, bucket, weights)
 
 
-def fresh(weights=WEIGHTS, **architecture) -> NeuronStep:
-    return NeuronStep(
-        from_weights(dataclasses.replace(ARCH, **architecture), {k: v.clone() for k, v in weights.items()})
-    )
+def called(step):
+    """Give a step's graph, or a function that returns logits, the shape of an executable."""
+    return lambda *tensors: (step(*tensors),)
+
+
+def graph(gpt):
+    return step_named("recompute").graph(gpt)
+
+
+def fresh(weights=WEIGHTS, **architecture) -> nn.Module:
+    return graph(from_weights(dataclasses.replace(ARCH, **architecture), {k: v.clone() for k, v in weights.items()}))
 
 
 @pytest.mark.parametrize("bucket", [Bucket(1, 1), Bucket(1, 2), Bucket(1, 3), *BUCKETS, Bucket(2, 64)], ids=str)
 @pytest.mark.parametrize("attention", ["sdpa", "explicit"])
 def test_the_right_step_passes(bucket, attention):
-    record = run_gate(NeuronStep(from_weights(ARCH, WEIGHTS, Lowering(attention))), bucket)
+    record = run_gate(graph(from_weights(ARCH, WEIGHTS, Lowering(attention))), bucket)
 
     assert record["relative_error_e9"] < record["tolerance_e9"]
 
@@ -138,7 +144,7 @@ def test_a_step_that_is_not_repeatable_fails():
 
 def test_bfloat16_is_judged_by_its_own_noise():
     weights = gate.seeded_weights(ARCH, torch.bfloat16)
-    record = run_gate(NeuronStep(from_weights(ARCH, weights)), Bucket(2, 32), weights)
+    record = run_gate(graph(from_weights(ARCH, weights)), Bucket(2, 32), weights)
 
     assert record["tolerance_e9"] > 1e9 * gate.FLOAT32_TOLERANCE
     with pytest.raises(GateFailed):
@@ -161,15 +167,15 @@ def test_awkward_lengths(seq_len, lengths):
 def test_the_canary_passes_the_right_pair_and_fails_another():
     other = {name: tensor + 0.01 for name, tensor in WEIGHTS.items()}
 
-    gate.canary(fresh(), ARCH, Bucket(2, 16), WEIGHTS)
+    gate.canary(called(fresh()), ARCH, Bucket(2, 16), WEIGHTS)
     with pytest.raises(GateFailed, match="these weights"):
-        gate.canary(fresh(), ARCH, Bucket(2, 16), other)
+        gate.canary(called(fresh()), ARCH, Bucket(2, 16), other)
 
 
 def test_the_canary_blames_weights_that_are_not_finite_and_names_the_tensor():
     weights = gate.seeded_weights(ARCH, torch.float32)
     weights["transformer.h.1.mlp.c_fc.weight"][0, 0] = float("nan")
-    step = NeuronStep(from_weights(ARCH, weights))
+    step = graph(from_weights(ARCH, weights))
 
     with pytest.raises(NonFiniteLogits, match=r"transformer\.h\.1\.mlp\.c_fc\.weight holds NaN"):
-        gate.canary(step, ARCH, Bucket(1, 16), weights)
+        gate.canary(called(step), ARCH, Bucket(1, 16), weights)

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import copy
 import os
-import secrets
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import cast
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor
 
 from nanogpt_buckets import last_run
 from nanogpt_buckets.builder import Listener
-from nanogpt_buckets.catalog import open_catalog
-from nanogpt_buckets.dispatch import Dispatcher
+from nanogpt_buckets.choice import Choice, Options, choose
 from nanogpt_buckets.errors import TokenizerError, UsageError
-from nanogpt_buckets.generation import Generation, Prompt, Row, Token, as_prompts, token_ids
 from nanogpt_buckets.model.vocabulary import TokenizerChoice, tokenizer_for
 from nanogpt_buckets.plan.bucket import Bucket, Plan
-from nanogpt_buckets.report import Report
-from nanogpt_buckets.sampling import Sampling, draw_nanogpt, draw_per_row, mask_undecodable
-from nanogpt_buckets.shelf import Shelf
-from nanogpt_buckets.textstream import TextStream, stop_strings
+from nanogpt_buckets.run.dispatch import Dispatcher
+from nanogpt_buckets.run.generation import Generation, Prompt, Row, Token, as_prompts, token_ids
+from nanogpt_buckets.run.loader import Compiled, Uncompiled
+from nanogpt_buckets.run.misses import Buckets
+from nanogpt_buckets.run.options import Sampling, SamplingOptions, sampling_of
+from nanogpt_buckets.run.report import Report
+from nanogpt_buckets.run.sampling import draw_nanogpt, draw_per_row, mask_undecodable
+from nanogpt_buckets.run.textstream import TextStream, stop_strings
+from nanogpt_buckets.steps import step_named
+
+
+class GenerateOptions(Options, SamplingOptions):
+    """What `generate` takes besides its own arguments: how to choose tokens, and what to run on."""
 
 
 class Engine:
@@ -37,15 +43,15 @@ class Engine:
     One engine may be shared by threads; steps are serialised.
     """
 
-    def __init__(self, shelf: Shelf, tokenizer: TokenizerChoice = None) -> None:
-        self._shelf = shelf
-        self._arch = shelf.catalog.model.architecture
-        self.tokenizer = tokenizer_for(shelf.catalog.model, tokenizer)
-        self._report = shelf.report
-        self._dispatcher = Dispatcher(
-            shelf.executable, shelf.cost, self._arch.block_size, self._report, at_once=shelf.catalog.backend.cores
-        )
+    def __init__(self, choice: Choice, buckets: Buckets, report: Report, tokenizer: TokenizerChoice = None) -> None:
+        self._arch = choice.model.architecture
+        self._buckets = buckets
+        self._report = report
+        self.tokenizer = tokenizer_for(choice.model, tokenizer)
+        cores = 1 if choice.backend is None else choice.backend.cores
+        self._dispatcher = Dispatcher(buckets.executable, choice.cost, self._arch.block_size, report, at_once=cores)
         self._lock = threading.RLock()
+        self._process = os.getpid()
 
     @classmethod
     def load(
@@ -53,49 +59,38 @@ class Engine:
         model: str | os.PathLike[str],
         *,
         plan: Plan | Iterable[Bucket] | None = None,
-        backend: str = "auto",
-        target: str | None = None,
-        dtype: str = "float32",
         tokenizer: TokenizerChoice = None,
         on_miss: str = "promote",
         cached_only: bool = False,
         lazy: bool = False,
-        compiler_args: str | Sequence[str] = (),
-        cores: int = 1,
-        cache_dir: str | os.PathLike[str] | None = None,
         on_progress: Listener | None = None,
+        **options: Unpack[Options],
     ) -> Engine:
         """Open a model and load its compiled buckets.
 
         Args:
             model: a name or path; see `open_model`.
             plan: buckets to use; None for the plan that `build` saved under the model's name.
-            backend: "auto" or a backend's name.
-            target: what to build for if something is built.
-            dtype: "float32" or "bfloat16".
             tokenizer: see `tokenizer_for`.
             on_miss: "promote" runs the cheapest bucket at hand that fits and never compiles; "build" compiles what a
                 call needs before its first step.
             cached_only: never compile, whatever else is said.
             lazy: load each bucket when it is first needed.
-            compiler_args: flags for neuronx-cc, which are part of what names a bucket.
-            cores: NeuronCores to run on; each holds every bucket.
-            cache_dir: the store; None for the default.
             on_progress: told what becomes of each bucket that is compiled; see `build`.
+            options: backend, target, dtype, compiler_args, cores, cache_dir; see `Options`.
 
         Raises:
             CacheMiss: no bucket is built and none may be compiled.
             BucketsError: the model, its tokenizer or the cache cannot be used.
         """
-        catalog = open_catalog(
-            model, backend=backend, target=target, dtype=dtype, compiler_args=compiler_args, cores=cores,
-            cache_dir=cache_dir,
-        )  # fmt: skip
+        choice = choose(model, **options)
+        source = Uncompiled(choice) if choice.backend is None else Compiled(choice)
+        report = Report(choice.backend_name, choice.model.name)
         on_miss = "promote" if cached_only and on_miss == "build" else on_miss
-        shelf = Shelf(catalog, plan, on_miss=on_miss, on_progress=on_progress)
-        engine = cls(shelf, tokenizer)
+        buckets = Buckets(source, plan, report, on_miss=on_miss, on_progress=on_progress)
+        engine = cls(choice, buckets, report, tokenizer)
         if not lazy:
-            shelf.load_all()
+            buckets.load_all()
         return engine
 
     def generate(
@@ -103,28 +98,20 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int = 100,
-        temperature: float = 0.8,
-        top_k: int | None = 200,
-        top_p: float | None = None,
-        seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         num_samples: int = 1,
-        rng: str = "per-row",
         plain_text: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[Generation]:
         """Continue each prompt.
 
         Args:
             prompts: strings or lists of token ids, several or one; an empty one starts from the model's start token.
             max_new_tokens: at most so many new tokens each; 0 gives the prompts back.
-            temperature: see `Sampling`, as for top_k, top_p and rng.
-            top_k: keep the k likeliest; 0 or None keeps all.
-            top_p: keep the likeliest up to this probability.
-            seed: of all draws; None chooses one, which the report names.
             stop: end before any of these strings appears in the new text.
             num_samples: continuations of each prompt.
-            rng: "per-row" or "nanogpt".
             plain_text: `<|endoftext|>` in a prompt is ordinary text.
+            sampling: temperature, top_k, top_p, seed, rng; see `Sampling`. The report names a seed that was chosen.
 
         Returns:
             Prompt by prompt, its samples in order.
@@ -133,7 +120,7 @@ class Engine:
             UsageError: an argument is out of range.
             CacheMiss: no bucket that is built reaches the longest context, and none may be compiled.
         """
-        sampling = self._sampling(temperature, top_k, top_p, seed, rng)
+        how = self._sampling(sampling)
         _check_count("num_samples", num_samples, 1)
         many = as_prompts(prompts)
         stops = stop_strings(stop)
@@ -143,9 +130,9 @@ class Engine:
             for sample in range(num_samples)
         ]
         # nanoGPT draws sample after sample from one generator
-        batches = [[row] for row in rows] if rng == "nanogpt" else [rows]
+        batches = [[row] for row in rows] if how.rng == "nanogpt" else [rows]
         buckets = self._cover(batches, max_new_tokens)
-        for _ in self._steps(batches, sampling, max_new_tokens, buckets):
+        for _ in self._steps(batches, how, max_new_tokens, buckets):
             pass
         return [row.generation() for row in rows]
 
@@ -154,24 +141,20 @@ class Engine:
         prompt: Prompt,
         *,
         max_new_tokens: int = 100,
-        temperature: float = 0.8,
-        top_k: int | None = 200,
-        top_p: float | None = None,
-        seed: int | None = None,
         stop: str | Sequence[str] | None = None,
-        rng: str = "per-row",
         plain_text: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Token]:
         """Continue one prompt, token by token; see `generate` for the arguments.
 
         Arguments are checked and coverage is settled before this returns.
         """
-        sampling = self._sampling(temperature, top_k, top_p, seed, rng)
+        how = self._sampling(sampling)
         row = self._row(prompt, 0, 0, stop_strings(stop), plain_text)
         buckets = self._cover([[row]], max_new_tokens)
         return (
             Token(row.ids[-1], piece, row.new_tokens - 1)
-            for row, piece in self._steps([[row]], sampling, max_new_tokens, buckets)
+            for row, piece in self._steps([[row]], how, max_new_tokens, buckets)
         )
 
     def logits(self, prompts: str | Sequence[Prompt]) -> Tensor:
@@ -190,9 +173,8 @@ class Engine:
     def warmup(self) -> None:
         """Load every bucket of the plan and run each once, so that the first request pays for nothing."""
         with self._lock:
-            for bucket in self._shelf.load_all():
-                ids = torch.zeros(bucket.batch_size, bucket.seq_len, dtype=torch.int32)
-                self._shelf.executable(bucket)(ids, torch.zeros(bucket.batch_size, dtype=torch.int32))
+            for bucket in self._buckets.load_all():
+                self._buckets.executable(bucket)(*step_named(bucket.step).pack([], bucket))
 
     def report(self) -> Report:
         """Return a copy of the counters since load."""
@@ -202,9 +184,9 @@ class Engine:
     def close(self) -> None:
         """Let go of buckets and weights and keep the counters as this node's last run; the engine is then of no use."""
         with self._lock:
-            if self._report.steps and not self._shelf.closed:
+            if self._report.steps and not self._buckets.closed:
                 last_run.save(self._report)
-            self._shelf.close()
+            self._buckets.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -214,12 +196,9 @@ class Engine:
 
     # --- one call -------------------------------------------------------------------------------------------------
 
-    def _sampling(
-        self, temperature: float, top_k: int | None, top_p: float | None, seed: int | None, rng: str
-    ) -> Sampling:
-        chosen = secrets.randbits(63) if seed is None else seed
-        sampling = Sampling(temperature, top_k, top_p, chosen, rng)
-        self._report.seed = chosen
+    def _sampling(self, options: SamplingOptions) -> Sampling:
+        sampling = sampling_of(options)
+        self._report.seed = sampling.seed
         return sampling
 
     def _row(self, prompt: Prompt, index: int, sample: int, stops: tuple[str, ...], plain_text: bool) -> Row:
@@ -251,7 +230,7 @@ class Engine:
         if not lengths or max_new_tokens == 0:
             return []
         with self._lock:
-            return self._shelf.cover(lengths, max_new_tokens - 1)
+            return self._buckets.cover(lengths, max_new_tokens - 1)
 
     def _steps(
         self, batches: list[list[Row]], sampling: Sampling, max_new_tokens: int, buckets: list[Bucket]
@@ -295,44 +274,33 @@ def generate(
     *,
     model: str | os.PathLike[str] = "gpt2",
     max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = 200,
-    top_p: float | None = None,
-    seed: int | None = None,
     stop: str | Sequence[str] | None = None,
-    rng: str = "per-row",
     plain_text: bool = False,
     plan: Plan | Iterable[Bucket] | None = None,
-    backend: str = "auto",
-    target: str | None = None,
-    dtype: str = "float32",
     tokenizer: TokenizerChoice = None,
     cached_only: bool = False,
-    compiler_args: str | Sequence[str] = (),
-    cores: int = 1,
-    cache_dir: str | os.PathLike[str] | None = None,
+    **options: Unpack[GenerateOptions],
 ) -> str | list[str]:
     """Continue a prompt and return prompt and continuation as text; a list of strings gives a list.
 
     Buckets this needs and that are not built are compiled first; see `Engine.load` and `Engine.generate` for the
-    arguments. Load an `Engine` to generate many times.
+    arguments, the `options` of both included. Load an `Engine` to generate many times.
 
     Raises:
         TokenizerError: the model has no tokenizer, so there is no text to return.
     """
+    names = SamplingOptions.__annotations__
+    how = cast(SamplingOptions, {name: value for name, value in options.items() if name in names})
+    what = cast(Options, {name: value for name, value in options.items() if name not in names})
     with Engine.load(
-        model, plan=plan, backend=backend, target=target, dtype=dtype, tokenizer=tokenizer, on_miss="build",
-        cached_only=cached_only, lazy=True, compiler_args=compiler_args, cores=cores, cache_dir=cache_dir,
-    ) as engine:  # fmt: skip
+        model, plan=plan, tokenizer=tokenizer, on_miss="build", cached_only=cached_only, lazy=True, **what
+    ) as engine:
         if engine.tokenizer is None:
             raise TokenizerError(
                 "this model has no tokenizer, so there is no text to return", hint="use Engine.generate"
             )
         many = isinstance(prompt, list) and all(isinstance(item, str) for item in prompt)
-        generations = engine.generate(
-            cast(Sequence[Prompt], prompt) if many else [cast(Prompt, prompt)],
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop,
-            rng=rng, plain_text=plain_text,
-        )  # fmt: skip
+        prompts = cast(Sequence[Prompt], prompt) if many else [cast(Prompt, prompt)]
+        generations = engine.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, plain_text=plain_text, **how)
     texts = [generation.text or "" for generation in generations]
     return texts if many else texts[0]

@@ -4,13 +4,14 @@ One eager float32 forward of a full row gives, by causality, the reference for e
 row cut and padded at awkward lengths, a different one in each row. Then padding, future tokens and neighbouring rows
 are changed, and not one bit may move.
 
-Knows nothing of compilers or files: it takes any callable.
+Knows nothing of compilers, of files or of any one step: how to feed one, it asks the step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from nanogpt_buckets.errors import GateFailed, NonFiniteLogits
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.gpt import GPT, from_weights
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.steps import NeuronStep
+from nanogpt_buckets.steps import step_named
 
-Step = Callable[[Tensor, Tensor], Tensor]
+Run = Callable[..., Sequence[Tensor]]
 
+# Of what is checked and how strictly; kept in manifests. What an older gate let pass is checked again at first load.
+VERSION = 2
 # Measured: float32 noise is 5e-7..1e-6 of the largest logit, the mildest planted fault (erf for tanh GELU) 2e-4.
 FLOAT32_TOLERANCE = 2e-5
 # bfloat16 is judged by its own noise: eager bfloat16 against float32.
@@ -47,15 +50,28 @@ def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229)
     return weights
 
 
+@dataclass(frozen=True)
+class _Fed:
+    """A loaded bucket with the one way to ask it for logits."""
+
+    run: Run
+    bucket: Bucket
+
+    def logits(self, contexts: Sequence[Sequence[int]], filler: Tensor | None = None) -> Tensor:
+        """Return the logits (n, V) that follow each of n contexts."""
+        step = step_named(self.bucket.step)
+        return step.logits(self.run(*step.pack(contexts, self.bucket, filler)), len(contexts))
+
+
 def check(
-    step: Step, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor], *, rounds: bool = False
+    run: Run, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor], *, rounds: bool = False
 ) -> dict[str, Any]:
-    """Compare a loaded step with the eager model and return what was measured, in whole numbers.
+    """Compare a loaded bucket with the eager model and return what was measured, in whole numbers.
 
     Args:
-        step: int32 (B, S), int32 (B,) -> float32 (B, V); loaded with `weights`.
+        run: takes and returns what the bucket's step does; loaded with `weights`.
         arch: the architecture it was compiled from.
-        bucket: its shape.
+        bucket: its shape and step.
         weights: canonical tensors, all of one dtype, whose rounding the reference shares.
         rounds: float32 is computed in less precision, as asked for, and so judged as bfloat16 is.
 
@@ -65,12 +81,14 @@ def check(
     generator = torch.Generator().manual_seed(bucket.batch_size * 100_003 + bucket.seq_len)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, bucket.seq_len), generator=generator, dtype=torch.int32)
     lengths = awkward_lengths(bucket.seq_len)
+    fed = _Fed(run, bucket)
     with torch.inference_mode():
-        error, tolerance = _worst_error(step, arch, weights, rows, lengths, rounds)
+        error, tolerance = _worst_error(fed, arch, weights, rows, lengths, rounds)
         if not error <= tolerance:  # NaN fails too
             raise GateFailed(f"bucket {bucket} differs from the eager model by {error:.1e} of the largest logit")
-        _check_bits(step, arch.vocab_size, rows, lengths, bucket)
+        _check_bits(fed, arch.vocab_size, rows, lengths)
     return {
+        "version": VERSION,
         "lengths": lengths,
         "relative_error_e9": math.ceil(error * 1e9),
         "tolerance_e9": math.ceil(tolerance * 1e9),
@@ -84,7 +102,7 @@ def awkward_lengths(seq_len: int) -> list[int]:
 
 
 def _worst_error(
-    step: Step, arch: Architecture, weights: Mapping[str, Tensor], rows: Tensor, lengths: list[int], rounds: bool
+    fed: _Fed, arch: Architecture, weights: Mapping[str, Tensor], rows: Tensor, lengths: list[int], rounds: bool
 ) -> tuple[float, float]:
     """Return the largest error, relative to the largest reference logit, and what is allowed."""
     reference = _logits_at({name: w.float() for name, w in weights.items()}, arch, rows, lengths)  # (B, n, V)
@@ -92,7 +110,7 @@ def _worst_error(
     worst = 0.0
     for shift in range(len(lengths)):
         own = [(row + shift) % len(lengths) for row in range(len(rows))]
-        logits = step(*_cut(rows, [lengths[n] for n in own], pad=0))  # (B, V)
+        logits = fed.logits(_cut(rows, [lengths[n] for n in own]))  # (B, V)
         expected = torch.stack([reference[row, n] for row, n in enumerate(own)])  # (B, V)
         worst = max(worst, _error(logits, expected, scale))
     if not rounds and all(w.dtype == torch.float32 for w in weights.values()):
@@ -113,27 +131,22 @@ def _logits_at(weights: Mapping[str, Tensor], arch: Architecture, rows: Tensor, 
     return gpt.head(hidden)
 
 
-def _cut(rows: Tensor, lengths: list[int], pad: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Return step inputs that keep `lengths[b]` tokens of row b and pad the rest."""
-    last_index = torch.tensor(lengths, dtype=torch.int32) - 1  # (B)
-    keep = torch.arange(rows.shape[1]).unsqueeze(0) <= last_index.unsqueeze(1)  # (B, S)
-    padding = torch.as_tensor(pad, dtype=torch.int32)
-    return torch.where(keep, rows, padding).contiguous(), last_index
+def _cut(rows: Tensor, lengths: Sequence[int]) -> list[list[int]]:
+    """Return contexts: the first lengths[b] tokens of each row b."""
+    return [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]
 
 
-def _check_bits(step: Step, vocab_size: int, rows: Tensor, lengths: list[int], bucket: Bucket) -> None:
+def _check_bits(fed: _Fed, vocab_size: int, rows: Tensor, lengths: list[int]) -> None:
     """Change what a row's logits may not depend on; the same bits must come back."""
-    own = [lengths[row % len(lengths)] for row in range(len(rows))]
-    ids, last_index = _cut(rows, own, pad=0)
-    before = step(ids, last_index)
-    _expect_same(before, step(ids, last_index), "a second run", bucket)
-    _expect_same(before, step(*_cut(rows, own, pad=vocab_size - 1)), "other padding", bucket)
-    others = (rows + 1) % vocab_size
-    _expect_same(before, step(*_cut(rows, own, pad=others)), "other future tokens", bucket)
+    contexts = _cut(rows, [lengths[row % len(lengths)] for row in range(len(rows))])
+    before = fed.logits(contexts)
+    others = (rows + 1) % vocab_size  # (B, S)
+    _expect_same(before, fed.logits(contexts), "a second run", fed.bucket)
+    _expect_same(before, fed.logits(contexts, torch.full_like(rows, vocab_size - 1)), "other padding", fed.bucket)
+    _expect_same(before, fed.logits(contexts, others), "other future tokens", fed.bucket)
     if len(rows) > 1:
-        swapped = ids.clone()
-        swapped[1:] = others[1:]
-        _expect_same(before[:1], step(swapped, last_index)[:1], "other neighbours", bucket)
+        swapped = [contexts[0], *others[1:].tolist()]
+        _expect_same(before[:1], fed.logits(swapped)[:1], "other neighbours", fed.bucket)
 
 
 def _expect_same(before: Tensor, after: Tensor, cause: str, bucket: Bucket) -> None:
@@ -142,7 +155,7 @@ def _expect_same(before: Tensor, after: Tensor, cause: str, bucket: Bucket) -> N
 
 
 def canary(
-    step: Step, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor], *, rounds: bool = False
+    run: Run, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor], *, rounds: bool = False
 ) -> None:
     """Run one short row on a user's weights and compare it with the eager model: the pair fits together.
 
@@ -153,13 +166,12 @@ def canary(
     length = min(8, bucket.seq_len)
     generator = torch.Generator().manual_seed(length)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, length), generator=generator, dtype=torch.int32)
-    padded = torch.nn.functional.pad(rows, (0, bucket.seq_len - length))  # (B, length) -> (B, S)
-    last_index = torch.full((bucket.batch_size,), length - 1, dtype=torch.int32)
     with torch.inference_mode():
-        expected = NeuronStep(from_weights(arch, weights))(rows, last_index)
+        gpt = from_weights(arch, weights)
+        expected = gpt.head(gpt.hidden(rows)[:, -1])  # (B, V)
         if not expected.isfinite().all():
             raise NonFiniteLogits(_not_finite(weights), hint="look how the model was trained or saved")
-        error = _error(step(padded, last_index), expected, expected.abs().max().item())
+        error = _error(_Fed(run, bucket).logits(rows.tolist()), expected, expected.abs().max().item())
     # bfloat16 rounds to 8 bits, and two shapes round differently
     exact = not rounds and all(w.dtype == torch.float32 for w in weights.values())
     tolerance = 10 * FLOAT32_TOLERANCE if exact else 0.1

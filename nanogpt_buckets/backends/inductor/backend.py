@@ -1,0 +1,133 @@
+"""The Inductor backend: what names its buckets, what they need, and the way to compiling and loading them.
+
+Knows nothing of the store, of plans, or of the gate. Imports no torch. Not hashed into any key: what it says of a
+family is in the key as data.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanogpt_buckets.backends import host
+from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
+from nanogpt_buckets.contract import Contract, dtype_name
+from nanogpt_buckets.errors import BackendUnavailable, CompileFailed
+from nanogpt_buckets.steps import step_named
+from nanogpt_buckets.versions import version_tuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class InductorBackend(Backend):
+    """See `Backend`."""
+
+    name = "inductor"
+    sources = ("backends/inductor/compile.py",)
+    needs = "C++ compiler"
+    install = "install g++, or use a cache directory in which they are built"
+
+    def runtime(self) -> dict[str, str]:
+        """Return the torch version: the library links against its C interface and calls its kernels."""
+        return {"torch": version("torch")}
+
+    def lowering(self) -> dict[str, str]:
+        """Return fused attention; everything else is Inductor's choice."""
+        return {"attention": "sdpa"}
+
+    def target(self, requested: str | None) -> str:
+        """Return the level to build for; torch before 2.10 can only build for the CPU it finds.
+
+        Raises:
+            BackendUnavailable: this machine cannot build or run that level.
+        """
+        if not _has_levels():
+            if requested is None or requested.startswith(host.NATIVE):
+                return host.choose_level(host.NATIVE)
+            raise BackendUnavailable(
+                f"torch {version('torch')} cannot be told an instruction-set level",
+                hint="leave --target out, or use torch 2.10",
+            )
+        return host.choose_level(requested)
+
+    def compiler(self) -> dict[str, str] | None:
+        """Return the versions of torch and of the C++ compiler, or None where there is no C++ compiler."""
+        cxx = _cxx_version()
+        return None if cxx is None else {"torch": version("torch"), "cxx": cxx}
+
+    def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
+        """Export the step and compile it to a shared library; runs in a child whose caches are in `workdir`.
+
+        Raises:
+            BackendUnavailable: there is no C++ compiler.
+            CompileFailed: the compiler made no library, or not the weightless kind.
+        """
+        from nanogpt_buckets.backends.inductor.compile import compile_library, weightless_graph
+
+        if _cxx_version() is None:
+            raise BackendUnavailable("no C++ compiler was found", hint="install g++, or set CXX to a compiler")
+        arch, bucket = request.architecture, request.bucket
+        graph, inputs = weightless_graph(arch, bucket, request.dtype, request.lowering)
+        start = time.monotonic()
+        content = compile_library(graph, inputs, request.target, workdir).read_bytes()
+        interface = step_named(bucket.step).interface(arch, bucket)
+        return Artifact(
+            blobs={"library": content},
+            inputs=interface.inputs,
+            outputs=interface.outputs,
+            weights=_weights_of(graph),
+            requires=host.requirements(content, _compile_line(workdir)),
+            stats={"compile_ms": int(1000 * (time.monotonic() - start))},
+        )
+
+    def open(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Opened:
+        """Load the library from exactly these bytes."""
+        from nanogpt_buckets.backends.inductor.load import open_library
+
+        return open_library(artifact.blobs["library"], weights)
+
+
+def _weights_of(graph: nn.Module) -> tuple[Contract, ...]:
+    from nanogpt_buckets.steps.graph import canonical_name
+
+    named = sorted(graph.named_parameters())
+    return tuple(Contract(canonical_name(name), dtype_name(p), tuple(p.shape)) for name, p in named)
+
+
+def _has_levels() -> bool:
+    """Whether this torch can be told what to generate code for; before 2.10 it takes what it finds."""
+    return version_tuple(version("torch"))[:2] >= (2, 10)
+
+
+@functools.cache
+def _cxx_version() -> str | None:
+    compiler = os.environ.get("CXX") or "g++"
+    path = shutil.which(compiler)
+    if path is None:
+        return None
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return text.splitlines()[0].strip() if text else None
+
+
+def _compile_line(workdir: Path) -> str:
+    """Return the compile commands Inductor wrote at the end of each generated source file."""
+    lines = [
+        line
+        for source in sorted(workdir.glob("*.cpp"))
+        for line in source.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+        if (line.startswith("// ") and " -shared " in line) or " -c " in line
+    ]
+    if not lines:
+        raise CompileFailed("the compiler left no record of its options, so what the bucket requires is unknown")
+    return "\n".join(lines)

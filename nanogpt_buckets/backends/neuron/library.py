@@ -1,0 +1,62 @@
+"""torch_neuronx itself: importing it, keeping it quiet, and what its errors mean.
+
+Knows nothing of compiling or loading. Imported only by processes that do either. Not hashed into any key.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nanogpt_buckets.backends.neuron import device, sdk
+from nanogpt_buckets.errors import BackendUnavailable
+
+# All that the runtime says of any cause, be it the driver or another process.
+UNAVAILABLE = "could not be initialized"
+
+
+def library() -> Any:
+    """Import torch_neuronx, the one with trace.
+
+    Raises:
+        BackendUnavailable: it cannot be imported, or is the native package.
+    """
+    try:
+        import torch_neuronx
+    except ImportError as error:
+        raise BackendUnavailable(f"torch_neuronx cannot be imported: {last_line(error)}", hint=sdk.INSTALL) from error
+    if not hasattr(torch_neuronx, "trace"):
+        raise BackendUnavailable(
+            "the torch_neuronx that is installed is the native package, which has no trace", hint=sdk.INSTALL
+        )
+    return torch_neuronx
+
+
+def not_initialised() -> BackendUnavailable:
+    """Say why the runtime did not start; it says the same words in every case."""
+    if device.find() is None:
+        return BackendUnavailable("this machine has no Neuron device", hint="run on a trn1 or inf2 instance")
+    if not device.has_driver():
+        return BackendUnavailable("the Neuron driver is not loaded", hint="install aws-neuronx-dkms, then reboot")
+    return BackendUnavailable(
+        "no NeuronCore is free for this process, or the driver is older than the runtime",
+        hint="neuron-ls shows who holds the cores; NEURON_RT_VISIBLE_CORES chooses others; doctor shows the versions",
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the deprecation of TorchScript to ourselves: the trace interface knows nothing else."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)
+        yield
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of what an error says that is not blank."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,237 @@
+"""Choice: what the user asked for, resolved once - model, backend, target, dtype, compiler flags, cache directory.
+
+From it follow the names of compiled things (family, key), the name of the default plan, what a device has room for, and
+the command that a hint prints. A further option is one field here and one flag in cli/options.py.
+
+Knows nothing of what is built. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from nanogpt_buckets import backends, key, settings
+from nanogpt_buckets.backends.base import DTYPES, Backend
+from nanogpt_buckets.errors import PlanError, UsageError
+from nanogpt_buckets.model.checkpoint import Model, open_model
+from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.steps import step_named
+from nanogpt_buckets.store.local import LocalStore
+
+EAGER = "eager"
+
+
+class Options(TypedDict, total=False):
+    """What can be chosen besides the model; every public function that takes these hands them on whole.
+
+    `backend`: "auto", "inductor", "neuron", or "eager" to run steps uncompiled. `target`: what to generate code for,
+    and the only one to load; None for this host's best to build, and any that runs here to load. `dtype`: "float32" or
+    "bfloat16". `compiler_args`: flags for neuronx-cc, as a line or a list. `cores`: NeuronCores to run on, each holding
+    every bucket. `cache_dir`: where buckets are; None for the default.
+    """
+
+    backend: str
+    target: str | None
+    dtype: str
+    compiler_args: str | Sequence[str]
+    cores: int
+    cache_dir: str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One model on one backend in one cache directory. Made by `choose`.
+
+    Args:
+        model: what is compiled and run.
+        backend: what compiles and loads it; None where steps run uncompiled.
+        dtype: "float32" or "bfloat16".
+        store: where entries and plans are.
+        target: what to build for, and the only one to load; None for the backend's choice, and any that runs here.
+    """
+
+    model: Model
+    backend: Backend | None
+    dtype: str
+    store: LocalStore
+    target: str | None = None
+
+    @property
+    def compiler(self) -> Backend:
+        """The backend, for those who need one.
+
+        Raises:
+            UsageError: steps run uncompiled, so there are no buckets to speak of.
+        """
+        if self.backend is None:
+            raise UsageError(
+                "the eager backend compiles nothing, so there are no buckets",
+                hint="leave --backend out; to run uncompiled: nanogpt-buckets generate --backend eager",
+            )
+        return self.backend
+
+    @property
+    def backend_name(self) -> str:
+        """What runs: the backend's name, or "eager"."""
+        return EAGER if self.backend is None else self.backend.name
+
+    @functools.cached_property
+    def build_target(self) -> str:
+        """What would be built for."""
+        return self.compiler.target(self.target)
+
+    @property
+    def only_target(self) -> str | None:
+        """The one target whose entries are of use, or None if any that runs here is."""
+        return None if self.target is None else self.build_target
+
+    @functools.cached_property
+    def family_parts(self) -> dict[str, Any]:
+        """The named parts of the family."""
+        backend = self.compiler
+        return key.family_parts(
+            architecture=self.model.architecture.to_json(),
+            dtype=self.dtype,
+            backend=backend.name,
+            runtime=backend.runtime(),
+            source=key.source_digest(*key.GRAPH_SOURCES, *backend.sources),
+            lowering=backend.lowering(),
+            flags=backend.flags(),
+            weights=self.model.weights(self.dtype).digest if backend.inlines_weights else None,
+        )
+
+    @functools.cached_property
+    def family(self) -> str:
+        """The family's digest, which is also its directory."""
+        return key.digest(self.family_parts)
+
+    def key_parts(self, bucket: Bucket) -> dict[str, Any] | None:
+        """Return the parts of the key this machine would build under, or None if it has no compiler."""
+        versions = self.compiler.compiler()
+        if versions is None:
+            return None
+        step = step_source(bucket.step)
+        return key.key_parts(
+            self.family_parts, bucket=bucket.to_json(), step=step, target=self.build_target, compiler=versions
+        )
+
+    @functools.cached_property
+    def plan_names(self) -> tuple[str, ...]:
+        """The default plans that `build` adds to; the last is the one that is read.
+
+        Whatever names another family has a plan of its own. A target asked for has one too, beside the plan without: an
+        instruction-set level runs on others' machines, a Neuron target only on its own.
+        """
+        backend = self.compiler
+        name = self.model.name if self.dtype == "float32" else f"{self.model.name}.{self.dtype}"
+        if backend.inlines_weights:
+            name += f".{backend.name}.{self.build_target}"
+        if flags := backend.flags():
+            name += f".{key.digest({'flags': flags})[:8]}"
+        return (name,) if self.target is None or backend.inlines_weights else (name, f"{name}.{self.build_target}")
+
+    def cost(self, bucket: Bucket) -> int:
+        """Return the cost of one call of a bucket; only the order of two matters."""
+        return step_named(bucket.step).macs(self.model.architecture, bucket)
+
+    def check_memory(self, plan: Plan) -> None:
+        """Refuse a plan whose buckets, each with its own copy of the weights, do not fit the device.
+
+        Raises:
+            PlanError: with the largest part of the plan that does.
+        """
+        limit = self._most_buckets()
+        if limit is None or len(plan) <= limit:
+            return
+        needed, capacity = len(plan) * self._bucket_bytes(), self.compiler.capacity(self.build_target) or 0
+        # the longest reach every prompt; those between save time only
+        kept = sorted(plan, key=lambda bucket: (bucket.seq_len, bucket.batch_size))[len(plan) - limit :]
+        raise PlanError(
+            f"{len(plan)} buckets of {self.model.name} hold {needed / 1e9:.1f} GB of weights, "
+            f"and a {self.build_target} core has room for {capacity / 1e9:.1f} GB",
+            hint=f"the largest part that fits: {self.build_command(kept)}" if kept else "try --dtype bfloat16",
+        )
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether the buckets of a plan fit into the memory of the device they are built for."""
+        limit = self._most_buckets()
+        return limit is None or len(plan) <= limit
+
+    def _bucket_bytes(self) -> int:
+        return self.model.architecture.n_params * (4 if self.dtype == "float32" else 2)
+
+    def _most_buckets(self) -> int | None:
+        """Return how many buckets fit on a device, or None where weights are not in them."""
+        backend = self.compiler
+        capacity = backend.capacity(self.build_target) if backend.inlines_weights else None
+        return None if capacity is None else capacity // self._bucket_bytes()
+
+    def build_command(self, buckets: Iterable[Bucket] = ()) -> str:
+        """Return the command that builds these buckets, or the default ladder if there are none, for a hint.
+
+        Where the buckets are no grid, one command for each batch size.
+        """
+        lengths: dict[int, list[int]] = {}
+        for bucket in sorted(buckets):
+            lengths.setdefault(bucket.batch_size, []).append(bucket.seq_len)
+        batches: dict[tuple[int, ...], list[int]] = {}
+        for batch_size, own in lengths.items():
+            batches.setdefault(tuple(own), []).append(batch_size)
+        grids = [
+            ("" if rows == [1] else f" --batch {','.join(map(str, rows))}") + f" --seq {','.join(map(str, own))}"
+            for own, rows in batches.items()
+        ]
+        start, end = f"nanogpt-buckets build{self._model_option()}", self._options()
+        return " && ".join(f"{start}{grid}{end}" for grid in grids or [""])
+
+    def _model_option(self) -> str:
+        name = self.model.name if self.model.path is None else shlex.quote(str(self.model.path))
+        return f" --model {name}"
+
+    def _options(self) -> str:
+        dtype = "" if self.dtype == "float32" else f" --dtype {self.dtype}"
+        target = "" if self.target is None else f" --target {self.target}"
+        given = self.backend.compiler_args if self.backend is not None else ()
+        line = shlex.quote(" ".join(given)) if any(given) else ""
+        flags = f" --compiler-args={line}" if line else ""
+        return f"{dtype}{target}{flags}{settings.cache_dir_option(self.store.root)}"
+
+
+def step_source(step: str) -> str:
+    """Return the digest of the file that defines a step's graph."""
+    return key.source_digest(step_named(step).source)
+
+
+def choose(
+    model: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    target: str | None = None,
+    dtype: str = "float32",
+    compiler_args: str | Sequence[str] = (),
+    cores: int = 1,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Choice:
+    """Resolve what the user asked for; see `Options` for the arguments.
+
+    Raises:
+        UsageError: an unknown dtype or backend, or an argument it does not take.
+        BackendUnavailable: the backend cannot be used, or not for this target.
+        ModelError: the model cannot be used.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown", hint=f"dtypes: {', '.join(DTYPES)}")
+    chosen = None
+    if backend == EAGER:
+        backends.refuse_neuron_only(EAGER, target, compiler_args, cores)
+        if target is not None:
+            raise UsageError("the eager backend builds for no target", hint="leave --target out")
+    else:
+        chosen = backends.backend_for(backend, target, compiler_args=compiler_args, cores=cores)
+        chosen.target(target)  # refuse an impossible target before anything else is done
+    return Choice(open_model(model), chosen, dtype, LocalStore(settings.cache_dir(cache_dir)), target)

@@ -1,0 +1,200 @@
+"""From a bucket to something that runs: the best entry, verified, loaded, and compared once with the eager model.
+
+Two sources of executables: compiled entries of a store, and steps run uncompiled. Knows nothing of prompts, nor of
+what to do when a bucket is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from nanogpt_buckets import settings
+from nanogpt_buckets.backends.base import FACTS, Artifact
+from nanogpt_buckets.choice import Choice
+from nanogpt_buckets.contract import Executable
+from nanogpt_buckets.errors import CacheError, CorruptEntry, TransientError
+from nanogpt_buckets.model.checkpoint import Weights
+from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.selection import Selection
+from nanogpt_buckets.steps import step_named
+from nanogpt_buckets.store.answer import Answer
+from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+
+class Source(ABC):
+    """Where executables come from.
+
+    Args:
+        choice: model, backend, dtype.
+    """
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """The model's weights, mapped when first asked for."""
+        start = time.perf_counter()
+        weights = self.choice.model.weights(self.choice.dtype)
+        log.info("mapped weights %s, %.1f ms", weights.digest[:12], 1000 * (time.perf_counter() - start))
+        return weights
+
+    @abstractmethod
+    def has(self, bucket: Bucket) -> bool:
+        """Whether a bucket can be tried."""
+
+    @abstractmethod
+    def open(self, bucket: Bucket) -> Executable:
+        """Return what runs a bucket.
+
+        Raises:
+            CacheError: none of its entries can be used.
+        """
+
+
+class Uncompiled(Source):
+    """Every bucket, run as the plain step."""
+
+    def has(self, bucket: Bucket) -> bool:
+        """Return True: every shape runs at once."""
+        return True
+
+    def open(self, bucket: Bucket) -> Executable:
+        """Return the step uncompiled."""
+        arch = self.choice.model.architecture
+        return step_named(bucket.step).eager(arch, bucket, self.weights.tensors)
+
+
+class Compiled(Source):
+    """The entries of the choice's store, as they were when it was last read."""
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__(choice)
+        self.selection = Selection(choice)
+
+    def read_again(self) -> None:
+        """Look at the store anew: something has been built, or may have been."""
+        self.selection = Selection(self.choice)
+
+    @property
+    def usable(self) -> Mapping[Bucket, list[Answer]]:
+        """For each bucket the entries that say they run here, best first."""
+        return self.selection.usable
+
+    def has(self, bucket: Bucket) -> bool:
+        """Whether there is an entry that says it runs here."""
+        return bucket in self.usable
+
+    def open(self, bucket: Bucket) -> Executable:
+        """Load the first entry that can be, best first."""
+        refused: CacheError | None = None
+        for answer in self.usable.get(bucket, ()):
+            assert answer.manifest is not None
+            try:
+                return self._load(bucket, answer.manifest)
+            except CacheError as error:
+                log.warning("bucket %s, entry %s: %s", bucket, answer.key[:12], error.message)
+                refused = error
+        assert refused is not None, f"{bucket} has no entry"
+        if isinstance(refused, CorruptEntry):
+            refused.hint = self.choice.build_command([bucket])
+        raise refused
+
+    def _load(self, bucket: Bucket, manifest: Manifest) -> Executable:
+        weights = self.weights  # converted on a node that meets them first, which is none of this bucket's time
+        start = time.perf_counter()
+        artifact = read_artifact(self.choice.store, manifest)
+        interface = step_named(bucket.step).interface(self.choice.model.architecture, bucket)
+        executable = self.choice.compiler.load(artifact, interface, weights.tensors)
+        milliseconds = 1000 * (time.perf_counter() - start)
+        size = sum(len(content) for content in artifact.blobs.values())
+        log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", bucket, manifest.key[:12], size, milliseconds)
+        self.choice.store.mark_used(manifest.family, manifest.key)
+        self._check_once(executable, bucket, manifest)
+        return executable
+
+    def _check_once(self, executable: Executable, bucket: Bucket, manifest: Manifest) -> None:
+        """Compare with the eager model the first time these weights meet this artifact on this node.
+
+        One short row, for the bucket was checked where it was built; all of that check, if it could not be.
+        """
+        from nanogpt_buckets.steps import gate
+
+        blobs = "-".join(blob.sha256[:16] for blob in manifest.blobs)
+        mark: Path = settings.local_dir() / "canary" / f"{self.weights.digest[:32]}-{blobs}"
+        if mark.exists():
+            return
+        if manifest.unchecked:
+            log.warning("bucket %s was built unchecked (%s); checking it now", bucket, manifest.unchecked)
+        old = manifest.gate.get("version") != gate.VERSION
+        check = gate.check if manifest.unchecked or old else gate.canary
+        arch, rounds = self.choice.model.architecture, self.choice.compiler.rounds()
+        check(executable, arch, bucket, self.weights.tensors, rounds=rounds)
+        try:
+            mark.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            log.info("the canary's result could not be remembered: %s", error.strerror)
+
+
+def read_artifact(store: LocalStore, manifest: Manifest) -> Artifact:
+    """Read and verify an entry's blobs.
+
+    Raises:
+        CorruptEntry: a blob is missing or its bytes are not what its name says.
+        TransientError: it could not be read this time.
+    """
+    return Artifact(
+        blobs={blob.role: store.read_blob(blob) for blob in manifest.blobs},
+        **{name: getattr(manifest, name) for name in FACTS},
+    )
+
+
+class Loader:
+    """Executables that are loaded, and what is known of those that could not be.
+
+    Args:
+        source: where they come from.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.loaded: dict[Bucket, Executable] = {}
+        self.refused: dict[Bucket, CacheError] = {}
+
+    def available(self, buckets: Iterable[Bucket]) -> list[Bucket]:
+        """Return those of some buckets that are loaded or may be tried."""
+        return [b for b in buckets if b in self.loaded or (self.source.has(b) and b not in self.refused)]
+
+    def load(self, bucket: Bucket) -> bool:
+        """Load a bucket; False if it cannot be. It is not tried again, unless the reason may pass."""
+        if bucket in self.loaded:
+            return True
+        try:
+            self.loaded[bucket] = self.source.open(bucket)
+        except CacheError as error:
+            self.refused[bucket] = error
+            return False
+        return True
+
+    def forgive(self, buckets: Iterable[Bucket] | None = None) -> None:
+        """Let buckets be tried again: those given, which were built anew, or all whose reason may have passed."""
+        if buckets is None:
+            buckets = [bucket for bucket, error in self.refused.items() if isinstance(error, TransientError)]
+        for bucket in buckets:
+            self.refused.pop(bucket, None)
+
+    def close(self) -> None:
+        """Close every executable and let go of the weights."""
+        for executable in self.loaded.values():
+            executable.close()
+        self.loaded.clear()
+        self.source.__dict__.pop("weights", None)

@@ -1,0 +1,82 @@
+"""How the next token is chosen, as one value that is handed on whole. A further option is one field here and one flag.
+
+Knows nothing of logits. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from nanogpt_buckets.errors import UsageError
+
+RNGS = ("per-row", "nanogpt")
+# Every draw writes the seed out in decimal, which Python does for so many digits only.
+_SEED_BITS = 4096
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: divides the logits; 0 always takes the likeliest token, the lowest id among equals.
+        top_k: keep the k likeliest tokens and whatever equals the k-th; None or 0 keeps all.
+        top_p: keep the fewest likeliest tokens whose probabilities reach p; None keeps all.
+        seed: of all draws; one is chosen where none is given.
+        rng: "per-row" draws by (seed, prompt, sample, step) alone, whatever the batch, bucket or vocabulary padding;
+            "nanogpt" uses one torch generator and gives nanoGPT's own text.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = 200
+    top_p: float | None = None
+    seed: int = field(default_factory=lambda: secrets.randbits(63))
+    rng: str = "per-row"
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature is {self.temperature!r}; it must be 0 or a positive number")
+        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 0):
+            raise UsageError(f"top_k is {self.top_k!r}; it must be a whole number, 0 or None to turn it off")
+        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
+            raise UsageError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+        if not _is_whole(self.seed):
+            raise UsageError(f"seed is {self.seed!r}; it must be a whole number")
+        if self.seed.bit_length() > _SEED_BITS:
+            raise UsageError(f"the seed is too large; it must be below 2 to the power of {_SEED_BITS}")
+        if self.rng not in RNGS:
+            raise UsageError(f"rng {self.rng!r} is unknown", hint=f"generators: {', '.join(RNGS)}")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling`, as keyword arguments of everything that generates; None as seed chooses one."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    rng: str
+
+
+def sampling_of(options: SamplingOptions) -> Sampling:
+    """Return what keyword arguments say.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+    given: dict[str, Any] = {name: value for name, value in options.items() if (name, value) != ("seed", None)}
+    return Sampling(**given)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,158 @@
+"""Selection: one family of one store, read once - which entry of each bucket runs here, or why none does.
+
+Two questions are kept apart. A builder asks for *its own key*: exactly this compiler and target. A loader asks for
+*anything that runs here*: the best entry of the family whose bucket matches and whose requirements this host meets.
+
+Knows nothing of compiling or running. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt_buckets import key
+from nanogpt_buckets.choice import Choice
+from nanogpt_buckets.errors import CacheError, CacheMiss
+from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.plan.ladder import rung_for
+from nanogpt_buckets.store.answer import ERRORS, Answer, Status
+from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.versions import version_tuple
+
+# Why a bucket is absent, unless one for another toolchain is here.
+NOT_BUILT = "not built"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a store holds of a choice's family, as it was when this was made.
+
+    Args:
+        choice: model, backend, target, dtype and store.
+    """
+
+    choice: Choice
+
+    @property
+    def store(self) -> LocalStore:
+        """Where entries are."""
+        return self.choice.store
+
+    @functools.cached_property
+    def _answers(self) -> list[Answer]:
+        return self.store.family(self.choice.family)
+
+    @functools.cached_property
+    def ranked(self) -> Mapping[Bucket, list[Answer]]:
+        """Every readable entry of each bucket, best first; those that do not run here say why."""
+        found: dict[Bucket, list[Answer]] = {}
+        for answer in self._answers:
+            manifest = answer.manifest
+            if manifest is None or manifest.parts["family"] != self.choice.family_parts or manifest.bucket is None:
+                continue
+            if self.choice.only_target not in (None, manifest.parts["target"]):
+                continue
+            found.setdefault(manifest.bucket, []).append(self._fit(answer))
+        return {bucket: sorted(answers, key=self._preference) for bucket, answers in found.items()}
+
+    @functools.cached_property
+    def usable(self) -> Mapping[Bucket, list[Answer]]:
+        """For each bucket the entries that say they run here, best first. Blobs are not read yet."""
+        warm = {b: [a for a in answers if a.status is Status.WARM] for b, answers in self.ranked.items()}
+        return {bucket: answers for bucket, answers in warm.items() if answers}
+
+    @functools.cached_property
+    def unreadable(self) -> list[Answer]:
+        """Entries of the family of which nobody knows what bucket they are."""
+        return [Answer(a.status, "", why=a.why, hint=a.hint) for a in self._answers if a.manifest is None]
+
+    def best(self, bucket: Bucket) -> Answer:
+        """Answer a loader: the best intact entry of this bucket that runs here, or why there is none."""
+        checked = [self.store.check(answer) for answer in self.ranked.get(bucket, [])]
+        refused = [*checked, *self.unreadable]
+        warm = next((answer for answer in checked if answer.status is Status.WARM), None)
+        return warm or next(iter(refused), Answer(Status.ABSENT, "", why=self._why_absent(bucket)))
+
+    def own(self, bucket: Bucket) -> Answer:
+        """Answer a builder: is this bucket here under this machine's own key, every byte in order, and does it run?
+
+        Without a compiler no key can be named; then any entry that runs here counts. Reads the store anew.
+        """
+        parts = self.choice.key_parts(bucket)
+        if parts is None:
+            return self.best(bucket)
+        answer = self.store.check(self.store.look(self.choice.family, key.digest(parts), parts))
+        return self._fit(answer) if answer.status is Status.WARM else answer
+
+    def reasons(self) -> list[Answer]:
+        """Return every entry of the family that cannot be used, whatever its bucket."""
+        lacking = [answer for answers in self.ranked.values() for answer in answers if answer.status is not Status.WARM]
+        return [*lacking, *self.unreadable]
+
+    def _fit(self, answer: Answer) -> Answer:
+        assert answer.manifest is not None
+        lack = self.choice.compiler.unmet(answer.manifest.requires)
+        return Answer(Status.INCOMPATIBLE, answer.key, answer.manifest, lack) if lack else answer
+
+    def _preference(self, answer: Answer) -> tuple[Any, ...]:
+        """Order entries: runs here, own compiler, most specialised target, newest compiler, then key."""
+        assert answer.manifest is not None
+        parts, backend = answer.manifest.parts, self.choice.compiler
+        own_compiler = parts["compiler"] == self._own_compiler
+        newest = [tuple(-n for n in version_tuple(text)) for text in sorted(parts["compiler"].values())]
+        runs_here = answer.status is Status.WARM
+        return (not runs_here, not own_compiler, backend.rank(parts["target"]), newest, answer.key)
+
+    @functools.cached_property
+    def _own_compiler(self) -> dict[str, str] | None:
+        return self.choice.compiler.compiler()
+
+    def _why_absent(self, bucket: Bucket) -> str:
+        """Say that a bucket is not built, and how the most alike one of this architecture differs from it."""
+        differences = self._alike.get(bucket)
+        if not differences:
+            return NOT_BUILT
+        lines = ["another release's source" if x.startswith("source:") else x for x in min(differences, key=len)]
+        return f"{NOT_BUILT}; there is one with {', '.join(lines)}"
+
+    @functools.cached_property
+    def _alike(self) -> Mapping[Bucket, list[list[str]]]:
+        """How entries of other families or targets, of the same architecture, differ from what is wanted."""
+        found: dict[Bucket, list[list[str]]] = {}
+        wanted = self.choice.only_target
+        for _, answer in self.store.entries():
+            manifest = answer.manifest
+            if manifest is None or manifest.bucket is None:
+                continue
+            theirs = manifest.parts["family"]
+            if theirs.get("architecture") == self.choice.family_parts["architecture"]:
+                target = manifest.parts["target"] if wanted else None
+                difference = key.difference(
+                    {**self.choice.family_parts, "target": wanted}, {**theirs, "target": target}
+                )
+                found.setdefault(manifest.bucket, []).append(difference)
+        return found
+
+
+def explain_miss(choice: Choice, selection: Selection, what: str, lacking: list[Bucket], need: int = 0) -> CacheError:
+    """Return the error of a miss, with the kind and the reason of what is here and cannot be used.
+
+    Args:
+        choice: what was asked for.
+        selection: what there is.
+        what: the beginning of the sentence.
+        lacking: buckets whose absence is the miss; none if no plan names any.
+        need: tokens that a bucket would have to hold.
+    """
+    rung = [Bucket(1, rung_for(need, choice.model.architecture.block_size))] if need else []
+    command = choice.build_command(lacking or rung)
+    message = f"{what} for model {choice.model.name} in {selection.store.root}"
+    answers = [selection.best(bucket) for bucket in lacking] if lacking else selection.reasons()
+    for answer in answers:
+        if answer.status in ERRORS:
+            return ERRORS[answer.status](f"{message}: {answer.why}", hint=answer.hint or command)
+    alike = [answer.why for answer in answers if answer.why != NOT_BUILT]
+    return CacheMiss(f"{message}: {alike[0]}" if alike else message, hint=command)

@@ -1,0 +1,70 @@
+"""Step: all that anybody asks of what is compiled - its interface, its graph, how it is fed, judged and priced.
+
+Backends, gate, dispatch and measurements know no step by name; they ask this. Knows nothing of compilers, of the store
+or of which bucket was chosen. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nanogpt_buckets.contract import Interface
+from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.plan.bucket import Bucket
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanogpt_buckets.contract import Executable
+    from nanogpt_buckets.model.gpt import GPT, Lowering
+    from nanogpt_buckets.steps.graph import Graph
+
+
+class Step(ABC):
+    """One kind of step. `name` is what buckets call it; `source` is the file that defines its graph, in every key."""
+
+    name: str
+    source: str
+
+    @abstractmethod
+    def interface(self, arch: Architecture, bucket: Bucket) -> Interface:
+        """Return what a call takes and returns, and what stays alive between calls."""
+
+    @abstractmethod
+    def forward(self, gpt: GPT, *tensors: Tensor) -> Any:
+        """Compute the outputs from the inputs, in the interface's order: the graph that is compiled."""
+
+    @abstractmethod
+    def pack(self, contexts: Sequence[Sequence[int]], bucket: Bucket, filler: Tensor | None = None) -> tuple[Any, ...]:
+        """Return the inputs that make one call compute what follows each context.
+
+        Args:
+            contexts: token ids of the real rows, at most B of them and at most S in each.
+            bucket: the shape.
+            filler: int32 (B, S), what stands where no real token does; None for id 0.
+        """
+
+    @abstractmethod
+    def logits(self, outputs: Sequence[Tensor], rows: int) -> Tensor:
+        """Return the logits (rows, V) that follow each real row, out of a call's outputs."""
+
+    @abstractmethod
+    def macs(self, arch: Architecture, bucket: Bucket) -> int:
+        """Return the multiply-adds of one call: only the order of two buckets' costs matters to dispatch."""
+
+    def graph(self, gpt: GPT) -> Graph:
+        """Return this step as a module over a network, ready to be compiled or run."""
+        from nanogpt_buckets.steps.graph import Graph
+
+        return Graph(self, gpt)
+
+    def eager(
+        self, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor], lowering: Lowering | None = None
+    ) -> Executable:
+        """Return this step uncompiled, with the checks of a compiled one: the baseline and the oracle."""
+        from nanogpt_buckets.contract import Executable
+        from nanogpt_buckets.model.gpt import from_weights
+
+        return Executable(self.graph(from_weights(arch, weights, lowering)).run, self.interface(arch, bucket))

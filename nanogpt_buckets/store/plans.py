@@ -1,0 +1,183 @@
+"""Plans in a store: which buckets are wanted under a name, and which families' entries of them are kept.
+
+A plan is read, changed and written under the store's lock; where no lock can be had it is read back and merged again. A
+plan that a newer release wrote is left alone and keeps what it names. Knows nothing of models or of compiling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanogpt_buckets import key
+from nanogpt_buckets.errors import CacheError, CorruptEntry, IncompatibleEntry, PlanError, TransientError, UsageError
+from nanogpt_buckets.files import list_names, read_file
+from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.manifest import MAX_BYTES, parse
+from nanogpt_buckets.store.trust import check_location
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,149}")
+_FAMILY = re.compile(r"[0-9a-f]{64}")
+_LOCK_TIMEOUT_S = 10.0
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """What a plan file says: buckets, and the families whose entries of them are in use."""
+
+    buckets: Plan
+    families: frozenset[str] = frozenset()
+
+
+@dataclass
+class Pins:
+    """What plans keep from being pruned.
+
+    Args:
+        buckets: (family, bucket) -> the plans that name it.
+        families: of which every entry stays, for a plan that this release cannot read names them.
+        everything: nothing may go: a plan that cannot be read names no family at all.
+        notes: what a person should know.
+    """
+
+    buckets: dict[tuple[str, Bucket], list[str]] = field(default_factory=dict)
+    families: set[str] = field(default_factory=set)
+    everything: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def keep(self, family: str, bucket: Bucket | None) -> bool:
+        """Whether an entry is kept; one whose bucket is unknown is, if its family is."""
+        pinned = bucket is not None and (family, bucket) in self.buckets
+        return self.everything or family in self.families or pinned
+
+
+class Plans:
+    """The plans of one store.
+
+    Args:
+        store: where they are.
+    """
+
+    def __init__(self, store: LocalStore) -> None:
+        self._store = store
+        self._directory = store.tree.v1 / "plans"
+
+    def names(self) -> list[str]:
+        """Return the names of all plans, sorted."""
+        found = list_names(self._directory)
+        names = [name.removesuffix(".json") for name in found if name.endswith(".json")]
+        return [name for name in names if _NAME.fullmatch(name)]
+
+    def load(self, name: str) -> SavedPlan | None:
+        """Return a plan, or None if there is none.
+
+        Raises:
+            UsageError: the name is not a plain word.
+            CorruptEntry: the file is no plan.
+            IncompatibleEntry: a newer release wrote it.
+            TransientError: it cannot be read this time.
+            UntrustedStore: others could have written the store.
+        """
+        document = self._read(name)
+        if document is None:
+            return None
+        try:
+            return SavedPlan(Plan.from_json(document), frozenset(document.get("families", ())))
+        except PlanError as error:
+            raise CorruptEntry(f"plan {name} in {self._store.root} is damaged: {error.message}") from error
+        except IncompatibleEntry as error:
+            raise IncompatibleEntry(f"plan {name} in {self._store.root}: {error.message}", hint=error.hint) from error
+
+    def change(self, name: str, function: Callable[[SavedPlan | None], SavedPlan | None]) -> None:
+        """Read a plan, change it and write it, so that whoever does so meanwhile loses nothing.
+
+        Args:
+            name: the plan's.
+            function: given what is saved, None if there is nothing or it is damaged; returns what to save, None for
+                nothing. It may be called several times.
+
+        Raises:
+            IncompatibleEntry: a newer release wrote it; it is left alone.
+            CacheError: it cannot be written.
+        """
+        path = self._path(name)
+        check_location(self._store.root, path.parent)
+        with self._store.locked("plans", _LOCK_TIMEOUT_S) as alone:
+            for _ in range(_ATTEMPTS):
+                try:
+                    before = self.load(name)
+                except CorruptEntry:
+                    before = None
+                wanted = function(before)
+                if wanted == before and (before is not None or not path.exists()):
+                    return
+                self._write(path, name, wanted)
+                if alone:
+                    return
+
+    def pins(self) -> Pins:
+        """Return what all plans keep."""
+        pins = Pins()
+        for name in self.names():
+            try:
+                saved = self.load(name)
+            except CorruptEntry as error:
+                pins.notes.append(f"{error.message}; it keeps nothing")
+                continue
+            except CacheError as error:
+                found = set(_FAMILY.findall(self._text(name)))
+                pins.families |= found
+                pins.everything |= not found
+                kept = "the families it names stay" if found else "so every entry stays"
+                pins.notes.append(f"{error.message}; {kept}")
+                continue
+            if saved is not None:
+                for pin in ((family, bucket) for family in saved.families for bucket in saved.buckets):
+                    pins.buckets.setdefault(pin, []).append(name)
+        return pins
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self._path(name)
+        check_location(self._store.root, path.parent)
+        try:
+            return parse(read_file(path, limit=MAX_BYTES), f"plan {name!r}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise TransientError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def _text(self, name: str) -> str:
+        with contextlib.suppress(OSError, CacheError):
+            return read_file(self._path(name), limit=MAX_BYTES).decode("utf-8", "replace")
+        return ""
+
+    def _write(self, path: Path, name: str, wanted: SavedPlan | None) -> None:
+        with self._store.tree.writing():
+            self._store.tree.prepare()
+            if wanted is None:
+                path.unlink(missing_ok=True)
+                return
+            document = wanted.buckets.to_json(model=name, source="build", families=wanted.families)
+            data = key.canonical_json(document) + b"\n"
+            if len(data) > MAX_BYTES:
+                raise UsageError(f"plan {name} would be larger than {MAX_BYTES} bytes", hint="use fewer buckets")
+            self._store.tree.put(path, data, 0o666, replace=True)
+
+    def _path(self, name: str) -> Path:
+        if _NAME.fullmatch(name) is None:
+            raise UsageError(
+                f"plan name {name!r} is not a plain word", hint="use letters, digits, dots, dashes and underscores"
+            )
+        return self._directory / f"{name}.json"
+
+
+def without(saved: SavedPlan | None, gone: Iterable[Bucket]) -> SavedPlan | None:
+    """Return a plan less some buckets; None if nothing is left."""
+    left = [bucket for bucket in saved.buckets if bucket not in set(gone)] if saved else []
+    return SavedPlan(Plan(left), saved.families) if saved and left else None
