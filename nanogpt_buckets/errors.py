@@ -141,6 +141,8 @@ class GateFailed(CompileFailed):
 class ChildFailed(BucketsError):
     """A child process ended without a result."""
 
+    usual_hint = "run it again; if it fails again, nanogpt-buckets doctor looks for the cause"
+
 
 class CacheError(BucketsError):
     """The cache directory cannot be used."""

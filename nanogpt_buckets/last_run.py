@@ -10,22 +10,22 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nanogpt_buckets import settings
 from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.files import unlink
-from nanogpt_buckets.run.report import Report
 
 log = logging.getLogger(__name__)
 
 _NAME = "last-run.json"
 
 
-def save(report: Report) -> None:
-    """Keep a report in place of the one before, if this node's directory can be written."""
-    document = report.to_json() | {"ended": int(time.time())}
+def save(report: Mapping[str, Any]) -> None:
+    """Keep a report's JSON in place of the one before, if this node's directory can be written."""
+    document = dict(report) | {"ended": int(time.time())}
     try:
         directory = settings.local_dir()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -58,6 +58,6 @@ def load() -> dict[str, Any]:
 
 def _checked(path: Path) -> dict[str, Any]:
     document = json.loads(path.read_bytes())
-    if not isinstance(document, dict) or document.keys() != Report("", "").to_json().keys() | {"ended"}:
+    if not isinstance(document, dict) or not document.keys() >= {"ended", "buckets", "steps"}:
         raise ValueError("it is not a report of this release")
     return document

@@ -77,25 +77,29 @@ class Selection:
         return warm or next(iter(refused), Answer(Status.ABSENT, "", why=self._why_absent(bucket)))
 
     def own(self, bucket: Bucket) -> Answer:
-        """Answer a builder: is this bucket here under this machine's own key, every byte in order, and does it run?
+        """Answer a builder: is this bucket here under its own key, every byte in order, whether or not it runs here?
 
         Without a compiler no key can be named; then any entry that runs here counts. Reads the store anew.
         """
         parts = self.choice.key_parts(bucket)
         if parts is None:
             return self.best(bucket)
-        answer = self.store.check(self.store.look(self.choice.family, key.digest(parts), parts))
-        return self._fit(answer) if answer.status is Status.WARM else answer
+        return self.store.check(self.store.look(self.choice.family, key.digest(parts), parts))
 
     def reasons(self) -> list[Answer]:
-        """Return every entry of the family that cannot be used, whatever its bucket."""
+        """Return every entry of the family that cannot be used, whatever its bucket, then what others differ in."""
         lacking = [answer for answers in self.ranked.values() for answer in answers if answer.status is not Status.WARM]
-        return [*lacking, *self.unreadable]
+        others = [Answer(Status.ABSENT, "", why=self._why_absent(bucket)) for bucket in sorted(self._alike)]
+        return [*lacking, *self.unreadable, *others]
 
     def _fit(self, answer: Answer) -> Answer:
         assert answer.manifest is not None
         lack = self.choice.compiler.unmet(answer.manifest.requires)
-        return Answer(Status.INCOMPATIBLE, answer.key, answer.manifest, lack) if lack else answer
+        if lack is None:
+            return answer
+        # building it once more for the target that was named would be a hit
+        hint = "run it where that is, or leave --target out" if self.choice.only_target else None
+        return Answer(Status.INCOMPATIBLE, answer.key, answer.manifest, lack, hint)
 
     def _preference(self, answer: Answer) -> tuple[Any, ...]:
         """Order entries: runs here, own compiler, most specialised target, newest compiler, then key."""

@@ -236,7 +236,9 @@ def test_the_report_is_plain_json():
 
 
 def test_a_request_survives_its_journey():
-    request = BuildRequest("inductor", GPT2_SIZES["gpt2"], Bucket(2, 8), "float32", "native", {"attention": "sdpa"})
+    request = BuildRequest(
+        "inductor", GPT2_SIZES["gpt2"], Bucket(2, 8), "float32", "native", {"attention": "sdpa"}, "0" * 64
+    )
 
     assert BuildRequest.from_json(request.to_json()) == request
     assert dataclasses.replace(request, dtype="bfloat16") != request
@@ -327,7 +329,8 @@ def demo_choice(dtype="float32"):
 
 
 def pinned_families() -> set[str]:
-    return set(Plans(demo_choice().store).load("demo").families)
+    plans = Plans(demo_choice().store)
+    return {family for name in plans.names() for family in plans.load(name).families}
 
 
 def test_a_plan_names_the_families_whose_buckets_are_in_use():

@@ -68,7 +68,7 @@ def entry(**changes: object) -> dict:
 
 def test_golden_family_and_key():
     assert key.digest(family()) == "636e2ca752c664aadeb67978a70adac23db8efaa3febf651d1c143545b6a7624"
-    assert key.digest(entry()) == "60941980e78f0c1da0c524376037461a29de7d8bd9bb76edc761a3a1f28546f8"
+    assert key.digest(entry()) == "5255c346fbf38c9c6b870f5125e41379adc6c6d8c55d922d317d387565588902"
 
 
 @pytest.mark.parametrize("part", FAMILY)
@@ -243,7 +243,7 @@ print(json.dumps(names))
 
 
 def test_every_module_imported_while_compiling_is_hashed_or_named_here(tmp_path):
-    arch = Architecture(1, 1, 8, 32, 8, 11)
+    arch = Architecture(1, 1, 16, 64, 8, 11)  # at 8 wide, Inductor gives NaN (torch 2.13): the gate refuses
     backend = backend_for("inductor")
     request = BuildRequest(
         "inductor", arch, Bucket(1, 4), "float32", backend.target(None), backend.lowering(),

@@ -19,8 +19,8 @@ def report(tokens: int = 1) -> Report:
 
 
 def test_what_was_saved_is_loaded_with_the_time_it_ended():
-    last_run.save(report(1))
-    last_run.save(report(2))
+    last_run.save(report(1).to_json())
+    last_run.save(report(2).to_json())
 
     run = last_run.load()
 
@@ -38,7 +38,7 @@ def test_before_the_first_run_the_way_to_one_is_named():
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"ended": 1}', "[" * 100_000, '{"steps": NaN}'])
 def test_a_damaged_file_is_said_in_one_sentence(content):
-    last_run.save(report())
+    last_run.save(report().to_json())
     (settings.local_dir() / "last-run.json").write_text(content)
 
     with pytest.raises(BucketsError, match="cannot be read"):
@@ -49,7 +49,7 @@ def test_a_place_that_cannot_be_written_fails_no_run(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NANOGPT_BUCKETS_LOCAL_DIR", str(tmp_path / "file"))
 
-    last_run.save(report())
+    last_run.save(report().to_json())
 
     assert Path(tmp_path / "file").read_text() == ""
 
@@ -68,7 +68,7 @@ def test_an_engine_leaves_its_counters_when_it_is_closed_and_only_then(demo_cach
 
 
 def test_an_engine_that_ran_nothing_leaves_the_report_before(demo_cache):
-    last_run.save(report())
+    last_run.save(report().to_json())
 
     Engine.load("demo", cache_dir=demo_cache).close()
 

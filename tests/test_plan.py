@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_buckets.errors import PlanError
+from nanogpt_buckets.errors import IncompatibleEntry, PlanError
 from nanogpt_buckets.model.architecture import GPT2_SIZES
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
@@ -68,19 +68,37 @@ def test_a_plan_survives_json():
         None,
         [],
         {},
-        {"format": 2, "buckets": []},
         {"format": 1},
         {"format": 1, "buckets": []},
         {"format": 1, "buckets": [3]},
         {"format": 1, "buckets": [{"seq_len": 8}]},
-        {"format": 1, "buckets": [{"seq_len": 8, "batch_size": 1, "extra": 1}]},
         {"format": 1, "buckets": [{"seq_len": 0, "batch_size": 1}]},
-        {"format": 1, "buckets": [{"seq_len": 8, "batch_size": 1}], "extra": 1},
+        {"format": "2", "buckets": [{"seq_len": 8, "batch_size": 1}]},
+        {"format": True, "buckets": [{"seq_len": 8, "batch_size": 1}]},
     ],
 )
 def test_what_is_no_plan_is_refused(data):
     with pytest.raises(PlanError):
         Plan.from_json(data)
+
+
+BUCKET = {"seq_len": 8, "batch_size": 1}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"format": 2, "rungs": []},
+        {"format": 1, "buckets": [BUCKET], "extra": 1},
+        {"format": 1, "buckets": [BUCKET | {"extra": 1}]},
+        {"format": 1, "buckets": [BUCKET | {"step": "speculate"}]},
+    ],
+)
+def test_what_a_newer_release_wrote_is_no_users_mistake(data):
+    with pytest.raises(IncompatibleEntry, match="newer release") as error:
+        Plan.from_json(data)
+
+    assert "left alone" in error.value.hint
 
 
 @given(st.integers(1, 4096))

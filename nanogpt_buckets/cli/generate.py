@@ -41,7 +41,7 @@ _PARTING = "---------------"
 @output_options
 def generate(
     prompt: str | None, start: str | None, model: str, init_from: str | None, out_dir: Path | None, options: Options,
-    cached_only: bool, compiled: bool, as_json: bool, device: str, cores: int, tokenizer: str | None, num_samples: int,
+    cached_only: bool, compiled: bool, as_json: bool, device: str, tokenizer: str | None, num_samples: int,
     max_new_tokens: int, stop: tuple[str, ...], plain_text: bool, sampling: SamplingOptions,
 ) -> None:  # fmt: skip
     """Continue PROMPT and print both. `FILE:prompt.txt` reads a file, `-` reads standard input.
@@ -52,7 +52,8 @@ def generate(
     Example: nanogpt-buckets generate "ROMEO:" --model demo --max-new-tokens 200 --seed 1337
     """
     text = _prompt(prompt, start)
-    options |= {"cores": cores} if compiled else {"cores": cores, "backend": EAGER}
+    if not compiled:
+        options["backend"] = EAGER
     if init_from == "resume" or (out_dir is not None and init_from is None):
         model = str((out_dir or Path("out")) / "ckpt.pt")
     elif init_from is not None:

@@ -185,7 +185,7 @@ class Engine:
         """Let go of buckets and weights and keep the counters as this node's last run; the engine is then of no use."""
         with self._lock:
             if self._report.steps and not self._buckets.closed:
-                last_run.save(self._report)
+                last_run.save(self._report.to_json())
             self._buckets.close()
 
     def __enter__(self) -> Engine:

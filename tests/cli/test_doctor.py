@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from nanogpt_buckets import __version__, doctor, settings
-from nanogpt_buckets.backends import host, inductor
+from nanogpt_buckets.backends import host
+from nanogpt_buckets.backends.inductor import backend as inductor
 from nanogpt_buckets.cli import main
 from nanogpt_buckets.mounts import Mount
 

@@ -110,7 +110,7 @@ MODELS = {
     "half a head": wrong(folder(**{**GPT2, "n_head": 3}), code=1, said="not a multiple of its n_head 3", hint="gpt2"),
     "folder without config": wrong(empty_folder, code=1, said="empty", hint="config.json"),
     "config no JSON": wrong(
-        lambda d: str(Path(in_file("config.json", b"{")(d)).parent), code=1, said="not JSON", hint="nothing of it"
+        lambda d: str(Path(in_file("config.json", b"{")(d)).parent), code=1, said="not plain JSON", hint="nothing of it"
     ),
 }
 
@@ -145,17 +145,17 @@ WRONG = {
     "seq and plan": wrong(*BUILD, "--seq=32", "--plan=p.json", code=2, said="twice", hint="one of them"),
     "plan missing": wrong(*BUILD, "--plan=/no/plan.json", code=2, said="cannot be read", hint="build --help"),
     "plan no JSON": wrong(
-        *BUILD, "--plan", in_file("p.json", b"{"), code=2, said="is not JSON", hint="build --help"
+        *BUILD, "--plan", in_file("p.json", b"{"), code=2, said="is not plain JSON", hint="build --help"
     ),
-    "plan no text": wrong(*BUILD, "--plan", in_file("p.json", b"\xff"), code=2, said="not JSON", hint="build --help"),
-    "plan no plan": wrong(*BUILD, "--plan", in_file("p.json", b"[]"), code=2, said="not a plan", hint="build --help"),
+    "plan no text": wrong(*BUILD, "--plan", in_file("p.json", b"\xff"), code=2, said="not plain JSON", hint="build --help"),
+    "plan no plan": wrong(*BUILD, "--plan", in_file("p.json", b"[]"), code=2, said="not a JSON object", hint="build --help"),
     "plan with bucket 0": wrong(
         *BUILD, "--plan", a_plan(seq_len=0),
         code=2, said="seq_len is 0", hint="build --help",
     ),
     "plan with another step": wrong(
         *BUILD, "--plan", a_plan(step="decode"),
-        code=2, said="'decode'", hint="recompute",
+        code=7, said="has a step 'decode'", hint="update nanogpt-buckets",
     ),
     "nothing to have a status": wrong(*STATUS, code=1, said="nothing is built or planned", hint="--seq"),
     "status of no buckets": wrong(*STATUS, "--backend=eager", code=2, said="compiles nothing", hint="--backend"),
