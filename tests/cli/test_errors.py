@@ -147,8 +147,12 @@ WRONG = {
     "plan no JSON": wrong(
         *BUILD, "--plan", in_file("p.json", b"{"), code=2, said="is not plain JSON", hint="build --help"
     ),
-    "plan no text": wrong(*BUILD, "--plan", in_file("p.json", b"\xff"), code=2, said="not plain JSON", hint="build --help"),
-    "plan no plan": wrong(*BUILD, "--plan", in_file("p.json", b"[]"), code=2, said="not a JSON object", hint="build --help"),
+    "plan no text": wrong(
+        *BUILD, "--plan", in_file("p.json", b"\xff"), code=2, said="not plain JSON", hint="build --help"
+    ),
+    "plan no plan": wrong(
+        *BUILD, "--plan", in_file("p.json", b"[]"), code=2, said="not a JSON object", hint="build --help"
+    ),
     "plan with bucket 0": wrong(
         *BUILD, "--plan", a_plan(seq_len=0),
         code=2, said="seq_len is 0", hint="build --help",
