@@ -22,6 +22,7 @@ from nanogpt_buckets.model.checkpoint import Model, open_model
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.values import shown
 
 EAGER = "eager"
 
@@ -225,7 +226,7 @@ def choose(
         ModelError: the model cannot be used.
     """
     if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is unknown", hint=f"dtypes: {', '.join(DTYPES)}")
+        raise UsageError(f"dtype {shown(dtype)} is unknown", hint=f"dtypes: {', '.join(DTYPES)}")
     chosen = None
     if backend == EAGER:
         backends.refuse_neuron_only(EAGER, target, compiler_args, cores)

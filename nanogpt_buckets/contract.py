@@ -6,6 +6,7 @@ nothing of steps or compilers. Imports torch only for type checkers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -109,10 +110,33 @@ class Executable:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the step once."""
+        refuse_forked(running=True)
         self.interface.check_inputs(tensors)
         outputs = tuple(self._run(*tensors))
         self.interface.check_outputs(outputs)
         return outputs
+
+
+_ran_in: set[int] = set()  # processes that have run a step: this one, or one it was forked from
+
+
+def refuse_forked(running: bool = False) -> None:
+    """Refuse to run in a process forked from one that has run a step: OpenMP would wait for threads that are not here.
+
+    Args:
+        running: this process is about to run one.
+
+    Raises:
+        UsageError: this is such a process.
+    """
+    process = os.getpid()
+    if _ran_in - {process}:
+        raise UsageError(
+            "this process was forked from one that has run buckets, whose threads did not come along",
+            hint="start processes with multiprocessing.get_context('spawn'), or fork before the first run",
+        )
+    if running:
+        _ran_in.add(process)
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -13,12 +13,13 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
-    "errors", "versions", "mounts", "files", "settings", "child", "key", "contract", "model", "plan", "steps",
+    "errors", "values", "versions", "mounts", "files", "settings", "child", "key", "contract", "model", "plan", "steps",
     "backends", "store", "failures", "choice", "default_plan", "selection", "builder", "last_run", "run", "measure",
     "doctor", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
     "errors",
+    "values",
     "mounts",
     "settings",
     "files",

@@ -19,6 +19,7 @@ from nanogpt_buckets.files import read_file
 from nanogpt_buckets.plan.bucket import Plan
 from nanogpt_buckets.run.options import RNGS, SamplingOptions
 from nanogpt_buckets.store.manifest import MAX_BYTES, parse
+from nanogpt_buckets.values import shown
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -34,8 +35,10 @@ class WholeNumbers(click.ParamType[tuple[int, ...]]):
             return value
         numbers = []
         for text in str(value).split(","):
-            if not text.strip().isdecimal() or not text.strip().isascii() or int(text) < 1:
-                self.fail(f"{text.strip()!r} is not a positive whole number; write for example 32,64,128", param, ctx)
+            if re.fullmatch(r"\s*0*[1-9][0-9]{0,17}\s*", text) is None:
+                self.fail(
+                    f"{shown(text.strip())} is not a positive whole number; write for example 32,64,128", param, ctx
+                )
             numbers.append(int(text))
         return tuple(numbers)
 
@@ -53,7 +56,7 @@ class _Amount(click.ParamType[float]):
         match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
         unit = self.units.get(match[2].lower()) if match else None
         if match is None or unit is None:
-            self.fail(f"{value!r} is no amount; write for example {self.example}", param, ctx)
+            self.fail(f"{shown(value)} is no amount; write for example {self.example}", param, ctx)
         return float(match[1]) * unit
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanogpt_buckets.errors import IncompatibleEntry, PlanError
+from nanogpt_buckets.values import shown, whole_number
 
 STEPS = ("recompute",)
 # So that ids, and what is counted in tokens, fit in 32 bits.
@@ -36,16 +37,17 @@ class Bucket:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "seq_len"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PlanError(f"{name} is {value!r}; it must be a positive whole number")
+            value = whole_number(getattr(self, name))
+            if value is None or value < 1:
+                raise PlanError(f"{name} is {shown(getattr(self, name))}; it must be a positive whole number")
+            object.__setattr__(self, name, value)
         if self.batch_size * self.seq_len > _MOST_TOKENS:
             raise PlanError(
-                f"a bucket of batch_size {self.batch_size} and seq_len {self.seq_len} is too large",
+                f"a bucket of batch_size {shown(self.batch_size)} and seq_len {shown(self.seq_len)} is too large",
                 hint=f"batch_size times seq_len may be {_MOST_TOKENS} at most",
             )
         if self.step not in STEPS:
-            raise PlanError(f"step {self.step!r} is unknown", hint=f"steps: {', '.join(STEPS)}")
+            raise PlanError(f"step {shown(self.step)} is unknown", hint=f"steps: {', '.join(STEPS)}")
 
     def holds(self, batch_size: int, length: int) -> bool:
         """Whether `batch_size` rows of up to `length` tokens fit; a length of exactly seq_len does."""
@@ -74,7 +76,7 @@ class Plan(Sequence[Bucket]):
         given = list(buckets) if isinstance(buckets, Iterable) else [buckets]
         if odd := [item for item in given if not isinstance(item, Bucket)]:
             raise PlanError(
-                f"{odd[0]!r} is not a Bucket", hint="Plan.grid(batch=[1], seq=[32, 64]) makes a plan of sizes"
+                f"{shown(odd[0])} is not a Bucket", hint="Plan.grid(batch=[1], seq=[32, 64]) makes a plan of sizes"
             )
         ordered = tuple(sorted(set(given)))
         if not ordered:
@@ -87,7 +89,7 @@ class Plan(Sequence[Bucket]):
         for name, sizes in (("batch", batch), ("seq", seq)):
             if not isinstance(sizes, Iterable):
                 raise PlanError(
-                    f"{name} is {sizes!r}; it must be a list of whole numbers", hint="for example seq=[32, 64]"
+                    f"{name} is {shown(sizes)}; it must be a list of whole numbers", hint="for example seq=[32, 64]"
                 )
         lengths = list(seq)
         return cls(Bucket(batch_size, seq_len) for batch_size in batch for seq_len in lengths)
@@ -142,7 +144,7 @@ class Plan(Sequence[Bucket]):
         if data["format"] != 1:
             raise _newer(f"it is of format {data['format']}, and this release knows format 1")
         if unknown := sorted(set(data) - {"format", "model", "buckets", "source", "families"}):
-            raise _newer(f"it has a field {unknown[0]!r}")
+            raise _newer(f"it has a field {shown(unknown[0])}")
         rows = data.get("buckets")
         if not isinstance(rows, list):
             raise PlanError("the plan file has no list of buckets")
@@ -156,10 +158,10 @@ def _bucket_from_json(row: Any) -> Bucket:
     if not isinstance(row, Mapping) or not {"batch_size", "seq_len"} <= set(row):
         raise PlanError(f"{row!r:.200} is not a bucket", hint='a bucket is {"step", "batch_size", "seq_len"}')
     if unknown := sorted(set(row) - {"step", "batch_size", "seq_len"}):
-        raise _newer(f"a bucket of it has a field {unknown[0]!r}")
+        raise _newer(f"a bucket of it has a field {shown(unknown[0])}")
     step = row.get("step", STEPS[0])
     if isinstance(step, str) and step not in STEPS:
-        raise _newer(f"it has a step {step!r}")
+        raise _newer(f"it has a step {shown(step)}")
     return Bucket(row["batch_size"], row["seq_len"], step)
 
 

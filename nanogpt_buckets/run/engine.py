@@ -10,7 +10,7 @@ import copy
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Unpack, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from nanogpt_buckets import last_run
 from nanogpt_buckets.builder import Listener
 from nanogpt_buckets.choice import Choice, Options, choose
+from nanogpt_buckets.contract import refuse_forked
 from nanogpt_buckets.errors import TokenizerError, UsageError
 from nanogpt_buckets.model.vocabulary import TokenizerChoice, tokenizer_for
 from nanogpt_buckets.plan.bucket import Bucket, Plan
@@ -31,6 +32,7 @@ from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.run.sampling import draw_nanogpt, draw_per_row, mask_undecodable
 from nanogpt_buckets.run.textstream import TextStream, stop_strings
 from nanogpt_buckets.steps import step_named
+from nanogpt_buckets.values import shown, whole_number
 
 
 class GenerateOptions(Options, SamplingOptions):
@@ -51,7 +53,6 @@ class Engine:
         cores = 1 if choice.backend is None else choice.backend.cores
         self._dispatcher = Dispatcher(buckets.executable, choice.cost, self._arch.block_size, report, at_once=cores)
         self._lock = threading.RLock()
-        self._process = os.getpid()
 
     @classmethod
     def load(
@@ -90,12 +91,13 @@ class Engine:
         buckets = Buckets(source, plan, report, on_miss=on_miss, on_progress=on_progress)
         engine = cls(choice, buckets, report, tokenizer)
         if not lazy:
-            buckets.load_all()
+            with engine._alone():
+                buckets.load_all()
         return engine
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         *,
         max_new_tokens: int = 100,
         stop: str | Sequence[str] | None = None,
@@ -121,7 +123,8 @@ class Engine:
             CacheMiss: no bucket that is built reaches the longest context, and none may be compiled.
         """
         how = self._sampling(sampling)
-        _check_count("num_samples", num_samples, 1)
+        num_samples = _check_count("num_samples", num_samples, 1)
+        max_new_tokens = _check_count("max_new_tokens", max_new_tokens, 0)
         many = as_prompts(prompts)
         stops = stop_strings(stop)
         rows = [
@@ -150,6 +153,7 @@ class Engine:
         Arguments are checked and coverage is settled before this returns.
         """
         how = self._sampling(sampling)
+        max_new_tokens = _check_count("max_new_tokens", max_new_tokens, 0)
         row = self._row(prompt, 0, 0, stop_strings(stop), plain_text)
         buckets = self._cover([[row]], max_new_tokens)
         return (
@@ -157,7 +161,7 @@ class Engine:
             for row, piece in self._steps([[row]], how, max_new_tokens, buckets)
         )
 
-    def logits(self, prompts: str | Sequence[Prompt]) -> Tensor:
+    def logits(self, prompts: Prompt | Iterable[Prompt]) -> Tensor:
         """Return the logits that follow each prompt; one string, or one list of token ids, is one prompt.
 
         Returns:
@@ -165,14 +169,14 @@ class Engine:
         """
         rows = [self._row(prompt, index, 0, (), False) for index, prompt in enumerate(as_prompts(prompts))]
         if not rows:
-            return torch.empty(0, self._arch.vocab_size)
+            return torch.empty(0, self._arch.vocab_size, dtype=torch.float32, device="cpu")
         buckets = self._cover([rows], 1)
         with self._timed():
             return self._dispatcher.run([row.ids for row in rows], buckets)
 
     def warmup(self) -> None:
         """Load every bucket of the plan and run each once, so that the first request pays for nothing."""
-        with self._lock:
+        with self._alone():
             for bucket in self._buckets.load_all():
                 self._buckets.executable(bucket)(*step_named(bucket.step).pack([], bucket))
 
@@ -225,11 +229,10 @@ class Engine:
 
     def _cover(self, batches: list[list[Row]], max_new_tokens: int) -> list[Bucket]:
         """Settle, before the first step, which buckets will run; the last step sees one token less than the result."""
-        _check_count("max_new_tokens", max_new_tokens, 0)
         lengths = [[len(row.ids) for row in batch] for batch in batches if batch]
         if not lengths or max_new_tokens == 0:
             return []
-        with self._lock:
+        with self._alone():
             return self._buckets.cover(lengths, max_new_tokens - 1)
 
     def _steps(
@@ -261,12 +264,26 @@ class Engine:
         ]
 
     def _timed(self) -> AbstractContextManager[None]:
-        return self._report.timed(self._lock)
+        return self._report.timed(self._alone())
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock, on the CPU whatever default device the host program has set.
+
+        Raises:
+            UsageError: the process is a fork of one that ran buckets; it is not even let near the lock.
+        """
+        refuse_forked()
+        elsewhere = torch.get_default_device().type != "cpu"
+        with self._lock, torch.device("cpu") if elsewhere else nullcontext():
+            yield
 
 
-def _check_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+def _check_count(name: str, value: object, least: int) -> int:
+    number = whole_number(value)
+    if number is None or number < least:
+        raise UsageError(f"{name} is {shown(value)}; it must be a whole number, {least} or more")
+    return number
 
 
 def generate(
@@ -300,7 +317,7 @@ def generate(
                 "this model has no tokenizer, so there is no text to return", hint="use Engine.generate"
             )
         many = isinstance(prompt, list) and all(isinstance(item, str) for item in prompt)
-        prompts = cast(Sequence[Prompt], prompt) if many else [cast(Prompt, prompt)]
+        prompts = cast(Iterable[Prompt], prompt) if many else [cast(Prompt, prompt)]
         generations = engine.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, plain_text=plain_text, **how)
     texts = [generation.text or "" for generation in generations]
     return texts if many else texts[0]

@@ -5,45 +5,56 @@ Knows nothing of buckets, logits or how tokens are chosen.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.run.textstream import TextStream
+from nanogpt_buckets.values import shown, whole_number
 
-Prompt = str | Sequence[int]
+Prompt = str | Iterable[int]
 
 
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return a list of prompts; one string, or one list of token ids, is one prompt.
+def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """Return a list of prompts; one string, or token ids in any iterable, is one prompt. Iterators are read once.
 
     Raises:
         UsageError: it is none of these.
     """
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise UsageError(f"{prompts!r} is no prompt", hint="give a string, a list of token ids, or a list of these")
-    several = list(prompts)
-    one = bool(several) and not any(isinstance(item, Iterable) for item in several)
-    return [cast(Prompt, several)] if one else cast(list[Prompt], several)
+    several = _listed(prompts)
+    if not several or isinstance(several[0], str) or whole_number(several[0]) is None:
+        return [item if isinstance(item, str) else _listed(item) for item in several]
+    return [several]
 
 
-def token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
+def _listed(items: object) -> list[Any]:
+    """Return the items of a list, an iterator, a tensor or an array; bytes, mappings and sets are none of them."""
+    if isinstance(items, bytes | bytearray | memoryview | Mapping | Set) or not isinstance(items, Iterable):
+        raise UsageError(
+            f"{shown(items)} is no prompt", hint="give a string, a list of token ids, or a list of these; decode bytes"
+        )
+    listed = items.tolist() if hasattr(items, "tolist") else list(items)
+    if not isinstance(listed, list):
+        raise UsageError(f"{shown(items)} is no prompt", hint="token ids come in a list")
+    return listed
+
+
+def token_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
     """Return token ids as plain numbers.
 
     Raises:
         UsageError: one is no whole number, or out of range.
     """
-    if not isinstance(prompt, Iterable):
-        raise UsageError(f"{prompt!r} is no prompt", hint="give a string or a list of token ids")
-    for token in prompt:
-        whole = hasattr(token, "__index__") and not isinstance(token, bool)
-        if not whole or not 0 <= token < vocab_size:
-            raise UsageError(f"token id {token!r} is not a whole number from 0 to {vocab_size - 1}")
-    return [operator.index(token) for token in prompt]
+    ids = []
+    for token in _listed(prompt):
+        number = whole_number(token)
+        if number is None or not 0 <= number < vocab_size:
+            raise UsageError(f"token id {shown(token)} is not a whole number from 0 to {vocab_size - 1}")
+        ids.append(number)
+    return ids
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from nanogpt_buckets.run.coverage import buckets_used, cheapest
 from nanogpt_buckets.run.loader import Compiled, Loader, Source
 from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.selection import explain_miss
+from nanogpt_buckets.values import shown
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Buckets:
         on_progress: Listener | None = None,
     ) -> None:
         if on_miss not in ON_MISS:
-            raise UsageError(f"on_miss {on_miss!r} is unknown", hint=f"choices: {', '.join(ON_MISS)}")
+            raise UsageError(f"on_miss {shown(on_miss)} is unknown", hint=f"choices: {', '.join(ON_MISS)}")
         self._choice = source.choice
         self._block_size = source.choice.model.architecture.block_size
         self._report = report
@@ -76,7 +77,12 @@ class Buckets:
         self._check_start()
 
     def executable(self, bucket: Bucket) -> Executable:
-        """Return what runs a bucket that `cover` returned."""
+        """Return what runs a bucket that `cover` returned.
+
+        Raises:
+            UsageError: the engine is closed.
+        """
+        self._require_open()
         return self._loader.loaded[bucket]
 
     def load_all(self) -> list[Bucket]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from nanogpt_buckets.errors import UsageError
+from nanogpt_buckets.values import real_number, shown, whole_number
 
 RNGS = ("per-row", "nanogpt")
 # Every draw writes the seed out in decimal, which Python does for so many digits only.
@@ -40,18 +41,24 @@ class Sampling:
     rng: str = "per-row"
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature is {self.temperature!r}; it must be 0 or a positive number")
-        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 0):
-            raise UsageError(f"top_k is {self.top_k!r}; it must be a whole number, 0 or None to turn it off")
-        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
-            raise UsageError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
-        if not _is_whole(self.seed):
-            raise UsageError(f"seed is {self.seed!r}; it must be a whole number")
-        if self.seed.bit_length() > _SEED_BITS:
+        temperature, seed = real_number(self.temperature), whole_number(self.seed)
+        top_k = 0 if self.top_k is None else whole_number(self.top_k)
+        top_p = 1.0 if self.top_p is None else real_number(self.top_p)
+        if temperature is None or not 0 <= temperature < math.inf:
+            raise UsageError(f"temperature is {shown(self.temperature)}; it must be 0 or a positive number")
+        if top_k is None or top_k < 0:
+            raise UsageError(f"top_k is {shown(self.top_k)}; it must be a whole number, 0 or None to turn it off")
+        if top_p is None or not 0 < top_p <= 1:
+            raise UsageError(f"top_p is {shown(self.top_p)}; it must be above 0 and at most 1")
+        if seed is None:
+            raise UsageError(f"seed is {shown(self.seed)}; it must be a whole number")
+        if seed.bit_length() > _SEED_BITS:
             raise UsageError(f"the seed is too large; it must be below 2 to the power of {_SEED_BITS}")
         if self.rng not in RNGS:
-            raise UsageError(f"rng {self.rng!r} is unknown", hint=f"generators: {', '.join(RNGS)}")
+            raise UsageError(f"rng {shown(self.rng)} is unknown", hint=f"generators: {', '.join(RNGS)}")
+        plain = {"temperature": temperature, "seed": seed, "top_k": top_k or None}
+        for name, value in (plain | {"top_p": None if self.top_p is None else top_p}).items():
+            object.__setattr__(self, name, value)
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -72,11 +79,3 @@ def sampling_of(options: SamplingOptions) -> Sampling:
     """
     given: dict[str, Any] = {name: value for name, value in options.items() if (name, value) != ("seed", None)}
     return Sampling(**given)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
