@@ -146,7 +146,7 @@ class Plans:
         path = self._path(name)
         check_location(self._store.root, path.parent)
         try:
-            return parse(read_file(path, limit=MAX_BYTES), f"plan {name!r}")
+            return parse(read_file(path, limit=MAX_BYTES), f"plan {name} in {self._store.root}")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

@@ -1,18 +1,13 @@
-"""Grouping is compared with trying every partition; padding and cropping with their definitions."""
+"""Grouping is compared with trying every partition, and the buckets a run uses with walking through it."""
 
 import itertools
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_buckets.errors import NonFiniteLogits
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.run.coverage import cheapest, group
-from nanogpt_buckets.run.dispatch import Dispatcher
-from nanogpt_buckets.run.report import Report
-from nanogpt_buckets.steps import step_named
+from nanogpt_buckets.run.coverage import buckets_used, cheapest, group
 
 
 def area(bucket: Bucket) -> int:
@@ -78,53 +73,24 @@ def test_grouping_costs_no_more_than_any_partition(lengths, buckets, overhead):
     assert all(bucket.holds(len(rows), max(lengths[r] for r in rows)) for bucket, rows in found)
 
 
-def test_padding_is_on_the_right_and_padding_rows_are_valid():
-    input_ids, last_index = step_named("recompute").pack([[5, 6, 7], [8]], Bucket(3, 4))
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), buckets_strategy, st.integers(0, 20), st.integers(1, 12))
+def test_the_buckets_used_are_those_a_run_meets_step_by_step(lengths, buckets, more, block_size):
+    buckets = [*buckets, Bucket(1, 12)]
+    lengths = [min(length, block_size) for length in lengths]
+    met = {
+        bucket
+        for grown in range(more + 1)
+        for bucket, _ in group([min(n + grown, block_size) for n in lengths], buckets, area)
+    }
 
-    assert input_ids.tolist() == [[5, 6, 7, 0], [8, 0, 0, 0], [0, 0, 0, 0]]
-    assert last_index.tolist() == [2, 0, 0]
-    assert input_ids.dtype == last_index.dtype == torch.int32
-
-
-def echo(input_ids, last_index):
-    """Return the last real token and the row's first token as two 'logits' of one output."""
-    last = input_ids[torch.arange(len(input_ids)), last_index]
-    return (torch.stack([last, input_ids[:, 0]], dim=1).float(),)
-
-
-def test_order_is_restored_and_padding_rows_are_dropped():
-    report = Report("eager", "m")
-    dispatcher = Dispatcher(lambda bucket: echo, area, 8, report)
-
-    logits = dispatcher.run([[1, 2, 3, 4, 5], [6], [7, 8]], [Bucket(2, 4), Bucket(1, 8)])
-
-    assert logits.tolist() == [[5, 1], [6, 6], [8, 7]]
-    assert report.real_tokens == 8
-    assert report.padded_tokens == 8 + 8 - 8
+    assert buckets_used(lengths, more, buckets, area, block_size) == met
 
 
-def test_long_contexts_are_cropped_to_their_last_block_size_tokens():
-    report = Report("eager", "m")
-
-    logits = Dispatcher(lambda bucket: echo, area, 3, report).run([[1, 2, 3, 4, 5]], [Bucket(1, 3)])
-
-    assert logits.tolist() == [[5, 3]]
-    assert report.crops == 1
+def test_what_outgrows_every_bucket_is_not_covered_by_less():
+    with pytest.raises(ValueError, match="no bucket holds 9"):
+        buckets_used([7], 2, [Bucket(1, 8)], area, 100)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_not_finite_name_the_bucket(value):
-    dispatcher = Dispatcher(lambda b: lambda i, n: (torch.full((1, 2), value),), area, 8, Report("eager", "m"))
-
-    with pytest.raises(NonFiniteLogits, match="bucket 1x8"):
-        dispatcher.run([[1]], [Bucket(1, 8)])
-
-
-def test_switches_count_changes_of_bucket():
-    report = Report("eager", "m")
-    dispatcher = Dispatcher(lambda bucket: echo, area, 8, report)
-    for n in (3, 4, 5, 6, 4):
-        dispatcher.run([[1] * n], [Bucket(1, 4), Bucket(1, 8)])
-
-    assert report.switches == 2
-    assert 0 < report.waste < 1
+def test_a_run_of_any_length_is_settled_at_once():
+    assert buckets_used([1], 10**30, [Bucket(1, 4), Bucket(1, 8)], area, 8) == {Bucket(1, 4), Bucket(1, 8)}

@@ -1,0 +1,122 @@
+"""Loading with a fake backend: which entry becomes an executable, what is checked once, what is tried again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fake import choice_of, damage, publish
+
+from nanogpt_buckets.errors import CorruptEntry, GateFailed, IncompatibleEntry, TransientError
+from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.run.loader import Compiled, Loader, Uncompiled
+from nanogpt_buckets.steps import gate, step_named
+
+B8, B16 = Bucket(1, 8), Bucket(1, 16)
+
+
+@pytest.fixture
+def choose(odd_folder, tmp_path):
+    return lambda **options: choice_of(odd_folder, tmp_path / "store", **options)
+
+
+def test_the_best_entry_that_can_be_opened_is_loaded(choose):
+    publish(choose(target="best"), B8, "refuses")
+    publish(choose(target="good"), B8, "runs")
+    publish(choose(target="any"), B8, "never asked")
+    loader = Loader(Compiled(choose()))
+
+    assert loader.load(B8)
+    assert loader.source.choice.backend.opened == ["runs"]
+
+
+def test_what_cannot_be_opened_is_refused_once_and_not_tried_again(choose):
+    publish(choose(), B8, "refuses")
+    loader = Loader(Compiled(choose()))
+
+    assert not loader.load(B8)
+    assert type(loader.refused[B8]) is IncompatibleEntry
+    assert loader.available([B8]) == []
+    loader.forgive()
+    assert loader.available([B8]) == []
+    loader.forgive([B8])
+    assert loader.available([B8]) == [B8]
+
+
+def test_damaged_code_is_named_with_the_command_that_replaces_it(choose):
+    choice = choose()
+    damage(choice, publish(choice, B8))
+    loader = Loader(Compiled(choice))
+
+    assert not loader.load(B8)
+    assert type(loader.refused[B8]) is CorruptEntry
+    assert "nanogpt-buckets build" in loader.refused[B8].hint
+
+
+def test_a_reason_that_may_pass_is_forgiven(choose):
+    choice = choose()
+    publish(choice, B8)
+    loader = Loader(Compiled(choice))
+    choice.backend.full = True
+    assert not loader.load(B8)
+    assert type(loader.refused[B8]) is TransientError
+
+    choice.backend.full = False
+    loader.forgive()
+
+    assert loader.available([B8]) == [B8]
+    assert loader.load(B8)
+
+
+def test_code_that_computes_something_else_is_not_run(choose):
+    publish(choose(), B8, "wrong")
+
+    with pytest.raises(GateFailed):
+        Compiled(choose()).open(B8)
+
+
+CHECKS = {
+    "checked where it was built": ({"version": gate.VERSION}, "canary"),
+    "checked by an older gate": ({"version": gate.VERSION - 1}, "check"),
+    "from before gates had versions": ({"lengths": [1]}, "check"),
+    "built without a device": ({"version": gate.VERSION, "deferred": "no device"}, "check"),
+}
+
+
+@pytest.mark.parametrize(("record", "wanted"), CHECKS.values(), ids=CHECKS)
+def test_weights_and_code_are_compared_once_on_a_node(choose, monkeypatch, record, wanted):
+    asked = []
+    for name in ("check", "canary"):
+        real = getattr(gate, name)
+        monkeypatch.setattr(gate, name, lambda *a, n=name, real=real, **k: asked.append(n) or real(*a, **k))
+    publish(choose(), B8, gate=record)
+
+    for _ in range(2):
+        Compiled(choose()).open(B8)
+
+    assert asked == [wanted]
+
+
+def test_closing_lets_go_of_code_and_weights(choose):
+    choice = choose()
+    publish(choice, B8)
+    publish(choice, B16, "more")
+    loader = Loader(Compiled(choice))
+    assert [loader.load(bucket) for bucket in (B8, B16)] == [True, True]
+
+    loader.close()
+
+    assert choice.backend.closed == ["code", "more"]
+    assert loader.loaded == {}
+    assert "weights" not in vars(loader.source)
+
+
+def test_uncompiled_steps_are_a_source_of_every_bucket(choose):
+    choice = choose()
+    source = Uncompiled(choice)
+    publish(choice, B8)
+
+    inputs = step_named("recompute").pack([[1, 2, 3]], B8)
+    (eager,), (loaded,) = source.open(B8)(*inputs), Compiled(choice).open(B8)(*inputs)
+
+    assert source.has(Bucket(7, 99))
+    assert torch.equal(eager, loaded)
