@@ -94,6 +94,7 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with a documented code."""
+    output.open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
@@ -122,6 +123,13 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         output.error(error)
         sys.exit(error.exit_code)
+    except (OSError, MemoryError) as error:  # a full disk or a limit reached where nobody expected it
+        if os.environ.get(_DEBUG_VARIABLE):
+            raise
+        output.flush_or_forget()
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        output.error(BucketsError(f"the system refused: {reason}", hint="nanogpt-buckets doctor looks for the cause"))
+        sys.exit(1)
     except Exception as error:
         if os.environ.get(_DEBUG_VARIABLE):
             raise

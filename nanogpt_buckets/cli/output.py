@@ -5,6 +5,7 @@ rich is imported only where a person watches a terminal.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -73,6 +74,29 @@ def put(text: str) -> None:
         ) from None
 
 
+def open_closed_streams() -> None:
+    """Give a standard stream that was closed its number back, before a file of the cache gets it.
+
+    Then nothing can be read or written there, except that what goes to stderr vanishes, as asked.
+    """
+    kinds = (("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w"))
+    for number, (name, flags, mode) in enumerate(kinds):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, flags)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, os.fdopen(number, mode, errors="replace", closefd=False))
+
+
+def flush_or_forget() -> None:
+    """Write what stdout still holds, if it can be."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        forget_stdout()
+
+
 def forget_stdout() -> None:
     """Keep the interpreter from trying at exit to write what could not be written."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -91,8 +115,9 @@ def say(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """Tell something that even those who want quiet must know."""
-    print(text, file=sys.stderr, flush=True)
+    """Tell something that even those who want quiet must know; where stderr is full or gone nobody can be told."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def error(problem: BucketsError) -> None:
