@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from nanogpt_buckets import mounts, settings
-from nanogpt_buckets.errors import UntrustedStore
+from nanogpt_buckets import mounts, node, settings
+from nanogpt_buckets.errors import UntrustedStore, UsageError
 
 TABLE = r"""
 22 1 0:21 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
@@ -68,16 +68,31 @@ def test_a_home_on_a_network_file_system_keeps_node_data_in_a_private_temporary_
     monkeypatch.setenv("XDG_CACHE_HOME", "/home/me/.cache")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-    path = settings.local_dir()
+    path = node.folder(make=True)
 
     assert path == tmp_path / f"nanogpt-buckets-{os.getuid()}"
     assert path.stat().st_mode & 0o777 == 0o700
-    path.chmod(0o755)
-    with pytest.raises(UntrustedStore, match="private"):
-        settings.local_dir()
+    path.chmod(0o775)
+    with pytest.raises(UntrustedStore, match="written by others"):
+        node.folder()
 
 
 def test_a_local_directory_that_was_named_is_taken_wherever_it_is(table, monkeypatch):
     monkeypatch.setenv("NANOGPT_BUCKETS_LOCAL_DIR", "/home/me/local")
 
-    assert str(settings.local_dir()) == "/home/me/local"
+    assert str(node.directory()) == "/home/me/local"
+
+
+@pytest.mark.parametrize("home", ["~nosuchuser/x", None])
+def test_a_home_that_nobody_knows_is_a_usage_error(home, monkeypatch):
+    if home is None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    for variable in (settings.CACHE_DIR_VARIABLE, settings.LOCAL_DIR_VARIABLE):
+        monkeypatch.setenv(variable, home) if home else monkeypatch.delenv(variable)
+
+    for find in (settings.cache_dir, node.directory, lambda: settings.cache_dir(home or "~/x")):
+        with pytest.raises(UsageError, match="home directory that cannot be found") as caught:
+            find()
+        assert "_DIR" in caught.value.hint
