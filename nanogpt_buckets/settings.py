@@ -41,15 +41,7 @@ def cache_dir_option(directory: Path) -> str:
 
 
 def expanded(path: str | os.PathLike[str], said: str) -> Path:
-    """Return a path with "~" expanded, absolute.
-
-    Args:
-        path: as the user wrote it.
-        said: the option or variable that names it, for the message.
-
-    Raises:
-        UsageError: nobody knows whose home is meant.
-    """
+    """Return a path with "~" expanded, absolute; a UsageError about the option it was `said` in if that cannot be."""
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:

@@ -8,9 +8,9 @@ each distinct content keeps its own file until the process ends. Knows nothing o
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
-import logging
 import os
 import threading
 import uuid
@@ -18,8 +18,6 @@ import uuid
 from nanogpt_buckets import node
 from nanogpt_buckets.files import unlink, write_new
 from nanogpt_buckets.node.prune import LIBRARIES
-
-log = logging.getLogger(__name__)
 
 _paths: dict[str, str] = {}
 _lock = threading.Lock()
@@ -38,9 +36,6 @@ def library_path(content: bytes) -> str:
 
     Args:
         content: a shared library's verified bytes.
-
-    Raises:
-        CacheError: there are no anonymous files, and this node's directory cannot be written or is not private.
     """
     digest = hashlib.sha256(content).hexdigest()
     with _lock:
@@ -50,20 +45,19 @@ def library_path(content: bytes) -> str:
 
 
 def _sealed_memory(content: bytes, digest: str) -> str | None:
-    descriptor = -1
     try:
         descriptor = os.memfd_create(digest[:16], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         path = f"/proc/self/fd/{descriptor}"
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(content)
-        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-        os.stat(path)  # /proc may not be there
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, descriptor)
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(content)
+            seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+            os.stat(path)  # there may be no /proc
+            undo.pop_all()
         return path
-    except (AttributeError, OSError) as error:  # no such call, forbidden, or no memory left
-        log.info("no sealed anonymous file: %s", error)
-        if descriptor >= 0:
-            os.close(descriptor)
+    except (AttributeError, OSError):  # no such call, forbidden, or no memory left
         return None
 
 

@@ -63,14 +63,11 @@ class Model:
             raise UsageError(f"dtype {dtype!r} is not one of {', '.join(convert.DTYPES)}")
         source = self._source()
         known = prepared.recall(source, dtype)
-        if known is not None and known.architecture == self.architecture:
-            weights = prepared.mapped(known.digest, self.architecture, dtype)
-            if weights is not None:
-                return weights
-        if not source.exists():
-            raise ModelNotFound(f"{source} is gone, and with it what the weights of {self.name} are prepared from")
-        digest = self._prepare(source, dtype)
-        weights = prepared.mapped(digest, self.architecture, dtype)
+        fits = known is not None and known.architecture == self.architecture
+        weights = prepared.mapped(known.digest, self.architecture, dtype) if known and fits else None
+        if weights is None:
+            digest = self._prepare(source, dtype)
+            weights = prepared.mapped(digest, self.architecture, dtype)
         if weights is None:
             raise errors.CacheError(f"the prepared weights {digest} cannot be read back")
         return weights
@@ -81,6 +78,8 @@ class Model:
         return self.path or _DEMO
 
     def _prepare(self, source: Path, dtype: str) -> str:
+        if not source.exists():
+            raise ModelNotFound(f"{source} is gone, and with it what the weights of {self.name} are prepared from")
         if self.kind == "nanogpt" and dtype == "float32":
             known = _convert(source)
             if known.architecture != self.architecture:

@@ -126,11 +126,7 @@ def digest_of(
 ) -> str:
     """Return the weights digest: sha256 over the sorted tensors, each as one line of JSON and little-endian bytes.
 
-    Args:
-        arch: says which tensors there are; their shapes have been checked.
-        dtype: "float32" or "bfloat16".
-        read: canonical name -> tensor of any floating dtype.
-        write: given the bytes of each.
+    For the arguments see `write_prepared`; `write` is given the bytes of each tensor.
     """
     digest = hashlib.sha256()
     for name, shape in sorted(canonical_shapes(arch)):
