@@ -5,6 +5,7 @@ Says where the cache directory is; node/ says where this node's is. Knows nothin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from pathlib import Path
@@ -37,7 +38,10 @@ def cache_dir(argument: str | os.PathLike[str] | None = None) -> Path:
 
 def cache_dir_option(directory: Path) -> str:
     """Return what to add to a command so that it uses this directory, with a blank before it; "" if it does anyway."""
-    return "" if directory == cache_dir() else f" --cache-dir {shlex.quote(str(directory))}"
+    with contextlib.suppress(UsageError):  # there may be no default
+        if directory == cache_dir():
+            return ""
+    return f" --cache-dir {shlex.quote(str(directory))}"
 
 
 def expanded(path: str | os.PathLike[str], said: str) -> Path:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +99,37 @@ def test_a_home_that_nobody_knows_is_a_usage_error(home, monkeypatch):
         with pytest.raises(UsageError, match="home directory that cannot be found") as caught:
             find()
         assert "_DIR" in caught.value.hint
+    assert settings.cache_dir_option(Path("/x y")) == " --cache-dir '/x y'"
+
+
+HOMELESS = """
+import os, sys
+from nanogpt_buckets.cli import main
+os.setreuid(54321, 0)  # still root, but whose home nobody knows
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("cache dir", "--cache-dir"),
+        ("cache prune", "--cache-dir"),
+        ("status --model=demo --seq=16", "--cache-dir"),
+        ("doctor", "--cache-dir"),
+        ("report", "NANOGPT_BUCKETS_LOCAL_DIR"),
+        ("generate a --model=demo --backend=eager --cache-dir=/nowhere", "NANOGPT_BUCKETS_LOCAL_DIR"),
+        ("build --model=demo --seq=16 --cache-dir=~nosuchuser/x", "--cache-dir"),
+        ("build --model=demo --plan=~nosuchuser/x", "--plan"),
+    ],
+)
+def test_without_a_home_commands_say_in_one_sentence_what_to_name(arguments, said):
+    kept = {
+        name: value for name, value in os.environ.items() if name != "HOME" and not name.startswith(("XDG", "NANO"))
+    }
+    run = subprocess.run([sys.executable, "-c", HOMELESS, *arguments.split()], env=kept, capture_output=True, text=True)
+
+    assert (run.returncode, run.stdout) == (2, "")
+    error, hint = run.stderr.splitlines()
+    assert error.endswith("is below a home directory that cannot be found")
+    assert hint.startswith(f"hint: give a full path in {said}")
