@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_buckets import Report, node
+from nanogpt_buckets import Engine, Report, node
+from nanogpt_buckets.cli import main
 from nanogpt_buckets.errors import (
     BucketsError,
     CacheError,
@@ -22,6 +23,7 @@ from nanogpt_buckets.files import remove
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.node import failures, last_run, prune, records, sources
 from nanogpt_buckets.node.records import FAILURES, LAST_RUN, MARKS, SOURCES, VERIFIED, Kind
+from nanogpt_buckets.steps import gate
 
 DIGEST = "ab" * 32
 USES = [
@@ -280,3 +282,40 @@ def test_weights_that_were_replaced_go_in_every_dtype_unless_another_source_has_
     note(tmp_path / "two", "b")
     assert not old.exists()
     assert VERIFIED.find("a" * 64) is None
+
+
+def test_cache_prune_shows_and_deletes_what_is_of_no_use_here_too(root, tmp_path, capsys, monkeypatch):
+    def run(*arguments: str) -> tuple[int, dict, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["cache", "prune", "--json", "--cache-dir", str(tmp_path / "cache"), *arguments])
+        out, err = capsys.readouterr()
+        return end.value.code, json.loads(out), err
+
+    path = weights("d")
+    code, shown, _ = run("--dry-run")
+    assert (code, [row["what"] for row in shown["files"]], path.exists()) == (0, ["weights", "leftover"], True)
+    code, done, _ = run("--yes")
+    assert (code, done["freed"], path.exists()) == (0, shown["bytes"], False)
+    root.chmod(0o777)
+    code, left, err = run("--yes")
+    assert (code, left["files"]) == (0, [])
+    assert "left alone" in err
+
+
+def test_a_bucket_is_compared_once_with_these_weights_and_again_by_another_gate(demo_cache, monkeypatch):
+    calls = []
+    for name in ("check", "canary"):
+        real = getattr(gate, name)
+        monkeypatch.setattr(gate, name, lambda *a, _real=real, _name=name, **k: calls.append(_name) or _real(*a, **k))
+
+    def load() -> list[str]:
+        calls.clear()
+        with Engine.load("demo", cache_dir=demo_cache) as engine:
+            engine.warmup()
+        return list(calls)
+
+    assert load() == ["canary", "canary"]
+    assert load() == []
+    monkeypatch.setattr(gate, "VERSION", gate.VERSION + 1)
+    assert load() == ["check", "check"]
+    assert load() == []
