@@ -100,11 +100,10 @@ def _machine() -> Iterator[Finding]:
     yield _load()
     yield Finding("machine", "memory", f"{host.available_memory_bytes() / 1e9:.1f} GB available")
     if memfile.in_memory():
-        yield Finding(
-            "machine", "libraries from memory", "yes: a noexec cache works, nothing can change after the check"
-        )
+        text = "yes: a noexec cache works, nothing can change after the check"
+        yield Finding("machine", "libraries from memory", text)
     else:
-        hint = "libraries are loaded from private copies in the local directory, which must allow execution"
+        hint = "libraries are loaded from private copies in this node's directory, which must allow execution"
         yield Finding("machine", "libraries from memory", "no", Verdict.WARNING, hint)
 
 
@@ -251,14 +250,10 @@ def _content(store: LocalStore) -> Finding:
 def _node() -> Iterator[Finding]:
     try:
         path = node.directory()
-    except BucketsError as error:
-        yield Finding("node", "directory", error.message, Verdict.PROBLEM, error.hint or "")
-        return
-    yield from _directory("node", path, needed_to="preparing weights")
-    if mount_of(path).network:
-        hint = f"name a directory on this machine's own disk in {settings.LOCAL_DIR_VARIABLE}"
-        yield Finding("node", "place", "shared over a network", Verdict.WARNING, hint)
-    try:
+        yield from _directory("node", path, needed_to="preparing weights")
+        if mount_of(path).network:
+            hint = f"name a directory on this machine's own disk in {settings.LOCAL_DIR_VARIABLE}"
+            yield Finding("node", "place", "shared over a network", Verdict.WARNING, hint)
         weights = [os.lstat(path).st_size for path in node.listed(sources.WEIGHTS, "*.safetensors")]
         useless = prune.plan()
     except (OSError, BucketsError) as error:

@@ -82,11 +82,7 @@ def _name(source: Path, dtype: str) -> str:
 
 @contextlib.contextmanager
 def staging() -> Iterator[Path]:
-    """Yield a new directory beside the prepared files; removed afterwards, with what killed processes left.
-
-    Raises:
-        CacheError: this node's directory cannot be written.
-    """
+    """Yield a new directory beside the prepared files; removed afterwards, with what killed processes left."""
     parent = node.folder(sources.WEIGHTS, make=True)
     with node.writing():
         for left in filter(node.is_stale, node.listed(sources.WEIGHTS, "tmp-*")):
@@ -113,9 +109,6 @@ def mapped(digest: str, arch: Architecture, dtype: str) -> Weights | None:
     """Map a prepared file that is these weights; None if it is gone or damaged, and so must be prepared again.
 
     It is read whole the first time it is met, and whenever it is no longer the file that was read.
-
-    Raises:
-        CacheError: this node's directory is not only this user's.
     """
     import safetensors
 
