@@ -124,10 +124,7 @@ def write_prepared(path: Path, arch: Architecture, dtype: str, read: Reader) -> 
 def digest_of(
     arch: Architecture, dtype: str, read: Reader, write: Callable[[memoryview], object] = lambda data: None
 ) -> str:
-    """Return the weights digest: sha256 over the sorted tensors, each as one line of JSON and little-endian bytes.
-
-    For the arguments see `write_prepared`; `write` is given the bytes of each tensor.
-    """
+    """Return the weights digest: sha256 over the sorted tensors, each as one line of JSON and little-endian bytes."""
     digest = hashlib.sha256()
     for name, shape in sorted(canonical_shapes(arch)):
         data = _bytes(name, read(name), dtype)

@@ -88,12 +88,8 @@ def staging() -> Iterator[Path]:
         for left in filter(node.is_stale, node.listed(sources.WEIGHTS, "tmp-*")):
             with contextlib.suppress(OSError):
                 remove(left)
-        directory = Path(tempfile.mkdtemp(prefix="tmp-", dir=parent))
-        try:
-            yield directory
-        finally:
-            with contextlib.suppress(OSError):
-                remove(directory)
+        with tempfile.TemporaryDirectory(prefix="tmp-", dir=parent, ignore_cleanup_errors=True) as directory:
+            yield Path(directory)
 
 
 def settle(staged: Path, digest: str) -> None:

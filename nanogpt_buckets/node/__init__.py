@@ -69,7 +69,7 @@ def folder(name: str = "", *, make: bool = False) -> Path:
                 place.mkdir(mode=0o700, exist_ok=True)
     try:
         for above in {*root.parents, *Path(os.path.realpath(root)).parents}:
-            _check_above(above)
+            _check_above(above, path)
         for place in (root, path):
             _check(place)
     except (FileNotFoundError, NotADirectoryError):
@@ -124,8 +124,7 @@ def _check(place: Path) -> None:
         raise UntrustedStore(f"{place} {why}, so what is in it may be somebody else's", hint=hint)
 
 
-def _check_above(above: Path) -> None:
+def _check_above(above: Path, path: Path) -> None:
     mode = above.stat().st_mode if os.path.lexists(above) else 0
     if hasattr(os, "geteuid") and mode & _OTHERS and not mode & stat.S_ISVTX:
-        why = "and so put another directory in the place of this node's"
-        raise UntrustedStore(f"others can write {above}, {why}", hint=_ELSEWHERE)
+        raise UntrustedStore(f"others can write {above}, and so put another in the place of {path}", hint=_ELSEWHERE)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanogpt_buckets import node
-from nanogpt_buckets.errors import BucketsError, CorruptEntry
+from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.node.records import LAST_RUN
 
 _NAME = "last-run"
@@ -27,12 +27,11 @@ def load() -> dict[str, Any]:
     Raises:
         IncompatibleEntry: a newer release wrote it.
         UntrustedStore: others could have written it.
-        BucketsError: no run has ended on this node yet, or the file is damaged.
+        CorruptEntry: the file is damaged; the next run replaces it.
+        BucketsError: no run has ended on this node yet.
     """
     try:
         return LAST_RUN.read(_NAME)
     except FileNotFoundError:
         hint = 'nanogpt-buckets generate "ROMEO:" --model demo'
         raise BucketsError(f"no run has been recorded in {node.directory()}", hint=hint) from None
-    except CorruptEntry as error:
-        raise BucketsError(error.message, hint="the next run replaces it") from error

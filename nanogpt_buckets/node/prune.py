@@ -11,19 +11,13 @@ from pathlib import Path
 from nanogpt_buckets import node
 from nanogpt_buckets.files import Doomed, doom
 from nanogpt_buckets.node import failures, sources
-from nanogpt_buckets.node.records import FAILURES, MARKS, SOURCES, VERIFIED
+from nanogpt_buckets.node.records import FAILURES, MARK_HEAD, MARKS, SOURCES, VERIFIED
 
 LIBRARIES = "libraries"
-# How much of the weights' digest a mark's name begins with.
-MARK_HEAD = 32
 
 
 def plan() -> tuple[Doomed, ...]:
-    """Return what is of no use: weights that no model's source needs, stale records, and what killed processes left.
-
-    Raises:
-        CacheError: the directory cannot be examined, or others could have written it.
-    """
+    """Return what is of no use: weights that no model's source needs, stale records, and what killed processes left."""
     kinds = {".safetensors": "weights"}
     rows = (doom(path, kinds.get(path.suffix, "leftover"), path.name, why) for path, why in _useless())
     return tuple(row for row in rows if row is not None)

@@ -107,7 +107,7 @@ class Kind:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, CorruptEntry) as error:
             why = error.message if isinstance(error, CorruptEntry) else "it is not as this release wrote it"
             why = getattr(error, "strerror", None) or why
-            raise CorruptEntry(f"{path} cannot be read: {why}", hint="delete it; it is written again") from error
+            raise CorruptEntry(f"{path} cannot be read: {why}", hint="the next one replaces it") from error
         if newer:
             hint = "update nanogpt-buckets, or delete it"
             raise IncompatibleEntry(f"{path} was written by a newer release (format {form})", hint=hint)
@@ -121,5 +121,6 @@ class Kind:
 FAILURES = Kind("failures", 1)
 LAST_RUN = Kind("", 1)
 MARKS = Kind("canary", 1)
+MARK_HEAD = 32  # how much of the weights' digest a mark's name begins with
 SOURCES = Kind("sources", 2)
 VERIFIED = Kind("verified", 1)

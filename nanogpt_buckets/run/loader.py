@@ -17,8 +17,7 @@ from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.errors import CacheError, CorruptEntry, TransientError
 from nanogpt_buckets.model.prepared import Weights
-from nanogpt_buckets.node.prune import MARK_HEAD
-from nanogpt_buckets.node.records import MARKS
+from nanogpt_buckets.node.records import MARK_HEAD, MARKS
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import step_named
