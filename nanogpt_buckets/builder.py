@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Unpack
 
-from nanogpt_buckets import backends, child, failures, key
+from nanogpt_buckets import backends, child, key
 from nanogpt_buckets.backends import host, worker
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest
 from nanogpt_buckets.choice import Choice, Options, choose
@@ -30,6 +30,7 @@ from nanogpt_buckets.errors import (
     UsageError,
 )
 from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.node import failures
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.store.answer import Status

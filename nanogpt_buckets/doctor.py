@@ -18,11 +18,12 @@ from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 
-from nanogpt_buckets import backends, settings
+from nanogpt_buckets import backends, node, settings
 from nanogpt_buckets.backends import host, memfile
 from nanogpt_buckets.backends.neuron import device, sdk
 from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.mounts import Mount, mount_of
+from nanogpt_buckets.node import prune, sources
 from nanogpt_buckets.store.answer import Status
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.trust import check_location
@@ -75,7 +76,7 @@ def examine(cache_dir: Path) -> list[Finding]:
         *_machine(),
         *_backend(),
         *_cache(cache_dir),
-        *_local(),
+        *_node(),
         *_directory("temporary", Path(tempfile.gettempdir()), needed_to="build"),
         *(Finding("environment", name, os.environ[name]) for name in _VARIABLES if name in os.environ),
     ]
@@ -99,11 +100,10 @@ def _machine() -> Iterator[Finding]:
     yield _load()
     yield Finding("machine", "memory", f"{host.available_memory_bytes() / 1e9:.1f} GB available")
     if memfile.in_memory():
-        yield Finding(
-            "machine", "libraries from memory", "yes: a noexec cache works, nothing can change after the check"
-        )
+        text = "yes: a noexec cache works, nothing can change after the check"
+        yield Finding("machine", "libraries from memory", text)
     else:
-        hint = "libraries are loaded from private copies in the local directory, which must allow execution"
+        hint = "libraries are loaded from private copies in this node's directory, which must allow execution"
         yield Finding("machine", "libraries from memory", "no", Verdict.WARNING, hint)
 
 
@@ -247,18 +247,23 @@ def _content(store: LocalStore) -> Finding:
     return Finding("cache", "content", text)
 
 
-def _local() -> Iterator[Finding]:
+def _node() -> Iterator[Finding]:
     try:
-        path = settings.local_dir()
-    except BucketsError as error:
-        yield Finding("local", "directory", error.message, Verdict.PROBLEM, error.hint or "")
+        path = node.directory()
+        yield from _directory("node", path, needed_to="preparing weights")
+        if mount_of(path).network:
+            hint = f"name a directory on this machine's own disk in {settings.LOCAL_DIR_VARIABLE}"
+            yield Finding("node", "place", "shared over a network", Verdict.WARNING, hint)
+        weights = [os.lstat(path).st_size for path in node.listed(sources.WEIGHTS, "*.safetensors")]
+        useless = prune.plan()
+    except (OSError, BucketsError) as error:
+        yield Finding("node", "trust", str(error), Verdict.PROBLEM, getattr(error, "hint", None) or "")
         return
-    yield from _directory("local", path, needed_to="preparing weights")
-    if mount_of(path).network:
-        hint = f"name a directory on this machine's own disk in {settings.LOCAL_DIR_VARIABLE}"
-        yield Finding("local", "place", "shared over a network", Verdict.WARNING, hint)
-    weights = [file.stat().st_size for file in path.rglob("*.safetensors")] if path.is_dir() else []
-    yield Finding("local", "content", f"{len(weights)} prepared models, {sum(weights) / 1e6:.1f} MB")
+    yield Finding("node", "trust", "only you or root can write it")
+    yield Finding("node", "content", f"{len(weights)} prepared models, {sum(weights) / 1e6:.1f} MB")
+    if useless:
+        text = f"{len(useless)} of no use, {sum(row.bytes for row in useless) / 1e6:.1f} MB"
+        yield Finding("node", "leftovers", text, hint="nanogpt-buckets cache prune deletes them")
 
 
 def _directory(topic: str, path: Path, *, needed_to: str) -> Iterator[Finding]:
@@ -289,7 +294,7 @@ def _writable(topic: str, place: Path, mount: Mount, needed_to: str) -> Finding:
         return Finding(topic, "writable", "yes")
     if not place.is_dir():
         return Finding(topic, "writable", f"no: {place} is a file", Verdict.PROBLEM, "name a directory")
-    if topic == "local":
+    if topic == "node":
         hint = f"{needed_to} needs it: name another directory in {settings.LOCAL_DIR_VARIABLE}"
         return Finding(topic, "writable", "no", Verdict.PROBLEM, hint)
     hint = f"what is there can be used; to {needed_to}, be its owner ({_user(place.stat().st_uid)}) or name another"

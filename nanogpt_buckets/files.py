@@ -9,8 +9,10 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_buckets.errors import CorruptEntry, TransientError
@@ -139,6 +141,14 @@ def unlink(path: Path) -> None:
         os.unlink(path)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a directory with all that is in it; an OSError if that cannot be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sweep(directory: Path, *, older_than_s: float) -> None:
     """Remove what killed processes staged long ago; never fails."""
     oldest = time.time() - older_than_s
@@ -147,3 +157,35 @@ def sweep(directory: Path, *, older_than_s: float) -> None:
             with contextlib.suppress(OSError):
                 if file.stat(follow_symlinks=False).st_mtime < oldest:
                     os.unlink(file.path)
+
+
+@dataclass(frozen=True)
+class Doomed:
+    """One file to delete, or one directory with all that is in it.
+
+    Args:
+        path: the file.
+        what: "entry", "blob", "weights" or "leftover".
+        name: the key of an entry, else the file's name.
+        why: in words.
+        bytes: its size.
+        mtime_ns: when it was last written or used; the file stays if that has changed.
+    """
+
+    path: Path
+    what: str
+    name: str
+    why: str
+    bytes: int
+    mtime_ns: int
+
+
+def doom(path: Path, what: str, name: str, why: str) -> Doomed | None:
+    """Return a file as one to delete; None if it is gone."""
+    try:
+        found = os.lstat(path)
+        inside = (Path(base, file).lstat().st_size for base, _, files in os.walk(path) for file in files)
+        size = sum(inside) if stat.S_ISDIR(found.st_mode) else found.st_size
+    except OSError:
+        return None
+    return Doomed(path, what, name, why, size, found.st_mtime_ns)

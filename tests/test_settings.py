@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from nanogpt_buckets import mounts, settings
-from nanogpt_buckets.errors import UntrustedStore
+from nanogpt_buckets import mounts, node, settings
+from nanogpt_buckets.errors import UntrustedStore, UsageError
 
 TABLE = r"""
 22 1 0:21 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
@@ -68,16 +71,63 @@ def test_a_home_on_a_network_file_system_keeps_node_data_in_a_private_temporary_
     monkeypatch.setenv("XDG_CACHE_HOME", "/home/me/.cache")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-    path = settings.local_dir()
+    path = node.folder(make=True)
 
     assert path == tmp_path / f"nanogpt-buckets-{os.getuid()}"
     assert path.stat().st_mode & 0o777 == 0o700
-    path.chmod(0o755)
-    with pytest.raises(UntrustedStore, match="private"):
-        settings.local_dir()
+    path.chmod(0o775)
+    with pytest.raises(UntrustedStore, match="written by others"):
+        node.folder()
 
 
 def test_a_local_directory_that_was_named_is_taken_wherever_it_is(table, monkeypatch):
     monkeypatch.setenv("NANOGPT_BUCKETS_LOCAL_DIR", "/home/me/local")
 
-    assert str(settings.local_dir()) == "/home/me/local"
+    assert str(node.directory()) == "/home/me/local"
+
+
+@pytest.mark.parametrize("home", ["~nosuchuser/x", None])
+def test_a_home_that_nobody_knows_is_a_usage_error(home, monkeypatch):
+    if home is None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    for variable in (settings.CACHE_DIR_VARIABLE, settings.LOCAL_DIR_VARIABLE):
+        monkeypatch.setenv(variable, home) if home else monkeypatch.delenv(variable)
+
+    for find in (settings.cache_dir, node.directory, lambda: settings.cache_dir(home or "~/x")):
+        with pytest.raises(UsageError, match="home directory that cannot be found") as caught:
+            find()
+        assert "_DIR" in caught.value.hint
+    assert settings.cache_dir_option(Path("/x y")) == " --cache-dir '/x y'"
+
+
+HOMELESS = """
+import os, sys
+from nanogpt_buckets.cli import main
+os.setreuid(54321, 0)  # still root, but whose home nobody knows
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("cache dir", "--cache-dir"),
+        ("cache prune", "--cache-dir"),
+        ("status --model=demo --seq=16", "--cache-dir"),
+        ("doctor", "--cache-dir"),
+        ("report", "NANOGPT_BUCKETS_LOCAL_DIR"),
+        ("generate a --model=demo --backend=eager --cache-dir=/nowhere", "NANOGPT_BUCKETS_LOCAL_DIR"),
+        ("build --model=demo --seq=16 --cache-dir=~nosuchuser/x", "--cache-dir"),
+        ("build --model=demo --plan=~nosuchuser/x", "--plan"),
+    ],
+)
+def test_without_a_home_commands_say_in_one_sentence_what_to_name(arguments, said):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HOME", "XDG", "NANOGPT"))}
+    run = subprocess.run([sys.executable, "-c", HOMELESS, *arguments.split()], env=kept, capture_output=True, text=True)
+
+    assert (run.returncode, run.stdout) == (2, "")
+    error, hint = run.stderr.splitlines()
+    assert error.endswith("is below a home directory that cannot be found")
+    assert hint.startswith(f"hint: give a full path in {said}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from nanogpt_buckets import settings
 from nanogpt_buckets.backends import BACKENDS, backend_for
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import Command, Size, TimeSpan, cache_dir_option, output_options
-from nanogpt_buckets.errors import CacheError, CorruptEntry, UsageError
+from nanogpt_buckets.errors import BucketsError, CacheError, CorruptEntry, UsageError
+from nanogpt_buckets.node import prune as node_prune
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
@@ -230,8 +231,9 @@ def prune(
 ) -> int:  # fmt: skip
     """Delete what is damaged or of no use and, if asked, what is old.
 
-    Damaged entries, libraries that no entry names and what killed processes left always go. What a saved plan names
-    stays whatever its age and the cache's size, unless --planned is given, it is damaged or an old toolchain's.
+    Damaged entries, libraries that no entry names, what killed processes left and, in this node's own directory,
+    prepared weights that no model needs any more always go. What a saved plan names stays whatever its age and the
+    cache's size, unless --planned is given, it is damaged or an old toolchain's.
 
     Example: nanogpt-buckets cache prune --older-than 30d --old-toolchains --dry-run
     """
@@ -242,6 +244,10 @@ def prune(
             store, older_than_s=older_than, max_bytes=size, old_toolchains=old_toolchains, planned=planned,
             on_entry=lambda: advance(1),
         )  # fmt: skip
+    try:
+        deletion = replace(deletion, files=deletion.files + node_prune.plan())
+    except BucketsError as error:
+        deletion = replace(deletion, notes=(*deletion.notes, f"this node's directory is left alone: {error.message}"))
     return _carry_out(store, deletion, dry_run, yes, as_json)
 
 

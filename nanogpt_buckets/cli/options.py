@@ -18,6 +18,7 @@ from nanogpt_buckets.errors import CorruptEntry, PlanError, UsageError
 from nanogpt_buckets.files import read_file
 from nanogpt_buckets.plan.bucket import Plan
 from nanogpt_buckets.run.options import RNGS, SamplingOptions
+from nanogpt_buckets.settings import expanded
 from nanogpt_buckets.store.manifest import MAX_BYTES, parse
 from nanogpt_buckets.values import shown
 
@@ -201,7 +202,7 @@ def read_plan(seq: tuple[int, ...] | None, batch: tuple[int, ...], plan_file: Pa
     if seq is not None:
         raise PlanError("--seq and --plan say the same thing twice", hint="give one of them")
     try:
-        return Plan.from_json(parse(read_file(plan_file.expanduser(), limit=MAX_BYTES), "it"))
+        return Plan.from_json(parse(read_file(expanded(plan_file, "--plan"), limit=MAX_BYTES), "it"))
     except OSError as error:
         raise PlanError(f"the plan file {plan_file} cannot be read: {error.strerror}") from None
     except CorruptEntry as error:

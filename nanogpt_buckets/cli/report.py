@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from nanogpt_buckets import last_run
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import output_options
+from nanogpt_buckets.node import last_run
 
 
 @click.command()

@@ -7,7 +7,6 @@ safetensors. Knows nothing of where prepared weights are kept, nor which model t
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -18,11 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanogpt_buckets import node
 from nanogpt_buckets.child import serve
-from nanogpt_buckets.errors import BucketsError, CacheError, CheckpointDamaged, ModelError, UnsupportedModel
+from nanogpt_buckets.errors import CheckpointDamaged, ModelError, UnsupportedModel
 from nanogpt_buckets.key import canonical_json
 from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.settings import LOCAL_DIR_VARIABLE, local_dir
 
 if TYPE_CHECKING:
     import torch
@@ -107,39 +106,32 @@ def write_prepared(path: Path, arch: Architecture, dtype: str, read: Reader) -> 
         read: canonical name -> tensor of any floating dtype.
 
     Returns:
-        The weights digest: sha256 over the sorted tensors, each as one line of JSON and its little-endian bytes.
+        What `digest_of` returns for these tensors.
 
     Raises:
         UnsupportedModel: a tensor does not hold floating-point numbers.
         OSError: the file cannot be written.
     """
-    shapes = dict(canonical_shapes(arch))
-    digest = hashlib.sha256()
     with path.open("xb") as file:
         os.chmod(path, 0o600)
-        file.write(_header(shapes, dtype))
-        for name in sorted(shapes):
-            data = _bytes(name, read(name), dtype)
-            digest.update(canonical_json({"name": name, "dtype": dtype, "shape": shapes[name]}) + b"\n")
-            digest.update(data)
-            file.write(data)
+        file.write(_header(dict(canonical_shapes(arch)), dtype))
+        digest = digest_of(arch, dtype, read, file.write)
         file.flush()
         os.fsync(file.fileno())
+    return digest
+
+
+def digest_of(
+    arch: Architecture, dtype: str, read: Reader, write: Callable[[memoryview], object] = lambda data: None
+) -> str:
+    """Return the weights digest: sha256 over the sorted tensors, each as one line of JSON and little-endian bytes."""
+    digest = hashlib.sha256()
+    for name, shape in sorted(canonical_shapes(arch)):
+        data = _bytes(name, read(name), dtype)
+        digest.update(canonical_json({"name": name, "dtype": dtype, "shape": shape}) + b"\n")
+        digest.update(data)
+        write(data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """Turn an OSError inside into a CacheError about this directory; errors about the model pass."""
-    try:
-        yield
-    except BucketsError:
-        raise  # some are OSErrors as well
-    except OSError as error:
-        raise CacheError(
-            f"{directory} cannot be written: {error.strerror or error}",
-            hint=f"set {LOCAL_DIR_VARIABLE} to a directory with room for the weights",
-        ) from error
 
 
 def _header(shapes: Mapping[str, Shape], dtype: str) -> bytes:
@@ -259,7 +251,7 @@ def _architecture(args: Mapping[Any, Any], tied: bool, path: Path) -> Architectu
 
 def _handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]:
     arch, dataset, state = read_checkpoint(Path(request["source"]))
-    with writing(local_dir()):
+    with node.writing():
         digest = write_prepared(Path(request["directory"]) / PREPARED, arch, "float32", state.__getitem__)
     return {"digest": digest, "architecture": arch.to_json(), "dataset": dataset}
 

@@ -16,12 +16,12 @@ from typing import Unpack, cast
 import torch
 from torch import Tensor
 
-from nanogpt_buckets import last_run
 from nanogpt_buckets.builder import Listener
 from nanogpt_buckets.choice import Choice, Options, choose
 from nanogpt_buckets.contract import refuse_forked
 from nanogpt_buckets.errors import TokenizerError, UsageError
 from nanogpt_buckets.model.vocabulary import TokenizerChoice, tokenizer_for
+from nanogpt_buckets.node import last_run
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.run.dispatch import Dispatcher
 from nanogpt_buckets.run.generation import Generation, Prompt, Row, Token, as_prompts, token_ids

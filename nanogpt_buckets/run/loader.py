@@ -11,14 +11,13 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
-from nanogpt_buckets import settings
 from nanogpt_buckets.backends.base import FACTS, Artifact
 from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.errors import CacheError, CorruptEntry, TransientError
-from nanogpt_buckets.model.checkpoint import Weights
+from nanogpt_buckets.model.prepared import Weights
+from nanogpt_buckets.node.records import MARK_HEAD, MARKS
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import step_named
@@ -128,9 +127,8 @@ class Compiled(Source):
         """
         from nanogpt_buckets.steps import gate
 
-        blobs = "-".join(blob.sha256[:16] for blob in manifest.blobs)
-        mark: Path = settings.local_dir() / "canary" / f"{self.weights.digest[:32]}-{blobs}"
-        if mark.exists():
+        mark = "-".join([self.weights.digest[:MARK_HEAD], *(blob.sha256[:16] for blob in manifest.blobs)])
+        if MARKS.find(mark) == {"gate": gate.VERSION}:
             return
         if manifest.unchecked:
             log.warning("bucket %s was built unchecked (%s); checking it now", bucket, manifest.unchecked)
@@ -138,11 +136,7 @@ class Compiled(Source):
         check = gate.check if manifest.unchecked or old else gate.canary
         arch, rounds = self.choice.model.architecture, self.choice.compiler.rounds()
         check(executable, arch, bucket, self.weights.tensors, rounds=rounds)
-        try:
-            mark.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            mark.touch()
-        except OSError as error:
-            log.info("the canary's result could not be remembered: %s", error.strerror)
+        MARKS.keep(mark, {"gate": gate.VERSION})
 
 
 def read_artifact(store: LocalStore, manifest: Manifest) -> Artifact:

@@ -8,14 +8,13 @@ Knows nothing of terminals, nor of how an age or a size is written.
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 
 from nanogpt_buckets.errors import CacheError
+from nanogpt_buckets.files import Doomed, doom, remove
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.answer import Answer, Status
 from nanogpt_buckets.store.local import LocalStore
@@ -28,27 +27,6 @@ from nanogpt_buckets.versions import version_tuple
 _YOUNG_S = 3600.0
 # Longer than any compilation: what a running process staged or locked is younger.
 _STALE_S = 24 * 3600.0
-
-
-@dataclass(frozen=True)
-class Doomed:
-    """One file to delete.
-
-    Args:
-        path: the file.
-        what: "entry", "blob" or "leftover".
-        name: the key of an entry, else the file's name.
-        why: in words.
-        bytes: its size.
-        mtime_ns: when it was last written or used; the file stays if that has changed.
-    """
-
-    path: Path
-    what: str
-    name: str
-    why: str
-    bytes: int
-    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -165,7 +143,7 @@ def delete(store: LocalStore, deletion: Deletion, on_file: Callable[[Doomed], No
     for file in deletion.files:
         try:
             if file.path.lstat().st_mtime_ns == file.mtime_ns:
-                file.path.unlink()
+                remove(file.path)
                 freed += file.bytes
         except FileNotFoundError:
             pass  # somebody else's prune was quicker
@@ -223,7 +201,7 @@ def _deletion(
     """Put together the chosen entries, the blobs that they alone name and, if asked, all that nothing uses."""
     doomed = [(family, answer) for family, answer in entries if answer.key in chosen]
     kept = [answer for _, answer in entries if answer.key not in chosen]
-    files = [_doomed(store.entry_path(f, a.key), "entry", a.key, chosen[a.key]) for f, a in doomed]
+    files = [doom(store.entry_path(f, a.key), "entry", a.key, chosen[a.key]) for f, a in doomed]
     needed = {blob.sha256 for answer in kept for blob in (answer.manifest.blobs if answer.manifest else ())}
     theirs = {blob.sha256 for _, answer in doomed for blob in (answer.manifest.blobs if answer.manifest else ())}
     unreadable = [answer for answer in kept if answer.manifest is None]
@@ -236,7 +214,7 @@ def _deletion(
         files += _blobs(store, needed, theirs, all_unused)
     if all_unused:
         old = time.time() - _STALE_S
-        left = (_doomed(path, "leftover", path.name, "left by a process that ended") for path in store.leftovers())
+        left = (doom(path, "leftover", path.name, "left by a process that ended") for path in store.leftovers())
         files += [file for file in left if file is not None and file.mtime_ns < old * 1e9]
     return Deletion(tuple(file for file in files if file is not None), tuple(notes))
 
@@ -245,16 +223,8 @@ def _blobs(store: LocalStore, needed: set[str], theirs: set[str], all_unused: bo
     young = time.time() - _YOUNG_S
     for path in store.blob_paths():
         if path.name in theirs - needed:
-            yield _doomed(path, "blob", path.name, "of a deleted entry")
+            yield doom(path, "blob", path.name, "of a deleted entry")
         elif all_unused and path.name not in needed:
-            file = _doomed(path, "blob", path.name, "no entry names it")
+            file = doom(path, "blob", path.name, "no entry names it")
             if file is not None and file.mtime_ns < young * 1e9:
                 yield file
-
-
-def _doomed(path: Path, what: str, name: str, why: str) -> Doomed | None:
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return Doomed(path, what, name, why, found.st_size, found.st_mtime_ns)

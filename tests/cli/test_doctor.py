@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
-from nanogpt_buckets import __version__, doctor, settings
+from nanogpt_buckets import __version__, doctor, node, settings
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.inductor import backend as inductor
 from nanogpt_buckets.cli import main
+from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.mounts import Mount
 
 
@@ -63,7 +63,7 @@ def test_a_healthy_machine_has_no_problem_and_every_fact(facts, demo_cache):
     assert found["cache content"]["value"].startswith("2 entries, ")
     assert found["cache owner"]["value"].endswith("mode 0700")
     assert found["cache file system"]["value"].split()[0] != "unknown"
-    assert found["local directory"]["value"].startswith(str(settings.local_dir()))
+    assert found["node directory"]["value"].startswith(str(node.directory()))
     assert found["environment NANOGPT_BUCKETS_CACHE_DIR"]["value"] == str(settings.cache_dir())
 
 
@@ -143,7 +143,7 @@ def test_no_compiler_is_a_warning_because_hits_still_work(facts, monkeypatch):
     [
         ("tmpfs", {"ro", "noexec"}, "cache writable", "warning"),
         ("tmpfs", {"rw", "noexec"}, "cache writable", "ok"),
-        ("nfs4", {"rw"}, "local place", "warning"),
+        ("nfs4", {"rw"}, "node place", "warning"),
     ],
 )
 def test_mounts_that_limit_are_said(facts, monkeypatch, kind, options, name, verdict):
@@ -153,7 +153,7 @@ def test_mounts_that_limit_are_said(facts, monkeypatch, kind, options, name, ver
 
     # a cache that cannot be written can be used; the local directory is on the same mount, and is needed
     assert (code, found[name]["verdict"]) == (int("ro" in options), verdict)
-    assert found["local writable"]["verdict"] == ("problem" if "ro" in options else "ok")
+    assert found["node writable"]["verdict"] == ("problem" if "ro" in options else "ok")
     assert found["cache file system"]["value"] == f"{kind} on /somewhere ({', '.join(sorted(options))})"
 
 
@@ -195,22 +195,21 @@ def test_a_torch_that_cannot_be_imported_is_a_problem(facts, monkeypatch, tmp_pa
 
 def test_a_private_directory_that_is_not_private_is_a_problem(facts, monkeypatch, tmp_path):
     monkeypatch.delenv("NANOGPT_BUCKETS_LOCAL_DIR")
-    monkeypatch.setattr(settings, "mount_of", lambda path: Mount("/", "nfs4", frozenset()))
+    monkeypatch.setattr(node, "mount_of", lambda path: Mount("/", "nfs4", frozenset()))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    settings.local_dir().chmod(0o777)
+    node.folder(make=True).chmod(0o777)
 
     code, found = facts()
 
-    assert (code, found["local directory"]["verdict"]) == (1, "problem")
-    assert "private" in found["local directory"]["value"]
+    assert (code, found["node trust"]["verdict"]) == (1, "problem")
+    assert "written by others" in found["node trust"]["value"]
 
 
-def test_prepared_weights_are_counted(facts, demo_cache, capsys):
-    with pytest.raises(SystemExit):
-        main(["generate", "a", "--model", "demo", "-n", "1", "-q", "--cache-dir", str(demo_cache)])
-    capsys.readouterr()
-
-    size = sum(path.stat().st_size for path in Path(settings.local_dir()).rglob("*.safetensors"))
+def test_prepared_weights_are_counted_and_what_is_of_no_use(facts):
+    path = open_model("demo").weights("float32").path
+    shutil.copy(path, path.with_stem("0" * 64))
+    size = 2 * path.stat().st_size
 
     assert size > 3_000_000
-    assert facts()[1]["local content"]["value"] == f"1 prepared models, {size / 1e6:.1f} MB"
+    assert facts()[1]["node content"]["value"] == f"2 prepared models, {size / 1e6:.1f} MB"
+    assert facts()[1]["node leftovers"]["value"] == f"1 of no use, {size / 2e6:.1f} MB"

@@ -332,7 +332,8 @@ def test_a_malformed_sidecar_is_ignored(folder, local, note):
         {"architecture": {}},
         {"architecture": {"n_layer": 1}},
         {"dataset": 3},
-        {"format": 2},
+        {"format": 1},
+        {"source": "/elsewhere"},
         {"files": []},
     ],
 )

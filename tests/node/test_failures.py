@@ -7,14 +7,15 @@ import time
 
 import pytest
 
-from nanogpt_buckets import failures, settings
+from nanogpt_buckets import node
 from nanogpt_buckets.errors import BackendUnavailable, ChildFailed, CompileFailed, GateFailed, TransientError
+from nanogpt_buckets.node import failures
 
 KEY = "ab" * 32
 
 
 def record() -> dict:
-    return json.loads((settings.local_dir() / "failures" / f"{KEY}.json").read_text())
+    return json.loads((node.directory() / "failures" / f"{KEY}.json").read_text())["record"]
 
 
 @pytest.mark.parametrize("kind", [CompileFailed, GateFailed])
@@ -33,7 +34,7 @@ def test_what_lasts_is_recalled_with_its_age_until_it_is_forgotten(kind):
 def test_what_may_pass_is_not_recorded(kind):
     failures.remember(KEY, kind("killed for want of memory"))
 
-    assert not (settings.local_dir() / "failures").exists()
+    assert not (node.directory() / "failures").exists()
 
 
 @pytest.mark.parametrize("age_s", [3601, -60])
@@ -48,7 +49,7 @@ def test_a_record_expires_and_one_from_the_future_counts_for_nothing(monkeypatch
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"kind": "CompileFailed"}', '{"kind": 1, "why": 2, "when": "x"}'])
 def test_a_damaged_record_counts_for_nothing(content):
     failures.remember(KEY, CompileFailed("why"))
-    (settings.local_dir() / "failures" / f"{KEY}.json").write_text(content)
+    (node.directory() / "failures" / f"{KEY}.json").write_text(content)
 
     assert failures.recall(KEY) is None
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_buckets import Bucket, Engine, Report, last_run, settings
+from nanogpt_buckets import Bucket, Engine, Report, node
 from nanogpt_buckets.errors import BucketsError
+from nanogpt_buckets.node import last_run
 
 
 def report(tokens: int = 1) -> Report:
@@ -26,7 +27,7 @@ def test_what_was_saved_is_loaded_with_the_time_it_ended():
 
     assert run.items() >= report(2).to_json().items()
     assert abs(run["ended"] - time.time()) < 60
-    assert [path.name for path in settings.local_dir().iterdir()] == ["last-run.json"]
+    assert [path.name for path in node.directory().iterdir()] == ["last-run.json"]
 
 
 def test_before_the_first_run_the_way_to_one_is_named():
@@ -39,7 +40,7 @@ def test_before_the_first_run_the_way_to_one_is_named():
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"ended": 1}', "[" * 100_000, '{"steps": NaN}'])
 def test_a_damaged_file_is_said_in_one_sentence(content):
     last_run.save(report().to_json())
-    (settings.local_dir() / "last-run.json").write_text(content)
+    (node.directory() / "last-run.json").write_text(content)
 
     with pytest.raises(BucketsError, match="cannot be read"):
         last_run.load()

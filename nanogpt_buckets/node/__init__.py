@@ -1,0 +1,130 @@
+"""This node's own directory: what one user keeps on one machine, and never shares.
+
+Its only layout:
+
+    weights/<digest>.safetensors     prepared weights, ready to be mapped (model/prepared.py)
+    verified/<digest>.json           that this file was read whole, and which file that was
+    sources/<sha256>.json            which prepared file a model's source became (sources.py)
+    canary/<weights>-<blobs>.json    that a compiled bucket agreed with eager for these weights (run/loader.py)
+    failures/<key>.json              what failed to compile within the last hour (failures.py)
+    libraries/<sha256>.so            private copies of libraries, where there are no sealed anonymous files
+    last-run.json                    counters of the last run (last_run.py)
+    tmp-*, */tmp-*                   being written; a leftover after a day
+
+Everything JSON is a record with a format number (records.py); prune.py says what of all this is of no use. Others must
+not be able to write here: `folder` checks that for every reader and writer. Knows nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanogpt_buckets.errors import BucketsError, CacheError, UntrustedStore
+from nanogpt_buckets.files import list_names
+from nanogpt_buckets.mounts import mount_of
+from nanogpt_buckets.settings import LOCAL_DIR_VARIABLE, expanded, user_cache
+
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_ELSEWHERE = f"name a directory of your own in {LOCAL_DIR_VARIABLE}"
+
+
+def directory() -> Path:
+    """Return where this node's directory is. It need not exist, and is not checked.
+
+    NANOGPT_BUCKETS_LOCAL_DIR, else the user's cache directory, else, where that is on a network file system, a
+    directory of this user's under the temporary directory.
+
+    Raises:
+        UsageError: it is below the home of nobody who is known.
+    """
+    named = os.environ.get(LOCAL_DIR_VARIABLE)
+    chosen = expanded(named or user_cache() / "local", LOCAL_DIR_VARIABLE)
+    network = not named and mount_of(chosen).network
+    return Path(tempfile.gettempdir(), f"nanogpt-buckets-{os.getuid()}") if network else chosen
+
+
+def folder(name: str = "", *, make: bool = False) -> Path:
+    """Return a folder of this node's directory, or itself, once it is known that nobody else can write there.
+
+    Args:
+        name: for example "weights".
+        make: make it, for this user only, if it is not there.
+
+    Raises:
+        UntrustedStore: others can write it or put another in its place, or it is somebody else's.
+        CacheError: it is not a directory, or cannot be made or examined.
+    """
+    root = directory()
+    path = root / name
+    if make:
+        with writing():
+            for place in (*reversed(path.parents), path):
+                place.mkdir(mode=0o700, exist_ok=True)
+    try:
+        for above in {*root.parents, *Path(os.path.realpath(root)).parents}:
+            _check_above(above, path)
+        for place in (root, path):
+            _check(place)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # nobody has written what is not there
+    except OSError as error:
+        raise CacheError(f"{path} cannot be examined: {error.strerror or error}", hint=_ELSEWHERE) from error
+    if name and path.is_symlink():
+        raise CacheError(f"{path} is a symbolic link", hint=f"delete it, or {_ELSEWHERE}")
+    return path
+
+
+def listed(name: str, pattern: str) -> list[Path]:
+    """Return what is in a folder, as `folder` returns it, under names of some pattern; nothing if there is none."""
+    place = folder(name)
+    return [place / found for found in fnmatch.filter(list_names(place), pattern)]
+
+
+def others(found: os.stat_result) -> str:
+    """Say why others could have written a file or directory; "" if only this user or root can, as always on Windows."""
+    if not hasattr(os, "geteuid"):
+        return ""
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"belongs to user {found.st_uid}"
+    return "can be written by others" if found.st_mode & _OTHERS and not stat.S_ISLNK(found.st_mode) else ""
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Turn an OSError inside into a CacheError: this node's directory cannot be written. Other errors pass."""
+    try:
+        yield
+    except BucketsError:
+        raise  # some are OSErrors as well
+    except OSError as error:
+        hint = f"set {LOCAL_DIR_VARIABLE} to a directory with room for the weights"
+        raise CacheError(f"{directory()} cannot be written: {error.strerror or error}", hint=hint) from error
+
+
+def is_stale(path: Path) -> bool:
+    """Whether something is older than anything that is being prepared or staged."""
+    with contextlib.suppress(OSError):
+        return path.lstat().st_mtime < time.time() - 24 * 3600
+    return False
+
+
+def _check(place: Path) -> None:
+    found = place.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise CacheError(f"{place} cannot be written: it is not a directory", hint=_ELSEWHERE)
+    if why := others(place.lstat()) or others(found):  # the owner of a symbolic link decides where it leads
+        hint = f"delete it, for all in it can be made again, or {_ELSEWHERE}"
+        raise UntrustedStore(f"{place} {why}, so what is in it may be somebody else's", hint=hint)
+
+
+def _check_above(above: Path, path: Path) -> None:
+    mode = above.stat().st_mode if os.path.lexists(above) else 0
+    if hasattr(os, "geteuid") and mode & _OTHERS and not mode & stat.S_ISVTX:
+        raise UntrustedStore(f"others can write {above}, and so put another in the place of {path}", hint=_ELSEWHERE)
