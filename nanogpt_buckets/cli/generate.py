@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nanogpt_buckets import files
 from nanogpt_buckets.choice import EAGER, Options
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, sampling_options
-from nanogpt_buckets.errors import UsageError
-from nanogpt_buckets.model.tokenizer import well_formed
+from nanogpt_buckets.errors import CorruptEntry, UsageError
+from nanogpt_buckets.model.tokenization.base import well_formed
 from nanogpt_buckets.run.options import SamplingOptions
 
 if TYPE_CHECKING:
     from nanogpt_buckets.run.engine import Engine
 
 _PARTING = "---------------"
+_MAX_PROMPT = 64 * 1024 * 1024
 
 
 @click.command()
@@ -76,17 +80,37 @@ def _prompt(prompt: str | None, start: str | None) -> str:
     if prompt is not None and start is not None:
         raise UsageError("PROMPT and --start say the same thing twice", hint="give one of them")
     text = prompt if prompt is not None else start if start is not None else ""
+    if text != "-" and not text.startswith("FILE:"):
+        # bytes that are no UTF-8 arrive from the shell as lone surrogates, which cannot be printed
+        return well_formed(text)
+    name = "standard input" if text == "-" else f"the prompt file {text.removeprefix('FILE:')!r}"
     try:
-        if text == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        if text.startswith("FILE:"):
-            return Path(text.removeprefix("FILE:")).expanduser().read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"the prompt file {text.removeprefix('FILE:')} cannot be read: {error.strerror}") from None
+        content = _stdin() if text == "-" else _file(text.removeprefix("FILE:"))
+        decoded = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UsageError("the prompt is not UTF-8 text") from None
-    # bytes that are no UTF-8 arrive from the shell as lone surrogates, which cannot be printed
-    return well_formed(text)
+        raise UsageError(f"{name} is not UTF-8 text") from None
+    except (OSError, ValueError, CorruptEntry) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{name} cannot be read: {reason}", hint="pipe the text into `generate -`") from None
+    if content.startswith(codecs.BOM_UTF8):
+        output.say(f"{name} begins with a byte order mark, which is left out")
+    return decoded.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text, and nanoGPT with it
+
+
+def _stdin() -> bytes:
+    if sys.stdin is None:  # closed by whoever started this
+        raise ValueError("it is closed")
+    content = sys.stdin.buffer.read(_MAX_PROMPT + 1)
+    if len(content) > _MAX_PROMPT:
+        raise ValueError(f"it is longer than {_MAX_PROMPT} bytes")
+    return content
+
+
+def _file(name: str) -> bytes:
+    path = Path(os.path.realpath(os.path.expanduser(name)))  # a symbolic link is fine here
+    if path.is_dir():
+        raise ValueError("it is a directory")
+    return files.read_file(path, limit=_MAX_PROMPT)
 
 
 def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:

@@ -1,0 +1,96 @@
+"""Which tokenizer goes with a model, and whether it may.
+
+Knows nothing of how text becomes ids nor of weights.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nanogpt_buckets.errors import TokenizerError
+from nanogpt_buckets.model.checkpoint import Model
+from nanogpt_buckets.model.tokenization.base import Tokenizer
+from nanogpt_buckets.model.tokenization.characters import characters, find_meta, from_meta
+from nanogpt_buckets.model.tokenization.folder import from_folder
+from nanogpt_buckets.model.tokenization.gpt2 import gpt2
+
+# GPT-2's vocabulary, and the same padded to a multiple of 64 as nanoGPT trains it.
+_GPT2_VOCAB_SIZES = (50257, 50304)
+
+TokenizerChoice = str | os.PathLike[str] | Tokenizer | None
+
+
+def tokenizer_for(model: Model, choice: TokenizerChoice = None) -> Tokenizer:
+    """Return the model's tokenizer.
+
+    Args:
+        model: the model.
+        choice: a tokenizer; "gpt2"; the path of a meta.pkl or of a folder with tokenizer files; None looks beside the
+            model, and for a nanoGPT checkpoint in data/<dataset>/ under the working directory too.
+
+    Raises:
+        TokenizerError: none was found, it cannot be read, or its size is not the model's.
+    """
+    rows = model.architecture.vocab_size
+    tokenizer, name = _explicit(choice, rows) if choice is not None else _found(model)
+    if not _fits(tokenizer.n_vocab, rows, 8 if model.kind == "huggingface" else 64):
+        raise TokenizerError(f"{name} has {tokenizer.n_vocab} tokens and the model {rows}: they do not belong together")
+    return tokenizer
+
+
+def _fits(tokens: int, rows: int, least: int) -> bool:
+    """Return whether rows the tokenizer has no token for are only there to round their number up.
+
+    Args:
+        tokens: of the tokenizer.
+        rows: of the model.
+        least: what their number may be a multiple of; nanoGPT rounds up to 64, resized models have 8 to 128.
+    """
+    unit = min(rows & -rows, 128)  # the largest power of two that divides rows
+    # a resized model may have a few tokens more than were saved with its tokenizer
+    slack = unit if unit >= least else 8 if least == 8 else 1
+    return 0 <= rows - tokens < slack
+
+
+def _explicit(choice: str | os.PathLike[str] | Tokenizer, rows: int) -> tuple[Tokenizer, str]:
+    if choice == "gpt2":
+        return gpt2(), "GPT-2's tokenizer"
+    if not isinstance(choice, str | os.PathLike):
+        return choice, "the tokenizer"
+    path = Path(os.path.expanduser(choice))
+    if not os.path.isdir(path):
+        return from_meta(path), str(path)
+    return _of_folder(path, rows)
+
+
+def _of_folder(path: Path, rows: int) -> tuple[Tokenizer, str]:
+    found = from_folder(path, rows)
+    if found is None:
+        raise TokenizerError(
+            f"{path} has no tokenizer, so prompts must be lists of token ids",
+            hint="give --tokenizer what it was trained with (tokenizer= in Python); Engine.generate takes token ids",
+        )
+    return found, f"the tokenizer in {path}"
+
+
+def _found(model: Model) -> tuple[Tokenizer, str]:
+    rows = model.architecture.vocab_size
+    if model.kind == "gpt2":
+        return gpt2(), "GPT-2's tokenizer"
+    if model.characters is not None:
+        return characters(dict(enumerate(model.characters))), "the demo's alphabet"
+    assert model.path is not None
+    folder = model.path if model.path.is_dir() else model.path.parent
+    if model.kind == "huggingface":
+        return _of_folder(folder, rows)
+    meta = find_meta(folder, model.dataset)
+    if meta is not None:
+        return from_meta(meta), str(meta)
+    if rows in _GPT2_VOCAB_SIZES:
+        return gpt2(), "GPT-2's tokenizer"
+    raise TokenizerError(
+        f"the checkpoint has {rows} tokens, which is not GPT-2's vocabulary, and no meta.pkl was found beside it or in "
+        "its dataset's folder",
+        hint="pass the dataset's meta.pkl: --meta data/<dataset>/meta.pkl (tokenizer= in Python)",
+    )
