@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import codecs
+import io
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from nanogpt_buckets import files
 from nanogpt_buckets.choice import EAGER, Options
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, sampling_options
-from nanogpt_buckets.errors import CorruptEntry, UsageError
+from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenization.base import well_formed
 from nanogpt_buckets.run.options import SamplingOptions
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from nanogpt_buckets.run.engine import Engine
 
 _PARTING = "---------------"
-_MAX_PROMPT = 64 * 1024 * 1024
 
 
 @click.command()
@@ -85,32 +84,21 @@ def _prompt(prompt: str | None, start: str | None) -> str:
         return well_formed(text)
     name = "standard input" if text == "-" else f"the prompt file {text.removeprefix('FILE:')!r}"
     try:
-        content = _stdin() if text == "-" else _file(text.removeprefix("FILE:"))
-        decoded = content.decode("utf-8-sig")
+        with _opened(text) as file:
+            # text mode as nanoGPT has it: every end of a line is one character; -sig leaves a byte order mark out
+            return io.TextIOWrapper(io.BytesIO(file.read()), encoding="utf-8-sig").read()
     except UnicodeDecodeError:
         raise UsageError(f"{name} is not UTF-8 text") from None
-    except (OSError, ValueError, CorruptEntry) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{name} cannot be read: {reason}", hint="pipe the text into `generate -`") from None
-    if content.startswith(codecs.BOM_UTF8):
-        output.say(f"{name} begins with a byte order mark, which is left out")
-    return decoded.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text, and nanoGPT with it
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _stdin() -> bytes:
-    if sys.stdin is None:  # closed by whoever started this
+def _opened(prompt: str) -> AbstractContextManager[IO[bytes]]:
+    if prompt != "-":
+        return open(os.path.expanduser(prompt.removeprefix("FILE:")), "rb")
+    if sys.stdin is None:
         raise ValueError("it is closed")
-    content = sys.stdin.buffer.read(_MAX_PROMPT + 1)
-    if len(content) > _MAX_PROMPT:
-        raise ValueError(f"it is longer than {_MAX_PROMPT} bytes")
-    return content
-
-
-def _file(name: str) -> bytes:
-    path = Path(os.path.realpath(os.path.expanduser(name)))  # a symbolic link is fine here
-    if path.is_dir():
-        raise ValueError("it is a directory")
-    return files.read_file(path, limit=_MAX_PROMPT)
+    return nullcontext(sys.stdin.buffer)
 
 
 def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:

@@ -7,74 +7,56 @@ from __future__ import annotations
 
 import functools
 import itertools
+from array import array
 from collections.abc import Iterable, Sequence
 
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenization.base import StreamDecoder, Tokenizer, well_formed
 
-_MAX_STOPS = 100_000
-_MAX_STOP_CHARACTERS = 1_000_000
+_MAX_STOPS = 1000
 
 
 def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     """Return stop strings as a tuple.
 
     Raises:
-        UsageError: one is empty or not a string, or they are too many or too long.
+        UsageError: one is empty or no text, or they are more than a thousand.
     """
     if not isinstance(stop, str | Iterable | None) or isinstance(stop, bytes | bytearray):
         raise UsageError(
             f"stop is {stop!r:.80}; it must be a string or a list of strings", hint='for example stop="\\n\\n"'
         )
     stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(itertools.islice(stop, _MAX_STOPS + 1))
+    if len(stops) > _MAX_STOPS:
+        raise UsageError(f"there are more than {_MAX_STOPS} stop strings")
     for text in stops:
         if not isinstance(text, str) or not text or text != well_formed(text):
             raise UsageError(f"stop string {text!r:.80} cannot be matched", hint="use one or more non-empty strings")
-    if len(stops) > _MAX_STOPS or sum(map(len, stops)) > _MAX_STOP_CHARACTERS:
-        raise UsageError(
-            f"there are more than {_MAX_STOPS} stop strings, or more than {_MAX_STOP_CHARACTERS} characters in them"
-        )
     return stops
 
 
-class _Matcher:
-    """Where text stands among several stop strings, one character at a time (Aho and Corasick's automaton).
+def _advance(stop: str, borders: array[int], state: int, text: str) -> int:
+    """Return how long a beginning of a stop string the text ends with, after `state` and this text (Knuth-Morris-Pratt).
 
-    A state is the longest beginning of a stop string that the text ends with; state 0 is none.
+    It is the whole stop string as soon as that was seen.
     """
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._next: dict[tuple[int, str], int] = {}
-        self.depth = [0]  # by state: how many characters of a stop string it is,
-        self.matched = [0]  # how long a stop string the text ends with is, the longest of them,
-        self._shorter = [0]  # and the state of the next shorter beginning
-        for stop in stops:
-            state = 0
-            for character in stop:
-                after = self._next.setdefault((state, character), len(self.depth))
-                if after == len(self.depth):
-                    self.depth.append(self.depth[state] + 1)
-                    self.matched.append(0)
-                    self._shorter.append(0)
-                state = after
-            self.matched[state] = len(stop)
-        self._link()
-
-    def _link(self) -> None:
-        # a state's parent is nearer the root, so by depth all that `step` needs is there
-        for (parent, character), state in sorted(self._next.items(), key=lambda edge: self.depth[edge[1]]):
-            if parent:
-                self._shorter[state] = self.step(self._shorter[parent], character)
-            self.matched[state] = self.matched[state] or self.matched[self._shorter[state]]
-
-    def step(self, state: int, character: str) -> int:
-        """Return the state after one more character."""
-        while state and (state, character) not in self._next:
-            state = self._shorter[state]
-        return self._next.get((state, character), 0)
+    for character in text:
+        while state and stop[state] != character:
+            state = borders[state]
+        state += stop[state] == character
+        if state == len(stop):
+            break
+    return state
 
 
-_matcher = functools.lru_cache(maxsize=4)(_Matcher)  # one for all rows of a call
+@functools.lru_cache(maxsize=4)  # one for all rows of a call
+def _borders(stops: tuple[str, ...]) -> list[array[int]]:
+    """Return, by stop string and length of its beginning, which shorter beginning that one ends with."""
+    tables = [array("q", [0, 0]) for _ in stops]
+    for stop, borders in zip(stops, tables, strict=True):
+        for character in stop[1:-1]:
+            borders.append(_advance(stop, borders, borders[-1], character))
+    return tables
 
 
 class TextStream:
@@ -92,8 +74,8 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: tuple[str, ...]) -> None:
         self._decoder = StreamDecoder(tokenizer)
         self.prompt_text = self._decoder.feed(*prompt_ids)
-        self._matcher = _matcher(stops)
-        self._state = 0
+        self._stops = list(zip(stops, _borders(stops), strict=True))
+        self._states = [0] * len(stops)
         self._held = ""
         self.text = ""
         self.stopped = False
@@ -106,16 +88,13 @@ class TextStream:
             last: no token follows, so nothing is held back any more.
         """
         new = self._decoder.feed(token) + (self._decoder.flush() if last else "")
-        found = []
-        for end, character in enumerate(new, len(self._held) + 1):
-            self._state = self._matcher.step(self._state, character)
-            if self._matcher.matched[self._state]:
-                found.append(end - self._matcher.matched[self._state])
         self._held += new
-        self.stopped = bool(found)
-        if found:
-            return self._release(min(found))
-        return self._release(len(self._held) - (0 if last else self._matcher.depth[self._state]))
+        self._states = [_advance(*stop, state, new) for stop, state in zip(self._stops, self._states, strict=True)]
+        seen = [stop for (stop, _), state in zip(self._stops, self._states, strict=True) if state == len(stop)]
+        self.stopped = bool(seen)
+        if seen:
+            return self._release(min(map(self._held.find, seen)))
+        return self._release(len(self._held) - (0 if last else max(self._states, default=0)))
 
     def _release(self, count: int) -> str:
         piece, self._held = self._held[:count], self._held[count:]
