@@ -65,28 +65,25 @@ class StreamDecoder:
 
     def feed(self, *tokens: int) -> str:
         """Return the characters these ids complete."""
-        if isinstance(self._tokenizer, ContextualTokenizer):
-            return self._feed_contextual(self._tokenizer, tokens)
-        return self._utf8.decode(b"".join(self._tokenizer.token_bytes(token) for token in tokens))
+        if not isinstance(self._tokenizer, ContextualTokenizer):
+            return self._utf8.decode(b"".join(map(self._tokenizer.token_bytes, tokens)))
+        self._ids += tokens
+        if not self._ids or self._tokenizer.is_open(self._ids[-1]):
+            return ""
+        text = self._tokenizer.text_of(self._ids)
+        certain = text.rstrip(_REPLACEMENT)
+        piece = self._show(certain)
+        if len(self._ids) > _WINDOW and certain == text:
+            context = self._tokenizer.text_of(self._ids[-_CONTEXT:])
+            if context:  # else what a decoder does to the beginning of a text would be done to what follows
+                self._ids, self._shown = self._ids[-_CONTEXT:], len(context)
+        return piece
 
     def flush(self) -> str:
         """Return what an unfinished character becomes."""
         if isinstance(self._tokenizer, ContextualTokenizer):
             return self._show(self._tokenizer.text_of(self._ids))
         return self._utf8.decode(b"", final=True)
-
-    def _feed_contextual(self, tokenizer: ContextualTokenizer, tokens: tuple[int, ...]) -> str:
-        self._ids += tokens
-        if not self._ids or tokenizer.is_open(self._ids[-1]):
-            return ""
-        text = tokenizer.text_of(self._ids)
-        certain = text.rstrip(_REPLACEMENT)
-        piece = self._show(certain)
-        if len(self._ids) > _WINDOW and certain == text:
-            context = tokenizer.text_of(self._ids[-_CONTEXT:])
-            if context:  # else what a decoder does to the beginning of a text would be done to what follows
-                self._ids, self._shown = self._ids[-_CONTEXT:], len(context)
-        return piece
 
     def _show(self, text: str) -> str:
         piece = text[self._shown :]

@@ -73,11 +73,9 @@ def from_meta(path: Path) -> Tokenizer:
     """
     try:
         content = files.read_file(Path(os.path.realpath(path)), limit=_META_MAX_BYTES)  # it may be a symbolic link
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, CorruptEntry) as error:
         reason = getattr(error, "strerror", None) or error
         raise TokenizerError(f"the tokenizer {str(path)!r} cannot be read: {reason}") from None
-    except CorruptEntry as error:
-        raise TokenizerError(f"{path} cannot be a meta.pkl: {error.message}") from None
     try:
         _refuse_large_numbers(content)
         meta = _PlainUnpickler(content).load()

@@ -34,23 +34,16 @@ def tokenizer_for(model: Model, choice: TokenizerChoice = None) -> Tokenizer:
     """
     rows = model.architecture.vocab_size
     tokenizer, name = _explicit(choice, rows) if choice is not None else _found(model)
-    if not _fits(tokenizer.n_vocab, rows, 8 if model.kind == "huggingface" else 64):
+    if not _fits(tokenizer.n_vocab, rows, model.kind):
         raise TokenizerError(f"{name} has {tokenizer.n_vocab} tokens and the model {rows}: they do not belong together")
     return tokenizer
 
 
-def _fits(tokens: int, rows: int, least: int) -> bool:
-    """Return whether rows the tokenizer has no token for are only there to round their number up.
-
-    Args:
-        tokens: of the tokenizer.
-        rows: of the model.
-        least: what their number may be a multiple of; nanoGPT rounds up to 64, resized models have 8 to 128.
-    """
-    unit = min(rows & -rows, 128)  # the largest power of two that divides rows
-    # a resized model may have a few tokens more than were saved with its tokenizer
-    slack = unit if unit >= least else 8 if least == 8 else 1
-    return 0 <= rows - tokens < slack
+def _fits(tokens: int, rows: int, kind: str) -> bool:
+    """Return whether rows the tokenizer has no token for are only there to round their number up."""
+    unit = min(rows & -rows, 128)  # the largest power of two that divides rows: nanoGPT rounds up to 64
+    # whoever resized a folder's model rounded to 8 or more, or added a few tokens and did not save the tokenizer
+    return 0 <= rows - tokens < (max(unit, 8) if kind == "huggingface" else unit if unit >= 64 else 1)
 
 
 def _explicit(choice: str | os.PathLike[str] | Tokenizer, rows: int) -> tuple[Tokenizer, str]:
@@ -61,17 +54,7 @@ def _explicit(choice: str | os.PathLike[str] | Tokenizer, rows: int) -> tuple[To
     path = Path(os.path.expanduser(choice))
     if not os.path.isdir(path):
         return from_meta(path), str(path)
-    return _of_folder(path, rows)
-
-
-def _of_folder(path: Path, rows: int) -> tuple[Tokenizer, str]:
-    found = from_folder(path, rows)
-    if found is None:
-        raise TokenizerError(
-            f"{path} has no tokenizer, so prompts must be lists of token ids",
-            hint="give --tokenizer what it was trained with (tokenizer= in Python); Engine.generate takes token ids",
-        )
-    return found, f"the tokenizer in {path}"
+    return from_folder(path, rows), f"the tokenizer in {path}"
 
 
 def _found(model: Model) -> tuple[Tokenizer, str]:
@@ -83,7 +66,7 @@ def _found(model: Model) -> tuple[Tokenizer, str]:
     assert model.path is not None
     folder = model.path if model.path.is_dir() else model.path.parent
     if model.kind == "huggingface":
-        return _of_folder(folder, rows)
+        return from_folder(folder, rows), f"the tokenizer in {folder}"
     meta = find_meta(folder, model.dataset)
     if meta is not None:
         return from_meta(meta), str(meta)

@@ -14,7 +14,6 @@ import os
 import re
 import stat
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,160 +25,106 @@ from nanogpt_buckets.model.tokenization.gpt2 import symbols_to_bytes
 # The largest that are published have 35 MB.
 _MAX_BYTES = 128 * 1024 * 1024
 _READ = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe")
-_PARTS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt")
-# What some of transformers' tokenizers need beside it: the name of the module and of the package.
-_PACKAGES = {
-    "sentencepiece": "sentencepiece",
-    "google.protobuf": "protobuf",
-    "fugashi": "fugashi",
-    "jieba": "jieba",
-    "rjieba": "rjieba",
-    "sacremoses": "sacremoses",
-    "sudachipy": "sudachipy",
-    "rhoknp": "rhoknp",
-}
+_PARTS = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"}
 # Decoders under which more ids leave the text of the ones before as it is.
 _STEADY = {"ByteLevel", "ByteFallback", "BPEDecoder", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
-# What transformers logs, what it warns of, and whether special tokens are recognised are states, not of one call.
+# How much transformers logs and whether it recognises special tokens are states of the library, not of one call.
 _LOCK = threading.Lock()
-_ANYHOW = "prompts may be lists of token ids in Python, or give another tokenizer with --tokenizer"
+_HINT = "prompts may be lists of token ids in Python, or give another tokenizer with --tokenizer"
 
 
-def from_folder(path: Path, rows: int | None = None) -> Tokenizer | None:
-    """Return a folder's own tokenizer, or None if it has none.
+def from_folder(path: Path, rows: int | None = None) -> Tokenizer:
+    """Return a folder's own tokenizer.
 
     Args:
         path: a folder as `save_pretrained` writes it, or of older days.
-        rows: how many ids the model knows; added tokens beyond it are no part of the tokenizer. None is no limit.
+        rows: how many ids the model knows; added tokens beyond are no part of the tokenizer. None is no limit.
 
     Raises:
-        TokenizerError: it is incomplete, malformed, needs a package that is not here, or cannot be used; the message
-            says which.
+        TokenizerError: there is none, or it cannot be used; the message says why.
     """
-    names = {entry.name for entry in _checked(path)}
-    if not names.intersection(_PARTS) and not any(name.endswith(".model") for name in names):
-        return None
+    names = _checked_names(path)
+    pieces = any(name.endswith(".model") for name in names)
+    if not names & _PARTS and not pieces:
+        raise TokenizerError(f"{path} has no tokenizer", hint=_HINT)
     if "tokenizer.json" not in names and ("vocab.json" in names) != ("merges.txt" in names):
         missing = "merges.txt" if "vocab.json" in names else "vocab.json"
-        raise TokenizerError(f"the tokenizer in {path} is incomplete: {missing} is missing")
-    bare = not names.intersection({"config.json", "tokenizer_config.json", "tokenizer.json"})
-    with _errors_of(path):
-        loaded = _load(path, bare)
+        raise TokenizerError(f"the tokenizer in {path} is incomplete: {missing} is missing", hint=_HINT)
+    if pieces and "tokenizer.json" not in names and not importlib.util.find_spec("sentencepiece"):
+        # transformers would try something else, and complain of that
+        needs = "sentencepiece and protobuf, which are not installed"
+        raise TokenizerError(
+            f"the tokenizer in {path} needs {needs}", hint=f"pip install sentencepiece protobuf; or {_HINT}"
+        )
+    with _using(path):
+        from transformers import AutoTokenizer, GPT2Config
+
+        # vocab.json and merges.txt alone do not say what they are of
+        bare = not names & {"config.json", "tokenizer_config.json", "tokenizer.json"}
+        loaded = AutoTokenizer.from_pretrained(
+            str(path.absolute()), local_files_only=True, trust_remote_code=False, config=GPT2Config() if bare else None
+        )
         _refuse_chance(path, loaded)
-        kinds = _decoders(path, loaded)
-        if "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}:
-            return _ByteLevelTokenizer(path, loaded, rows)
-        return _ContextualTokenizer(path, loaded, rows)
+        byte_level = {"ByteLevel"} <= _decoders(path, loaded) <= {"ByteLevel", "Fuse"}
+        return (_ByteLevelTokenizer if byte_level else _ContextualTokenizer)(path, loaded, rows)
 
 
-def _checked(path: Path) -> list[os.DirEntry[str]]:
+def _checked_names(path: Path) -> set[str]:
     """Return what is in a folder; nothing that transformers might open hangs or has no end."""
     try:
         with os.scandir(path) as found:
-            entries = list(found)
-        for entry in entries:
-            if not entry.name.endswith(_READ):
-                continue
-            about = entry.stat()
-            if not stat.S_ISREG(about.st_mode):
-                raise TokenizerError(f"{printable(entry.path)} is not a regular file", hint=_ANYHOW)
-            if about.st_size > _MAX_BYTES:
-                raise TokenizerError(f"{printable(entry.path)} is longer than {_MAX_BYTES} bytes", hint=_ANYHOW)
+            about = {entry.name: entry.stat() for entry in found if entry.name.endswith(_READ)}
     except OSError as error:
-        raise TokenizerError(f"the tokenizer in {path} cannot be read: {error.strerror}", hint=_ANYHOW) from None
-    return entries
-
-
-def _load(path: Path, bare: bool) -> Any:
-    from transformers import AutoTokenizer, GPT2Config
-
-    with _quiet():
-        # vocab.json and merges.txt alone do not say what they are of
-        options = {"config": GPT2Config()} if bare else {}
-        return AutoTokenizer.from_pretrained(
-            str(path.absolute()), local_files_only=True, trust_remote_code=False, **options
-        )
+        raise TokenizerError(f"the tokenizer in {path} cannot be read: {error.strerror}", hint=_HINT) from None
+    for name, status in about.items():
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+            what = f"is no regular file of at most {_MAX_BYTES} bytes"
+            raise TokenizerError(f"{printable(name)} in {path} {what}", hint=_HINT)
+    return set(about)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _using(path: Path) -> Iterator[None]:
+    """One at a time, and silent; whatever transformers and the libraries under it raise is a TokenizerError."""
     from transformers.utils import logging
 
-    with _LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _LOCK:
         level = logging.get_verbosity()
         logging.set_verbosity(50)  # nothing but what is critical
         try:
             yield
+        except BucketsError:
+            raise
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust; no Exception
+                raise
+            reason = printable((str(error).strip().splitlines() or [type(error).__name__])[0]).rstrip(".:")
+            raise TokenizerError(f"the tokenizer in {path} cannot be read: {reason}", hint=_HINT) from None
         finally:
             logging.set_verbosity(level)
 
 
-@contextlib.contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
-    """Whatever transformers and the libraries under it raise is a TokenizerError."""
-    try:
-        yield
-    except BucketsError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust; no Exception
-            raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        missing = _missing_packages(path, error)
-        if missing:
-            raise TokenizerError(
-                f"the tokenizer in {path} needs {' and '.join(missing)}, which cannot be imported here",
-                hint=f"pip install {' '.join(missing)}; without, {_ANYHOW}",
-            ) from None
-        reason = printable(lines[0]).rstrip(".:")
-        raise TokenizerError(f"the tokenizer in {path} cannot be read: {reason}", hint=_ANYHOW) from None
-
-
-def _missing_packages(path: Path, error: BaseException) -> list[str]:
-    wanted = set(re.findall("[a-z]+", str(error).lower())) if isinstance(error, ImportError) else set()
-    if any(path.glob("*.model")):  # transformers tries something else then, and complains of that
-        wanted |= {"sentencepiece", "protobuf"}
-    return [package for module, package in _PACKAGES.items() if package in wanted and not _is_installed(module)]
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
 def _refuse_chance(path: Path, loaded: Any) -> None:
     dropout = getattr(loaded.backend_tokenizer.model, "dropout", None) if loaded.is_fast else None
-    if dropout:
+    if dropout or (getattr(loaded, "sp_model_kwargs", None) or {}).get("enable_sampling"):
+        chance = f'"dropout": {dropout} in tokenizer.json' if dropout else "sp_model_kwargs in tokenizer_config.json"
         raise TokenizerError(
-            f"the tokenizer in {path} merges by chance (BPE dropout {dropout}), so that no seed would tell its ids",
-            hint='set "dropout": null in tokenizer.json: it is meant for training',
-        )
-    if getattr(loaded, "sp_model_kwargs", None) and loaded.sp_model_kwargs.get("enable_sampling"):
-        raise TokenizerError(
-            f"the tokenizer in {path} samples (enable_sampling), so that no seed would tell its ids",
-            hint="remove sp_model_kwargs from tokenizer_config.json: it is meant for training",
+            f"the tokenizer in {path} cuts text by chance ({chance}), so that no seed would tell its ids",
+            hint="remove that: it is meant for training",
         )
 
 
 def _decoders(path: Path, loaded: Any) -> set[str]:
     """Return what makes text of tokens, by kind; nothing for a tokenizer written in Python."""
     decoder = loaded.backend_tokenizer.decoder if loaded.is_fast else None
-    if decoder is None:
-        return set()
-    description = json.loads(decoder.__getstate__())
+    description = {"decoders": []} if decoder is None else json.loads(decoder.__getstate__())
     parts = description.get("decoders", [description])
     for part in parts:
-        odd = part["type"] not in _STEADY or part.get("stop") or len(part.get("pattern", {}).get("String", " ")) != 1
-        if odd or "Regex" in part.get("pattern", {}):
-            raise TokenizerError(
-                f"the tokenizer in {path} has the decoder {printable(json.dumps(part))}, under which later tokens may "
-                "change earlier text",
-                hint=_ANYHOW,
-            )
+        pattern = part.get("pattern", {"String": " "})
+        if part["type"] not in _STEADY or part.get("stop") or len(pattern.get("String", "")) != 1:
+            odd = f"the decoder {printable(json.dumps(part))}, under which later tokens may change earlier text"
+            raise TokenizerError(f"the tokenizer in {path} has {odd}", hint=_HINT)
     return {part["type"] for part in parts}
 
 
@@ -193,7 +138,7 @@ class _FolderTokenizer:
         added = loaded.added_tokens_decoder
         self._symbols = {token: symbol for symbol, token in loaded.get_vocab().items()}
         if self._symbols.keys() <= added.keys():
-            raise TokenizerError(f"the tokenizer in {path} holds no vocabulary", hint=_ANYHOW)
+            raise TokenizerError(f"the tokenizer in {path} holds no vocabulary", hint=_HINT)
         self._added = {token: text.content for token, text in added.items() if rows is None or token < rows}
         known = self._symbols.keys() - added.keys() | self._added.keys()
         self.n_vocab = max(known) + 1
@@ -203,15 +148,12 @@ class _FolderTokenizer:
     def encode(self, text: str, *, plain_text: bool = False) -> list[int]:
         """See `Tokenizer`."""
         options = {"split_special_tokens": True} if plain_text else {}
-        with _errors_of(self._path), _quiet():
+        with _using(self._path):
             ids: list[int] = self._loaded(well_formed(text), verbose=False, **options).input_ids
         largest = max(ids, default=0)
         if self._rows is not None and largest >= self._rows:
-            raise TokenizerError(
-                f"the tokenizer in {self._path} makes {self._symbols.get(largest)!r} token {largest}, and the model "
-                f"has only {self._rows}",
-                hint="leave it out of the prompt, or give a model whose embeddings were resized for it",
-            )
+            what = f"{self._symbols.get(largest)!r} is token {largest} of the tokenizer in {self._path}"
+            raise TokenizerError(f"{what}, and the model has only {self._rows}", hint="leave it out of the prompt")
         return ids
 
 
@@ -230,16 +172,15 @@ class _ContextualTokenizer(_FolderTokenizer):
     def text_of(self, ids: Sequence[int]) -> str:
         """See `ContextualTokenizer`."""
         known = [token for token in ids if token < self.n_vocab]
-        if self._loaded.is_fast:
-            return self._decode(known)
-        # what is written in Python puts a blank before text once a special token follows it
-        runs = itertools.groupby(known, self._added.get)
-        return "".join(self._decode(list(run)) if name is None else name * len(list(run)) for name, run in runs)
+        with _using(self._path):
+            if self._loaded.is_fast:
+                return self._decode(known)
+            # what is written in Python puts a blank before text once a special token follows it
+            runs = [(name, list(run)) for name, run in itertools.groupby(known, self._added.get)]
+            return "".join(self._decode(run) if name is None else name * len(run) for name, run in runs)
 
     def _decode(self, ids: list[int]) -> str:
-        with _errors_of(self._path), _quiet():
-            text: str = self._loaded.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        return str(self._loaded.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def is_open(self, token: int) -> bool:
         """See `ContextualTokenizer`."""

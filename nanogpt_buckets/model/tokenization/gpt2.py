@@ -17,9 +17,7 @@ _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b772
 _END_OF_TEXT = "<|endoftext|>"
 # How GPT-2 cuts text before merging: contractions, words, numbers, other signs, white space but for the last before a
 # word. GPT-2 writes \s+(?!\S)|\s+ there, which cuts the same, and which a million blanks drive out of its stack.
-_PATTERN = (
-    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|(?>\s{1,1000}(?=\s))++|\s"""
-)
+_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|(?>\s{1,1000}(?=\s))++|\s"""
 
 
 @functools.cache
