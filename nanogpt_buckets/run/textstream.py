@@ -36,10 +36,7 @@ def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _advance(stop: str, borders: array[int], state: int, text: str) -> int:
-    """Return how long a beginning of a stop string the text ends with, after `state` and this text (Knuth-Morris-Pratt).
-
-    It is the whole stop string as soon as that was seen.
-    """
+    """Return how long a beginning of a stop string the text now ends with: all of it, once that was seen (KMP)."""
     for character in text:
         while state and stop[state] != character:
             state = borders[state]

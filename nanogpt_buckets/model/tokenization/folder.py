@@ -53,10 +53,8 @@ def from_folder(path: Path, rows: int | None = None) -> Tokenizer:
         raise TokenizerError(f"the tokenizer in {path} is incomplete: {missing} is missing", hint=_HINT)
     if pieces and "tokenizer.json" not in names and not importlib.util.find_spec("sentencepiece"):
         # transformers would try something else, and complain of that
-        needs = "sentencepiece and protobuf, which are not installed"
-        raise TokenizerError(
-            f"the tokenizer in {path} needs {needs}", hint=f"pip install sentencepiece protobuf; or {_HINT}"
-        )
+        needs = f"the tokenizer in {path} needs sentencepiece and protobuf, which are not installed"
+        raise TokenizerError(needs, hint=f"pip install sentencepiece protobuf; without, {_HINT}")
     with _using(path):
         from transformers import AutoTokenizer, GPT2Config
 
