@@ -97,14 +97,15 @@ def _using(path: Path) -> Iterator[None]:
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust; no Exception
                 raise
-            reason = printable((str(error).strip().splitlines() or [type(error).__name__])[0]).rstrip(".:")
+            reason = printable((str(error).strip().splitlines() or [type(error).__name__])[0]).rstrip(".:,")
             raise TokenizerError(f"the tokenizer in {path} cannot be read: {reason}", hint=_HINT) from None
         finally:
             logging.set_verbosity(level)
 
 
 def _refuse_chance(path: Path, loaded: Any) -> None:
-    dropout = getattr(loaded.backend_tokenizer.model, "dropout", None) if loaded.is_fast else None
+    whole = path / "tokenizer.json"  # some of transformers' classes leave out what it says
+    dropout = json.loads(whole.read_bytes())["model"].get("dropout") if whole.exists() else None
     if dropout or (getattr(loaded, "sp_model_kwargs", None) or {}).get("enable_sampling"):
         chance = f'"dropout": {dropout} in tokenizer.json' if dropout else "sp_model_kwargs in tokenizer_config.json"
         raise TokenizerError(
