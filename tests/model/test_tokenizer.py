@@ -90,6 +90,22 @@ def test_ids_are_hugging_faces_on_any_text(oracle, text):
     assert decode(gpt2(), ids) == text
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.text(" \n\t\u3000ab1.'", max_size=12), st.sampled_from([0, 1, 999, 1000, 1001, 2001]))
+def test_blanks_are_cut_as_hugging_face_cuts_them(oracle, text, length):
+    text = text.replace("\t", " " * length)
+
+    assert gpt2().encode(text) == oracle(text)["input_ids"]
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\u3000"])
+def test_a_million_blanks_before_a_letter_are_text_like_any_other(tokenizer, oracle, blank):
+    text = f"x{blank * 1_000_000}y<|endoftext|>"
+
+    assert tokenizer.encode(text) == oracle(text)["input_ids"]
+    assert decode(tokenizer, tokenizer.encode(text, plain_text=True)) == text
+
+
 def test_the_vocabulary_is_gpt2s(tokenizer):
     assert tokenizer.n_vocab == 50257
     assert tokenizer.start_token == 50256
@@ -140,8 +156,9 @@ def test_a_changed_vocabulary_file_is_refused(monkeypatch, tmp_path):
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_without_tokenizer_has_none(tmp_path):
-    assert from_folder(tmp_path) is None
+def test_a_folder_without_tokenizer_says_so(tmp_path):
+    with pytest.raises(TokenizerError, match="has no tokenizer"):
+        from_folder(tmp_path)
 
 
 @pytest.mark.parametrize(("present", "missing"), [("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")])
@@ -157,15 +174,6 @@ def test_a_malformed_tokenizer_is_one_sentence(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
 
     with pytest.raises(TokenizerError, match="cannot be read"):
-        from_folder(tmp_path)
-
-
-def test_a_tokenizer_that_is_not_byte_level_is_refused_by_name(tmp_path):
-    import tokenizers as hf
-
-    hf.Tokenizer(hf.models.WordLevel({"a": 0, "[UNK]": 1}, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
-
-    with pytest.raises(TokenizerError, match="byte-level"):
         from_folder(tmp_path)
 
 
@@ -232,6 +240,19 @@ def test_a_truncated_pickle_is_one_sentence(tmp_path, cut):
 def test_tables_that_make_no_sense_are_refused(tmp_path, meta):
     with pytest.raises(TokenizerError):
         from_meta(write_meta(tmp_path / "meta.pkl", meta))
+
+
+def test_a_pipe_is_no_meta_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "meta.pkl")
+    assert find_meta(tmp_path, None) == tmp_path / "meta.pkl"
+
+    with pytest.raises(TokenizerError, match="not a regular file"):
+        from_meta(tmp_path / "meta.pkl")
+
+
+def test_numbers_chosen_to_be_slow_are_refused(tmp_path):
+    with pytest.raises(TokenizerError, match="numbers that no token has"):
+        from_meta(write_meta(tmp_path / "meta.pkl", good_meta() | {"x": {2**61 - 1: 0}}))
 
 
 def test_a_missing_meta_says_so(tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
+import sys
 import warnings
 from pathlib import Path
 
@@ -204,3 +206,88 @@ def test_ids_and_text_are_auto_tokenizers_and_streams_join(name, tmp_path):
         ids = [chance.randrange(ours.n_vocab) for _ in range(chance.randrange(12))]
         text = oracle.decode(ids, clean_up_tokenization_spaces=False)
         assert (decode(ours, ids), stream_of(ours, ids)) == (text, text)
+
+
+@pytest.mark.parametrize("name", other_kinds())
+def test_long_streams_are_what_auto_tokenizer_decodes_at_once(name, tmp_path):
+    folder = write(tmp_path / "model", FOLDERS[name])
+    ours, oracle = from_folder(folder), auto(folder)
+    chance = random.Random(name)
+    for ids in [chance.randrange(ours.n_vocab) for _ in range(700)], oracle(TEXTS[5]).input_ids * 50:
+        text = oracle.decode(ids, clean_up_tokenization_spaces=False)
+        assert (decode(ours, ids), stream_of(ours, ids)) == (text, text)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+FAST = EXTRAS["fast class"]
+LATE = {"type": "CTC", "pad_token": "a", "word_delimiter_token": "|", "cleanup": True}
+DIRECTION = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 5}
+BAD_MAP = {"type": "Precompiled", "precompiled_charsmap": "////"}
+DROPPING = {"tokenizer.json": WHOLE | {"model": WHOLE["model"] | {"dropout": 0.5}}}
+T5 = {"tokenizer_config.json": {"tokenizer_class": "T5Tokenizer"}}
+REFUSED = {
+    "dropout": (FAST | DROPPING, "by chance"),
+    "dropout of a class that drops it": (DROPPING, "by chance"),
+    "later tokens": (FAST | {"tokenizer.json": WHOLE | {"decoder": LATE}}, "CTC"),
+    "a panic": (FAST | {"tokenizer.json": WHOLE | {"normalizer": BAD_MAP}}, "cannot be read: Precompiled"),
+    "a stride": (FAST | {"tokenizer.json": WHOLE | {"truncation": DIRECTION}}, "stride"),
+    "escapes": ({"vocab.json": "{", "merges.txt": "\x1b[31m \x1b]0;x\x07 y\n"}, "cannot be read"),
+    "no vocabulary": ({"tokenizer_config.json": {}}, "holds no vocabulary"),
+    "another package": (
+        {"vocab.txt": "a", "tokenizer_config.json": {"tokenizer_class": "XLMTokenizer"}}, "sacremoses",
+    ),
+    "sentencepiece": (T5 | {"spiece.model": "x"}, "sentencepiece and protobuf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_used_is_refused_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as if it were not installed, wherever this runs
+    monkeypatch.setitem(sys.modules, "sacremoses", None)
+    contents, said = REFUSED[name]
+
+    with pytest.raises(TokenizerError, match=said) as refusal:
+        from_folder(write(tmp_path / "model", contents))
+    assert "token ids" in refusal.value.hint or "training" in refusal.value.hint
+    assert str(refusal.value).isprintable()
+
+
+def test_a_panic_while_encoding_is_a_typed_error(tmp_path):
+    cut = WHOLE | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}
+    ours = from_folder(write(tmp_path / "model", FAST | {"tokenizer.json": cut}))
+
+    with pytest.raises(TokenizerError, match="chunk size must be non-zero"):
+        ours.encode("a")
+
+
+@pytest.mark.parametrize("config", ["config.json", "tokenizer_config.json"])
+def test_no_code_of_the_folder_is_run(config, tmp_path):
+    contents = CONFIG | {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    evil = {"evil.py": f"open({str(tmp_path / 'ran')!r}, 'w')", config: contents, "tokenizer.json": WHOLE}
+    folder = write(tmp_path / "model", evil)
+
+    assert from_folder(folder).encode("the") == from_folder(write(tmp_path / "tame", FORMS["whole"])).encode("the")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "spiece.model", "chat_template.jinja"])
+def test_pipes_and_devices_are_refused_before_anything_is_opened(name, tmp_path):
+    folder = write(tmp_path / "model", FORMS["old"])
+    os.mkfifo(folder / name)
+    with pytest.raises(TokenizerError, match=f"{name} .* no regular file"):
+        from_folder(folder)
+
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(TokenizerError, match=f"{name} .* no regular file"):
+        from_folder(folder)
+
+
+def test_added_tokens_the_model_has_no_row_for_are_no_ids(tmp_path):
+    ours = from_folder(write(tmp_path / "model", FORMS["whole"] | EXTRAS["added_tokens.json"]), SIZE + 1)
+
+    assert ours.n_vocab == SIZE + 1
+    assert ours.encode("<extra>") == [SIZE]
+    with pytest.raises(TokenizerError, match=f"'<w>' is token {SIZE + 1} .* only {SIZE + 1}"):
+        ours.encode("<w>")

@@ -14,6 +14,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _WINDOW, _CONTEXT = 256, 64
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text <-> ids.
 

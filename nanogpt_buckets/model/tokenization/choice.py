@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nanogpt_buckets.errors import TokenizerError
+from nanogpt_buckets.errors import TokenizerError, UsageError
 from nanogpt_buckets.model.checkpoint import Model
 from nanogpt_buckets.model.tokenization.base import Tokenizer
 from nanogpt_buckets.model.tokenization.characters import characters, find_meta, from_meta
@@ -49,8 +49,10 @@ def _fits(tokens: int, rows: int, kind: str) -> bool:
 def _explicit(choice: str | os.PathLike[str] | Tokenizer, rows: int) -> tuple[Tokenizer, str]:
     if choice == "gpt2":
         return gpt2(), "GPT-2's tokenizer"
-    if not isinstance(choice, str | os.PathLike):
+    if isinstance(choice, Tokenizer):
         return choice, "the tokenizer"
+    if not isinstance(choice, str | os.PathLike):
+        raise UsageError(f"{choice!r:.80} is no tokenizer", hint="give a path, gpt2 or what has encode and token_bytes")
     path = Path(os.path.expanduser(choice))
     if not os.path.isdir(path):
         return from_meta(path), str(path)
