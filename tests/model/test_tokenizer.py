@@ -98,12 +98,11 @@ def test_blanks_are_cut_as_hugging_face_cuts_them(oracle, text, length):
     assert gpt2().encode(text) == oracle(text)["input_ids"]
 
 
-@pytest.mark.parametrize("blank", [" ", "\n", "\u3000"])
-def test_a_million_blanks_before_a_letter_are_text_like_any_other(tokenizer, oracle, blank):
-    text = f"x{blank * 1_000_000}y<|endoftext|>"
+def test_a_million_blanks_before_a_letter_are_text_like_any_other(oracle):
+    text = f"x{' ' * 1_000_000}y<|endoftext|>"
 
-    assert tokenizer.encode(text) == oracle(text)["input_ids"]
-    assert decode(tokenizer, tokenizer.encode(text, plain_text=True)) == text
+    assert gpt2().encode(text) == oracle(text)["input_ids"]
+    assert decode(gpt2(), gpt2().encode(text, plain_text=True)) == text
 
 
 def test_the_vocabulary_is_gpt2s(tokenizer):
