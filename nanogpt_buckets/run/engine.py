@@ -79,7 +79,7 @@ class Engine:
         Args:
             model: a name or path; see `open_model`.
             plan: buckets to use; None for the plan that `build` saved under the model's name.
-            tokenizer: see `tokenizer_for`.
+            tokenizer: see `tokenizer_for`. Where the model's own is missing or fails, token ids work all the same.
             on_miss: "promote" runs the cheapest bucket at hand that fits and never compiles; "build" compiles what a
                 call needs before its first step.
             cached_only: never compile, whatever else is said.

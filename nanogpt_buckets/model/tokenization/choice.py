@@ -42,8 +42,8 @@ def tokenizer_for(model: Model, choice: TokenizerChoice = None) -> Tokenizer:
 def _fits(tokens: int, rows: int, kind: str) -> bool:
     """Return whether rows the tokenizer has no token for are only there to round their number up."""
     unit = min(rows & -rows, 128)  # the largest power of two that divides rows: nanoGPT rounds up to 64
-    # whoever resized a folder's model rounded to 8 or more, or added a few tokens and did not save the tokenizer
-    return 0 <= rows - tokens < (max(unit, 8) if kind == "huggingface" else unit if unit >= 64 else 1)
+    # what was saved with a folder's model is its own, and some have rows for tokens to come
+    return 0 <= rows - tokens < (max(unit, 8, rows // 50) if kind == "huggingface" else unit if unit >= 64 else 1)
 
 
 def _explicit(choice: str | os.PathLike[str] | Tokenizer, rows: int) -> tuple[Tokenizer, str]:

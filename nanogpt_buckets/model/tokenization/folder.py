@@ -24,6 +24,7 @@ from nanogpt_buckets.model.tokenization.gpt2 import symbols_to_bytes
 
 # The largest that are published have 35 MB.
 _MAX_BYTES = 128 * 1024 * 1024
+_OPENED = ("added_tokens", "config", "merges", "sentencepiece", "special_tokens", "spiece", "tokenizer", "vocab")
 _READ = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe")
 _PARTS = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"}
 # Decoders under which more ids leave the text of the ones before as it is.
@@ -76,9 +77,10 @@ def _checked_names(path: Path) -> set[str]:
     except OSError as error:
         raise TokenizerError(f"the tokenizer in {path} cannot be read: {error.strerror}", hint=_HINT) from None
     for name, status in about.items():
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
-            what = f"is no regular file of at most {_MAX_BYTES} bytes"
-            raise TokenizerError(f"{printable(name)} in {path} {what}", hint=_HINT)
+        long = status.st_size > _MAX_BYTES and name.startswith(_OPENED)  # there may be a text it was trained on
+        if long or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            what = f"longer than {_MAX_BYTES} bytes" if long else "no regular file"
+            raise TokenizerError(f"{printable(name)} in {path} is {what}", hint=_HINT)
     return set(about)
 
 
