@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -265,10 +266,20 @@ def test_a_panic_while_encoding_is_a_typed_error(tmp_path):
 def test_no_code_of_the_folder_is_run(config, tmp_path):
     contents = CONFIG | {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
     evil = {"evil.py": f"open({str(tmp_path / 'ran')!r}, 'w')", config: contents, "tokenizer.json": WHOLE}
-    folder = write(tmp_path / "model", evil)
-
-    assert from_folder(folder).encode("the") == from_folder(write(tmp_path / "tame", FORMS["whole"])).encode("the")
+    with contextlib.suppress(TokenizerError):  # or its ids are those of tokenizer.json; releases of transformers differ
+        assert from_folder(write(tmp_path / "model", evil)).encode("the") == [VOCAB["the"]]
     assert not (tmp_path / "ran").exists()
+
+
+def test_only_files_that_are_opened_have_a_limit(tmp_path):
+    folder = write(tmp_path / "model", FORMS["old"])
+    for name in ("train.txt", "vocab.txt"):
+        (folder / name).touch()
+        os.truncate(folder / name, 1 << 30)
+        if name == "train.txt":
+            assert from_folder(folder).encode("the") == [VOCAB["the"]]
+    with pytest.raises(TokenizerError, match=r"vocab\.txt .* longer than"):
+        from_folder(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "spiece.model", "chat_template.jinja"])
