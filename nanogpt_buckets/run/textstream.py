@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenization.base import StreamDecoder, Tokenizer, well_formed
+from nanogpt_buckets.values import shown
 
 _MAX_STOPS = 1000
 
@@ -24,14 +25,14 @@ def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     """
     if not isinstance(stop, str | Iterable | None) or isinstance(stop, bytes | bytearray):
         raise UsageError(
-            f"stop is {stop!r:.80}; it must be a string or a list of strings", hint='for example stop="\\n\\n"'
+            f"stop is {shown(stop)}; it must be a string or a list of strings", hint='for example stop="\\n\\n"'
         )
     stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(itertools.islice(stop, _MAX_STOPS + 1))
     if len(stops) > _MAX_STOPS:
         raise UsageError(f"there are more than {_MAX_STOPS} stop strings")
     for text in stops:
         if not isinstance(text, str) or not text or text != well_formed(text):
-            raise UsageError(f"stop string {text!r:.80} cannot be matched", hint="use one or more non-empty strings")
+            raise UsageError(f"stop string {shown(text)} cannot be matched", hint="use one or more non-empty strings")
     return stops
 
 

@@ -14,6 +14,7 @@ from nanogpt_buckets.model.tokenization.base import Tokenizer
 from nanogpt_buckets.model.tokenization.characters import characters, find_meta, from_meta
 from nanogpt_buckets.model.tokenization.folder import from_folder
 from nanogpt_buckets.model.tokenization.gpt2 import gpt2
+from nanogpt_buckets.values import shown
 
 # GPT-2's vocabulary, and the same padded to a multiple of 64 as nanoGPT trains it.
 _GPT2_VOCAB_SIZES = (50257, 50304)
@@ -52,7 +53,9 @@ def _explicit(choice: str | os.PathLike[str] | Tokenizer, rows: int) -> tuple[To
     if isinstance(choice, Tokenizer):
         return choice, "the tokenizer"
     if not isinstance(choice, str | os.PathLike):
-        raise UsageError(f"{choice!r:.80} is no tokenizer", hint="give a path, gpt2 or what has encode and token_bytes")
+        raise UsageError(
+            f"{shown(choice)} is no tokenizer", hint="give a path, gpt2 or what has encode and token_bytes"
+        )
     path = Path(os.path.expanduser(choice))
     if not os.path.isdir(path):
         return from_meta(path), str(path)
