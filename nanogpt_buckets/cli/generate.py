@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +16,7 @@ from nanogpt_buckets.choice import EAGER, Options
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, sampling_options
 from nanogpt_buckets.errors import UsageError
-from nanogpt_buckets.model.tokenizer import well_formed
+from nanogpt_buckets.model.tokenization.base import well_formed
 from nanogpt_buckets.run.options import SamplingOptions
 
 if TYPE_CHECKING:
@@ -76,17 +79,26 @@ def _prompt(prompt: str | None, start: str | None) -> str:
     if prompt is not None and start is not None:
         raise UsageError("PROMPT and --start say the same thing twice", hint="give one of them")
     text = prompt if prompt is not None else start if start is not None else ""
+    if text != "-" and not text.startswith("FILE:"):
+        # bytes that are no UTF-8 arrive from the shell as lone surrogates, which cannot be printed
+        return well_formed(text)
+    name = "standard input" if text == "-" else f"the prompt file {text.removeprefix('FILE:')!r}"
     try:
-        if text == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        if text.startswith("FILE:"):
-            return Path(text.removeprefix("FILE:")).expanduser().read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"the prompt file {text.removeprefix('FILE:')} cannot be read: {error.strerror}") from None
+        with _opened(text) as file:
+            # text mode as nanoGPT has it: every end of a line is one character; -sig leaves a byte order mark out
+            return io.TextIOWrapper(io.BytesIO(file.read()), encoding="utf-8-sig").read()
     except UnicodeDecodeError:
-        raise UsageError("the prompt is not UTF-8 text") from None
-    # bytes that are no UTF-8 arrive from the shell as lone surrogates, which cannot be printed
-    return well_formed(text)
+        raise UsageError(f"{name} is not UTF-8 text") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _opened(prompt: str) -> AbstractContextManager[IO[bytes]]:
+    if prompt != "-":
+        return open(os.path.expanduser(prompt.removeprefix("FILE:")), "rb")
+    if sys.stdin is None:
+        raise ValueError("it is closed")
+    return nullcontext(sys.stdin.buffer)
 
 
 def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:

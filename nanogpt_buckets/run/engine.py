@@ -20,7 +20,8 @@ from nanogpt_buckets.builder import Listener
 from nanogpt_buckets.choice import Choice, Options, choose
 from nanogpt_buckets.contract import refuse_forked
 from nanogpt_buckets.errors import TokenizerError, UsageError
-from nanogpt_buckets.model.vocabulary import TokenizerChoice, tokenizer_for
+from nanogpt_buckets.model.tokenization.base import Tokenizer
+from nanogpt_buckets.model.tokenization.choice import TokenizerChoice, tokenizer_for
 from nanogpt_buckets.node import last_run
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.run.dispatch import Dispatcher
@@ -49,7 +50,13 @@ class Engine:
         self._arch = choice.model.architecture
         self._buckets = buckets
         self._report = report
-        self.tokenizer = tokenizer_for(choice.model, tokenizer)
+        self.tokenizer: Tokenizer | None = None
+        try:
+            self.tokenizer = tokenizer_for(choice.model, tokenizer)
+        except TokenizerError as error:
+            if tokenizer is not None:
+                raise
+            self._no_tokenizer = error  # token ids work all the same
         cores = 1 if choice.backend is None else choice.backend.cores
         self._dispatcher = Dispatcher(buckets.executable, choice.cost, self._arch.block_size, report, at_once=cores)
         self._lock = threading.RLock()
@@ -72,7 +79,7 @@ class Engine:
         Args:
             model: a name or path; see `open_model`.
             plan: buckets to use; None for the plan that `build` saved under the model's name.
-            tokenizer: see `tokenizer_for`.
+            tokenizer: see `tokenizer_for`. Where the model's own is missing or fails, token ids work all the same.
             on_miss: "promote" runs the cheapest bucket at hand that fits and never compiles; "build" compiles what a
                 call needs before its first step.
             cached_only: never compile, whatever else is said.
@@ -208,7 +215,7 @@ class Engine:
     def _row(self, prompt: Prompt, index: int, sample: int, stops: tuple[str, ...], plain_text: bool) -> Row:
         ids = self._encode(prompt, plain_text)
         if stops and self.tokenizer is None:
-            raise TokenizerError("stop strings need a tokenizer, and this model has none")
+            raise TokenizerError(f"stop strings need a tokenizer: {self._no_tokenizer}")
         text = None if self.tokenizer is None else TextStream(self.tokenizer, ids, stops)
         if not ids:
             start = self.tokenizer.start_token if self.tokenizer is not None else None
@@ -220,10 +227,7 @@ class Engine:
     def _encode(self, prompt: Prompt, plain_text: bool) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise TokenizerError(
-                    "this model has no tokenizer, so prompts must be lists of token ids",
-                    hint="give --meta or tokenizer= what it was trained with; Engine.generate takes token ids",
-                )
+                raise self._no_tokenizer.with_traceback(None)
             return self.tokenizer.encode(prompt, plain_text=plain_text)
         return token_ids(prompt, self._arch.vocab_size)
 
@@ -313,9 +317,7 @@ def generate(
         model, plan=plan, tokenizer=tokenizer, on_miss="build", cached_only=cached_only, lazy=True, **what
     ) as engine:
         if engine.tokenizer is None:
-            raise TokenizerError(
-                "this model has no tokenizer, so there is no text to return", hint="use Engine.generate"
-            )
+            raise engine._no_tokenizer.with_traceback(None)
         many = isinstance(prompt, list) and all(isinstance(item, str) for item in prompt)
         prompts = cast(Iterable[Prompt], prompt) if many else [cast(Prompt, prompt)]
         generations = engine.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, plain_text=plain_text, **how)

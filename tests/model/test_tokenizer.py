@@ -13,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_buckets.errors import TokenizerError, UnknownCharacter
-from nanogpt_buckets.model import tokenizer as tokenizers
-from nanogpt_buckets.model.tokenizer import StreamDecoder, decode
+from nanogpt_buckets.model.tokenization import gpt2 as gpt2_module
+from nanogpt_buckets.model.tokenization.base import StreamDecoder, decode
+from nanogpt_buckets.model.tokenization.characters import characters, find_meta, from_meta
+from nanogpt_buckets.model.tokenization.folder import from_folder
+from nanogpt_buckets.model.tokenization.gpt2 import gpt2
 
 ENCODER = Path(__file__).parents[1] / "data" / "gpt2_encoder.json.gz"
-MERGES = Path(tokenizers.__file__).parent / "gpt2" / "vocab.bpe"
+MERGES = Path(gpt2_module.__file__).parents[1] / "gpt2" / "vocab.bpe"
 
 NASTY = [
     "",
@@ -66,8 +69,8 @@ def whole_folder(oracle, tmp_path_factory) -> Path:
 @pytest.fixture(params=["bundled", "vocab and merges", "tokenizer.json"], scope="session")
 def tokenizer(request, gpt2_folder, whole_folder):
     if request.param == "bundled":
-        return tokenizers.gpt2()
-    return tokenizers.from_folder(gpt2_folder if request.param == "vocab and merges" else whole_folder)
+        return gpt2()
+    return from_folder(gpt2_folder if request.param == "vocab and merges" else whole_folder)
 
 
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
@@ -81,10 +84,25 @@ def test_ids_are_hugging_faces(tokenizer, oracle, text):
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=40))
 def test_ids_are_hugging_faces_on_any_text(oracle, text):
-    ids = tokenizers.gpt2().encode(text)
+    ids = gpt2().encode(text)
 
     assert ids == oracle(text)["input_ids"]
-    assert decode(tokenizers.gpt2(), ids) == text
+    assert decode(gpt2(), ids) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(" \n\t\u3000ab1.'", max_size=12), st.sampled_from([0, 1, 999, 1000, 1001, 2001]))
+def test_blanks_are_cut_as_hugging_face_cuts_them(oracle, text, length):
+    text = text.replace("\t", " " * length)
+
+    assert gpt2().encode(text) == oracle(text)["input_ids"]
+
+
+def test_a_million_blanks_before_a_letter_are_text_like_any_other(oracle):
+    text = f"x{' ' * 1_000_000}y<|endoftext|>"
+
+    assert gpt2().encode(text) == oracle(text)["input_ids"]
+    assert decode(gpt2(), gpt2().encode(text, plain_text=True)) == text
 
 
 def test_the_vocabulary_is_gpt2s(tokenizer):
@@ -109,36 +127,37 @@ def test_lone_surrogates_become_the_replacement_character(tokenizer, text, expec
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, 50256), max_size=12))
 def test_a_stream_joins_to_the_text_whatever_the_ids(ids):
-    stream = StreamDecoder(tokenizers.gpt2())
+    stream = StreamDecoder(gpt2())
     pieces = [stream.feed(token) for token in ids]
 
-    assert "".join(pieces) + stream.flush() == decode(tokenizers.gpt2(), ids)
+    assert "".join(pieces) + stream.flush() == decode(gpt2(), ids)
 
 
 def test_nothing_is_fetched_or_written(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(socket, "socket", None)
-    tokenizers.gpt2.cache_clear()
+    gpt2.cache_clear()
 
-    assert tokenizers.gpt2().encode("hello world") == [31373, 995]
+    assert gpt2().encode("hello world") == [31373, 995]
     assert os.listdir(tmp_path) == []
 
 
 def test_a_changed_vocabulary_file_is_refused(monkeypatch, tmp_path):
     (tmp_path / "vocab.bpe").write_bytes(MERGES.read_bytes()[:-5])
-    monkeypatch.setattr(tokenizers, "_VOCAB_BPE", tmp_path / "vocab.bpe")
-    tokenizers.gpt2.cache_clear()
+    monkeypatch.setattr(gpt2_module, "_VOCAB_BPE", tmp_path / "vocab.bpe")
+    gpt2.cache_clear()
 
     with pytest.raises(TokenizerError, match=r"not OpenAI's"):
-        tokenizers.gpt2()
+        gpt2()
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_without_tokenizer_has_none(tmp_path):
-    assert tokenizers.from_folder(tmp_path) is None
+def test_a_folder_without_tokenizer_says_so(tmp_path):
+    with pytest.raises(TokenizerError, match="has no tokenizer"):
+        from_folder(tmp_path)
 
 
 @pytest.mark.parametrize(("present", "missing"), [("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")])
@@ -146,7 +165,7 @@ def test_half_a_tokenizer_names_what_is_missing(tmp_path, present, missing):
     (tmp_path / present).write_text("{}")
 
     with pytest.raises(TokenizerError, match=missing):
-        tokenizers.from_folder(tmp_path)
+        from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}'])
@@ -154,16 +173,7 @@ def test_a_malformed_tokenizer_is_one_sentence(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
 
     with pytest.raises(TokenizerError, match="cannot be read"):
-        tokenizers.from_folder(tmp_path)
-
-
-def test_a_tokenizer_that_is_not_byte_level_is_refused_by_name(tmp_path):
-    import tokenizers as hf
-
-    hf.Tokenizer(hf.models.WordLevel({"a": 0, "[UNK]": 1}, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
-
-    with pytest.raises(TokenizerError, match="byte-level"):
-        tokenizers.from_folder(tmp_path)
+        from_folder(tmp_path)
 
 
 # --- characters ---------------------------------------------------------------------------------------------------
@@ -181,7 +191,7 @@ def good_meta() -> dict:
 
 
 def test_meta_pickle_round_trip(tmp_path):
-    tokenizer = tokenizers.from_meta(write_meta(tmp_path / "meta.pkl", good_meta()))
+    tokenizer = from_meta(write_meta(tmp_path / "meta.pkl", good_meta()))
 
     assert tokenizer.encode("aé漢\n") == [1, 2, 3, 0]
     assert decode(tokenizer, [3, 1]) == "漢a"
@@ -190,7 +200,7 @@ def test_meta_pickle_round_trip(tmp_path):
 
 def test_a_character_outside_is_named(tmp_path):
     with pytest.raises(UnknownCharacter, match=r"'\?' \(U\+003F\) at position 1 is not among the 4"):
-        tokenizers.characters(LETTERS).encode("a?")
+        characters(LETTERS).encode("a?")
 
 
 class Evil:
@@ -202,7 +212,7 @@ def test_a_pickle_that_asks_for_any_global_is_refused_and_not_run(tmp_path):
     path = write_meta(tmp_path / "meta.pkl", good_meta() | {"extra": Evil()})
 
     with pytest.raises(TokenizerError, match=r"system"):
-        tokenizers.from_meta(path)
+        from_meta(path)
     assert not Path("/tmp/nanogpt-buckets-evil").exists()
 
 
@@ -212,7 +222,7 @@ def test_a_truncated_pickle_is_one_sentence(tmp_path, cut):
     path.write_bytes(pickle.dumps(good_meta())[:cut])
 
     with pytest.raises(TokenizerError, match=r"meta\.pkl"):
-        tokenizers.from_meta(path)
+        from_meta(path)
 
 
 @pytest.mark.parametrize(
@@ -228,25 +238,38 @@ def test_a_truncated_pickle_is_one_sentence(tmp_path, cut):
 )
 def test_tables_that_make_no_sense_are_refused(tmp_path, meta):
     with pytest.raises(TokenizerError):
-        tokenizers.from_meta(write_meta(tmp_path / "meta.pkl", meta))
+        from_meta(write_meta(tmp_path / "meta.pkl", meta))
+
+
+def test_a_pipe_is_no_meta_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "meta.pkl")
+    assert find_meta(tmp_path, None) == tmp_path / "meta.pkl"
+
+    with pytest.raises(TokenizerError, match="not a regular file"):
+        from_meta(tmp_path / "meta.pkl")
+
+
+def test_numbers_chosen_to_be_slow_are_refused(tmp_path):
+    with pytest.raises(TokenizerError, match="numbers that no token has"):
+        from_meta(write_meta(tmp_path / "meta.pkl", good_meta() | {"x": {2**61 - 1: 0}}))
 
 
 def test_a_missing_meta_says_so(tmp_path):
     with pytest.raises(TokenizerError, match="cannot be read: No such file"):
-        tokenizers.from_meta(tmp_path / "meta.pkl")
+        from_meta(tmp_path / "meta.pkl")
 
 
 def test_meta_is_looked_for_beside_the_checkpoint_then_in_the_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "data" / "plays").mkdir(parents=True)
-    assert tokenizers.find_meta(tmp_path / "out", "plays") is None
+    assert find_meta(tmp_path / "out", "plays") is None
 
     in_dataset = write_meta(tmp_path / "data" / "plays" / "meta.pkl", good_meta())
-    assert tokenizers.find_meta(tmp_path / "out", "plays").samefile(in_dataset)
+    assert find_meta(tmp_path / "out", "plays").samefile(in_dataset)
 
     beside = write_meta(tmp_path / "out" / "meta.pkl", good_meta())
-    assert tokenizers.find_meta(tmp_path / "out", "plays") == beside
+    assert find_meta(tmp_path / "out", "plays") == beside
 
 
 @pytest.mark.parametrize("dataset", ["../data/plays", "/etc", None, ""])
@@ -255,4 +278,4 @@ def test_a_dataset_name_never_leads_out_of_the_data_folder(tmp_path, monkeypatch
     (tmp_path / "data").mkdir()
     write_meta(tmp_path / "data" / "meta.pkl", good_meta())
 
-    assert tokenizers.find_meta(tmp_path / "out", dataset) is None
+    assert find_meta(tmp_path / "out", dataset) is None

@@ -1,9 +1,12 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt_buckets.errors import UsageError
-from nanogpt_buckets.model.tokenizer import characters, gpt2
+from nanogpt_buckets.model.tokenization.characters import characters
+from nanogpt_buckets.model.tokenization.gpt2 import gpt2
 from nanogpt_buckets.run.textstream import TextStream, stop_strings
 
 ABC = characters(dict(enumerate("ab|")))
@@ -55,7 +58,37 @@ def test_a_character_that_never_ends_is_shown_as_replacement_at_the_end():
     assert stream.text == "�"
 
 
-@pytest.mark.parametrize("stop", ["", ["a", ""], [3]])
+@pytest.mark.parametrize("stop", ["", ["a", ""], [3], b"a", 3, "\ud800"])
 def test_stops_that_cannot_match_are_refused(stop):
     with pytest.raises(UsageError):
         stop_strings(stop)
+
+
+@pytest.mark.parametrize("stop", ["a" * 99_999 + "|", "ab" * 50_000, ["a" * n + "|" for n in range(1, 900)]])
+def test_long_and_many_stop_strings_cost_little_a_token(stop):
+    stream, _ = run([0, 1] * 1000 + [0] * 1000, stop_strings(stop))  # took minutes when each token looked at all of it
+
+    assert stream.text == "ab" * 1000 + "a" * 1000
+
+
+def test_more_stop_strings_than_anyone_needs_are_refused():
+    with pytest.raises(UsageError, match="more than 1000"):
+        stop_strings(f"{n}" for n in itertools.count())
+
+
+def test_a_token_with_several_stops_ends_at_the_earliest():
+    stream, pieces = run([0], ("cd", "bcde", "e"), characters_of("abcdef"))
+
+    assert (stream.text, pieces) == ("a", ["a"])
+
+
+class characters_of:
+    """One token that is several characters."""
+
+    n_vocab, start_token = 1, None
+
+    def __init__(self, text):
+        self.text = text
+
+    def token_bytes(self, token):
+        return self.text.encode()
