@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import time
 from collections.abc import Mapping
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nanogpt_buckets import child
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
 from nanogpt_buckets.contract import Contract, dtype_name
@@ -25,6 +29,10 @@ from nanogpt_buckets.versions import version_tuple
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+# An empty source, compiled to nothing.
+_NOTHING = ("-O3", "-fPIC", "-x", "c++", "/dev/null", "-o", "/dev/null")
 
 
 class InductorBackend(Backend):
@@ -59,25 +67,31 @@ class InductorBackend(Backend):
         return host.choose_level(requested)
 
     def compiler(self) -> dict[str, str] | None:
-        """Return the versions of torch and of the C++ compiler, or None where there is no C++ compiler."""
-        cxx = _cxx_version()
+        """Return torch's version, and the C++ compiler's with its options, or None where there is no C++ compiler."""
+        cxx = _cxx_identity(_cxx())
         return None if cxx is None else {"torch": version("torch"), "cxx": cxx}
 
+    def child_environment(self, request: BuildRequest) -> dict[str, str]:
+        """Return the compiler this process means, whatever the child's directory, and an order of sets."""
+        return {"PYTHONHASHSEED": "0", "CXX": shlex.join(_cxx())}
+
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
-        """Export the step and compile it to a shared library; runs in a child whose caches are in `workdir`.
+        """Export the step and compile it to a shared library; runs in a child whose directory is `workdir`.
 
         Raises:
             BackendUnavailable: there is no C++ compiler.
             CompileFailed: the compiler made no library, or not the weightless kind.
         """
-        from nanogpt_buckets.backends.inductor.compile import compile_library, weightless_graph
+        from nanogpt_buckets.backends.inductor.compile import compile_library, settle, weightless_graph
 
-        if _cxx_version() is None:
+        cxx = _cxx_identity(_cxx())
+        if cxx is None:
             raise BackendUnavailable("no C++ compiler was found", hint="install g++, or set CXX to a compiler")
-        arch, bucket = request.architecture, request.bucket
+        workdir, arch, bucket = settle(), request.architecture, request.bucket
         graph, inputs = weightless_graph(arch, bucket, request.dtype, request.lowering)
         start = time.monotonic()
-        content = compile_library(graph, inputs, request.target, workdir).read_bytes()
+        is_clang = "clang version" in cxx
+        content = compile_library(graph, inputs, request.target, workdir, _cxx(), is_clang).read_bytes()
         interface = step_named(bucket.step).interface(arch, bucket)
         return Artifact(
             blobs={"library": content},
@@ -107,17 +121,40 @@ def _has_levels() -> bool:
     return version_tuple(version("torch"))[:2] >= (2, 10)
 
 
+def _cxx() -> tuple[str, ...]:
+    """Return the words that begin a C++ compiler's command; none if there is no such program."""
+    given = os.environ.get("CXX", "").strip() or "g++"
+    try:
+        words = [given] if shutil.which(given) else shlex.split(given)
+    except ValueError:
+        return ()
+    program = shutil.which(words[0])
+    return (os.path.abspath(program), *words[1:]) if program else ()
+
+
 @functools.cache
-def _cxx_version() -> str | None:
-    compiler = os.environ.get("CXX") or "g++"
-    path = shutil.which(compiler)
-    if path is None:
+def _cxx_identity(command: tuple[str, ...]) -> str | None:
+    """Return a compiler's version, and a digest of the commands it would run: a wrapper may add options to them."""
+
+    def asked(*arguments: str, check: bool = False) -> subprocess.CompletedProcess[str]:
+        environment = child.clean_environment({"CCACHE_DISABLE": "1"})
+        environment.pop("TMPDIR", None)
+        return subprocess.run(
+            [*command, *arguments],
+            env=environment, cwd="/", capture_output=True, text=True, errors="replace", timeout=30, check=check,
+        )  # fmt: skip
+
+    if not command:
         return None
     try:
-        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+        text = asked("--version", check=True).stdout.strip()
+        said = [asked("-###", way, *_NOTHING).stderr for way in ("-c", "-shared")]
     except (OSError, subprocess.SubprocessError):
         return None
-    return text.splitlines()[0].strip() if text else None
+    # commands are indented; the rest says where and how the compiler itself was built, and temporary names are random
+    commands = [line for line in "\n".join(said).splitlines() if line.startswith(" ")]
+    options = re.sub(r"[^\s\"=]*/(cc\w{6}|null-\w+)\.\w+", "", "\n".join(commands))
+    return f"{text.splitlines()[0].strip()}, options {sha256(options.encode()).hexdigest()[:8]}" if text else None
 
 
 def _compile_line(workdir: Path) -> str:
