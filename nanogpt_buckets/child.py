@@ -33,7 +33,7 @@ from nanogpt_buckets.errors import BucketsError, ChildFailed
 Event = dict[str, Any]
 
 # What would change generated code, point a compiler at somebody else's cache, or make Python or a tool speak otherwise
-# than is expected: variables of torch, of GCC, of Clang, of linkers, of Python, of the locale. A child gets none of it.
+# than expected: variables of torch; of GCC, Clang and linkers; of the locale; of Python. A child gets none of it.
 _STEERING = re.compile(
     r"_?TORCH.*|PYTORCH_.*|_?INDUCTOR_.*|(DUMP_)?AOT.*|TRITON_.*|ATEN_.*|FX_.*|PT2_.*|PARTITIONER_.*|HALIDE_.*|TVM_.*"
     r"|CUT(LASS|EDSL)_.*|CUBLAS_.*|CUDA_(HOME|INC_PATH)|(ENABLE|DISABLE|UNSAFE|FAKE|LOG|TEARDOWN)_.*|TENSORIFY_.*|_SPLITTER_.*"
@@ -66,47 +66,41 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def work_folder() -> Iterator[Path]:
-    """Yield a new private directory under the temporary one; it goes afterwards, with those of killed processes.
-
-    Raises:
-        ChildFailed: none can be made.
-    """
-    try:
-        sweep_folders()
-        folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
-    except OSError as error:
-        raise ChildFailed(f"no directory for a child can be made: {error}", hint="name one in TMPDIR") from error
+    """Yield a new private directory under the temporary one; it goes afterwards, with those of killed processes."""
+    sweep_folders()
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
     lock = _claim(folder)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        _remove(folder, lock)
 
 
 def sweep_folders() -> None:
-    """Remove this user's work folders whose owners were killed: nobody holds their locks any more; never fails."""
+    """Remove this user's work folders that nobody holds: their owners were killed. Never fails."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
         with contextlib.suppress(OSError):
             # an empty one may be about to be locked
             if os.listdir(folder) and (lock := _claim(folder)) is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-                os.close(lock)
+                _remove(folder, lock)
 
 
 def _claim(folder: Path) -> int | None:
-    """Lock a folder of this user's as long as this process lives; None if it cannot be had."""
+    """Lock a folder of this user's until the descriptor is closed, or this process ends; None if that cannot be."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            if os.fstat(descriptor).st_uid == os.getuid():
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
-        except OSError:
-            pass  # somebody else's, or a file system without locks
-        os.close(descriptor)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        with contextlib.suppress(OSError):  # another process has it, or the file system has no locks
+            if os.fstat(lock).st_uid == os.getuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+        os.close(lock)
     return None
+
+
+def _remove(folder: Path, lock: int | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
 
 
 def run(
@@ -139,18 +133,13 @@ def run(
         assert process.stdin is not None
         assert process.stdout is not None
         _running.add(process)
-        overran = threading.Event()
-
-        def stop() -> None:
-            overran.set()
-            _kill_group(process)
-
-        timer = threading.Timer(timeout_s, stop)
+        timer = threading.Timer(timeout_s, _kill_group, [process])
         timer.daemon = True
         timer.start()
         try:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(_encoded(request) + b"\n")
+                # so paths are the same bytes to a child that speaks UTF-8, whatever this process's locale
+                process.stdin.write(os.fsencode(json.dumps(request, ensure_ascii=False)) + b"\n")
                 process.stdin.flush()
             for line in process.stdout:
                 last = json.loads(line)
@@ -158,19 +147,12 @@ def run(
                     on_event(last)
             status = process.wait()
         finally:
+            overran = not timer.is_alive()
             timer.cancel()
             _end(process)
     if status != 0 or last.get("event") != "done":
-        raise _failure(last, status, log_path, f"was ended after {timeout_s:.0f} s" if overran.is_set() else "")
+        raise _failure(last, status, log_path, f"was ended after {timeout_s:.0f} s" if overran else "")
     return last
-
-
-def _encoded(request: Mapping[str, Any]) -> bytes:
-    """Encode a request so that every path in it, whatever this process's locale, is the same bytes to the child."""
-    try:
-        return os.fsencode(json.dumps(request, ensure_ascii=False))
-    except UnicodeEncodeError:
-        return json.dumps(request).encode()
 
 
 def _start(
@@ -213,11 +195,9 @@ def _failure(last: Event, status: int, log_path: Path, stopped: str) -> BucketsE
     """Return the error that a child named as its own, or one that says how it ended."""
     kind: type[BucketsError] = ChildFailed
     if last.get("no_room"):
-        place = log_path.parents[1]
-        hint = "make room there"
-        hint += ", or name another directory in TMPDIR" if str(place) == tempfile.gettempdir() else ""
-        last = last | {"hint": hint}
+        place = str(log_path.parents[1])
         reason = f"{os.strerror(errno.ENOSPC)} in {place}, where the child writes"
+        last["hint"] = "make room" + (", or name another directory in TMPDIR" * (place == tempfile.gettempdir()))
     elif last.get("event") == "error":
         reason = str(last.get("message"))
         kind = errors.named(str(last.get("kind"))) or ChildFailed

@@ -23,7 +23,7 @@ from nanogpt_buckets import child
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
 from nanogpt_buckets.contract import Contract, dtype_name
-from nanogpt_buckets.errors import BackendUnavailable, CompileFailed
+from nanogpt_buckets.errors import BackendUnavailable
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.versions import version_tuple
 
@@ -90,15 +90,15 @@ class InductorBackend(Backend):
         workdir, arch, bucket = settle(), request.architecture, request.bucket
         graph, inputs = weightless_graph(arch, bucket, request.dtype, request.lowering)
         start = time.monotonic()
-        is_clang = "clang version" in cxx
-        content = compile_library(graph, inputs, request.target, workdir, _cxx(), is_clang).read_bytes()
+        clang = "clang version" in cxx
+        content, commands = compile_library(graph, inputs, request.target, workdir, _cxx(), clang)
         interface = step_named(bucket.step).interface(arch, bucket)
         return Artifact(
             blobs={"library": content},
             inputs=interface.inputs,
             outputs=interface.outputs,
             weights=_weights_of(graph),
-            requires=host.requirements(content, _compile_line(workdir)),
+            requires=host.requirements(content, commands),
             stats={"compile_ms": int(1000 * (time.monotonic() - start))},
         )
 
@@ -122,7 +122,7 @@ def _has_levels() -> bool:
 
 
 def _cxx() -> tuple[str, ...]:
-    """Return the words that begin a C++ compiler's command; none if there is no such program."""
+    """Return the words that begin the C++ compiler's command; none if there is no such program."""
     given = os.environ.get("CXX", "").strip() or "g++"
     try:
         words = [given] if shutil.which(given) else shlex.split(given)
@@ -134,37 +134,21 @@ def _cxx() -> tuple[str, ...]:
 
 @functools.cache
 def _cxx_identity(command: tuple[str, ...]) -> str | None:
-    """Return a compiler's version, and a digest of the commands it would run: a wrapper may add options to them."""
-
-    def asked(*arguments: str, check: bool = False) -> subprocess.CompletedProcess[str]:
-        environment = child.clean_environment({"CCACHE_DISABLE": "1"})
-        environment.pop("TMPDIR", None)
-        return subprocess.run(
-            [*command, *arguments],
-            env=environment, cwd="/", capture_output=True, text=True, errors="replace", timeout=30, check=check,
-        )  # fmt: skip
-
+    """Return a compiler's version with a digest of the commands it would run: a wrapper may add options to them."""
     if not command:
         return None
+    environment = child.clean_environment({"CCACHE_DISABLE": "1", "TMPDIR": ""})
+    questions = [("--version",), *(("-###", way, *_NOTHING) for way in ("-c", "-shared"))]
     try:
-        text = asked("--version", check=True).stdout.strip()
-        said = [asked("-###", way, *_NOTHING).stderr for way in ("-c", "-shared")]
+        answers = [
+            subprocess.run([*command, *q], env=environment, cwd="/", capture_output=True, timeout=30) for q in questions
+        ]
     except (OSError, subprocess.SubprocessError):
         return None
-    # commands are indented; the rest says where and how the compiler itself was built, and temporary names are random
-    commands = [line for line in "\n".join(said).splitlines() if line.startswith(" ")]
-    options = re.sub(r"[^\s\"=]*/(cc\w{6}|null-\w+)\.\w+", "", "\n".join(commands))
-    return f"{text.splitlines()[0].strip()}, options {sha256(options.encode()).hexdigest()[:8]}" if text else None
-
-
-def _compile_line(workdir: Path) -> str:
-    """Return the compile commands Inductor wrote at the end of each generated source file."""
-    lines = [
-        line
-        for source in sorted(workdir.glob("*.cpp"))
-        for line in source.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-        if (line.startswith("// ") and " -shared " in line) or " -c " in line
-    ]
-    if not lines:
-        raise CompileFailed("the compiler left no record of its options, so what the bucket requires is unknown")
-    return "\n".join(lines)
+    version_text = answers[0].stdout.decode("utf-8", "replace").strip()
+    if answers[0].returncode != 0 or not version_text:
+        return None
+    # commands are indented, between words on how the compiler was built; names of temporary files are random
+    lines = [line for answer in answers[1:] for line in answer.stderr.splitlines() if line.startswith(b" ")]
+    options = re.sub(rb"[^\s\"=]*/(cc\w{6}|null-\w+)\.\w+", b"", b"\n".join(lines))
+    return f"{version_text.splitlines()[0].strip()}, options {sha256(options).hexdigest()[:8]}"
