@@ -145,10 +145,10 @@ def _cxx_identity(command: tuple[str, ...]) -> str | None:
         ]
     except (OSError, subprocess.SubprocessError):
         return None
-    version_text = answers[0].stdout.decode("utf-8", "replace").strip()
-    if answers[0].returncode != 0 or not version_text:
-        return None
     # commands are indented, between words on how the compiler was built; names of temporary files are random
     lines = [line for answer in answers[1:] for line in answer.stderr.splitlines() if line.startswith(b" ")]
     options = re.sub(rb"[^\s\"=]*/(cc\w{6}|null-\w+)\.\w+", b"", b"\n".join(lines))
-    return f"{version_text.splitlines()[0].strip()}, options {sha256(options).hexdigest()[:8]}"
+    version_lines = answers[0].stdout.decode("utf-8", "replace").strip().splitlines()
+    if answers[0].returncode != 0 or not version_lines or not options:
+        return None
+    return f"{version_lines[0].strip()}, options {sha256(options).hexdigest()[:8]}"

@@ -132,10 +132,7 @@ def _pin_commands(compiler: Sequence[str], kind: str, workdir: Path) -> list[str
     import torch
     from torch._inductor import cpp_builder
 
-    places = (
-        workdir,
-        Path(torch.__file__).parents[1],
-    )  # the last that fits counts, and a link to torch's is in workdir
+    places = (workdir, Path(torch.__file__).parents[1])  # the last that fits counts
     begin = shlex.join([*compiler, *(f"-ffile-prefix-map={place}=." for place in places)])
     composed = cpp_builder.CppBuilder.get_command_line
     commands = []
