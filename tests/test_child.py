@@ -210,3 +210,17 @@ def test_only_work_folders_of_this_user_that_nobody_holds_are_swept(scratch, tmp
     names = {path.name for path in scratch.iterdir()}
     assert names == {f"{prefix}theirs", f"{prefix}new", f"{prefix}link", f"{prefix}file", "nanogpt-buckets-0"}
     assert (tmp_path / "elsewhere" / "file").exists()
+
+
+def test_prune_sweeps_too(scratch, tmp_path):
+    for name in ("left", "held"):
+        (scratch / f"{child._FOLDER}{name}").mkdir()
+        (scratch / f"{child._FOLDER}{name}" / "file").touch()
+    held = child._claim(scratch / f"{child._FOLDER}held")
+    assert held is not None
+
+    for arguments, left in ((["--dry-run"], {"left", "held"}), (["--yes"], {"held"})):
+        command = [sys.executable, "-m", "nanogpt_buckets", "cache", "prune", *arguments]
+        subprocess.run(command, check=True, capture_output=True)
+        assert {path.name.removeprefix(child._FOLDER) for path in scratch.iterdir()} == left
+    os.close(held)

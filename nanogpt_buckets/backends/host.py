@@ -29,7 +29,7 @@ NATIVE = "native"
 # What g++ -march=native can turn on: vector, bit, crypto and matrix instructions of x86-64 and aarch64.
 _CODE_FLAG = re.compile(
     r"mmx|sse|sse2|pni|ssse3|sse4_[12]|sse4a|avx.*|f16c|fma4?|xop|abm|bmi[12]|popcnt|movbe|lahf_lm|cx16|adx|aes|pclmulqdq"
-    r"|vaes|vpclmulqdq|gfni|sha_ni|amx_.*|xsave.*|fsgsbase|rdrand|rdseed|fp|asimd.*|sve.*|sme.*|i8mm|bf16|atomics|fphp|crc32|sha\d|pmull"
+    r"|vaes|vpclmulqdq|gfni|sha_ni|amx_.*|xsave.*|fsgsbase|rdrand|rdseed|fp|asimd.*|sve.*|sme(?!p$).*|i8mm|bf16|atomics|fphp|crc32|sha\d|pmull"
 )
 
 
