@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-# An empty source, compiled to nothing.
-_NOTHING = ("-O3", "-fPIC", "-x", "c++", "/dev/null", "-o", "/dev/null")
-
-
 class InductorBackend(Backend):
     """See `Backend`."""
 
@@ -138,7 +134,8 @@ def _cxx_identity(command: tuple[str, ...]) -> str | None:
     if not command:
         return None
     environment = child.clean_environment({"CCACHE_DISABLE": "1", "TMPDIR": ""})
-    questions = [("--version",), *(("-###", way, *_NOTHING) for way in ("-c", "-shared"))]
+    nothing = ("-O3", "-fPIC", "-x", "c++", "/dev/null", "-o", "/dev/null")
+    questions = [("--version",), *(("-###", way, *nothing) for way in ("-c", "-shared"))]
     try:
         answers = [
             subprocess.run([*command, *q], env=environment, cwd="/", capture_output=True, timeout=30) for q in questions

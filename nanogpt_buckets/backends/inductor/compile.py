@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 # Vector width in bits that goes with each level (1 is scalar code), and what Inductor may believe the CPU has.
 _SIMDLEN = {"x86-64-v4": 512, "x86-64-v3": 256, "x86-64-v2": 1}
 _ISA_NAMES = {"x86-64-v4": ["avx2", "avx512"], "x86-64-v3": ["avx2"], "x86-64-v2": []}
-
 _NAME = "bucket"  # of generated files; by default their names follow from where they are
 
 
