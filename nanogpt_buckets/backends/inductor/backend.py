@@ -144,7 +144,7 @@ def _cxx_identity(command: tuple[str, ...]) -> str | None:
         return None
     # commands are indented, between words on how the compiler was built; names of temporary files are random
     lines = [line for answer in answers[1:] for line in answer.stderr.splitlines() if line.startswith(b" ")]
-    options = re.sub(rb"[^\s\"=]*/(cc\w{6}|null-\w+)\.\w+", b"", b"\n".join(lines))
+    options = re.sub(rb"([^\s\"=]*/)?\b(cc\w{6}|null-\w+)\.\w+", b"", b"\n".join(lines))
     version_lines = answers[0].stdout.decode("utf-8", "replace").strip().splitlines()
     if answers[0].returncode != 0 or not version_lines or not options:
         return None
