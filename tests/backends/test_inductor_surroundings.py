@@ -157,6 +157,16 @@ def test_what_is_no_compiler_is_none_and_no_traceback(monkeypatch, cxx):
     assert choose("demo").key_parts(Bucket(1, 16)) is None
 
 
+@pytest.mark.parametrize(
+    ("given", "processors", "told"), [("1", 8, "2"), ("3", 1, "2"), ("3", 8, None), (None, 8, None)]
+)
+def test_the_gate_never_runs_with_one_thread(monkeypatch, given, processors, told):
+    monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(inductor.host, "visible_cpu_count", lambda: processors)
+
+    assert inductor.InductorBackend().child_environment(None).get("OMP_NUM_THREADS") == told
+
+
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 

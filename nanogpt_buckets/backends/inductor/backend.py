@@ -68,8 +68,10 @@ class InductorBackend(Backend):
         return None if cxx is None else {"torch": version("torch"), "cxx": cxx}
 
     def child_environment(self, request: BuildRequest) -> dict[str, str]:
-        """Return the compiler this process means, whatever the child's directory, and an order of sets."""
-        return {"PYTHONHASHSEED": "0", "CXX": shlex.join(_cxx())}
+        """Return this process's compiler, an order of sets, and more than one thread, which the gate must see at work."""
+        one = os.environ.get("OMP_NUM_THREADS") == "1" or host.visible_cpu_count() == 1
+        threads = {"OMP_NUM_THREADS": "2"} if one else {}
+        return {"PYTHONHASHSEED": "0", "CXX": shlex.join(_cxx())} | threads
 
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
         """Export the step and compile it to a shared library; runs in a child whose directory is `workdir`.
