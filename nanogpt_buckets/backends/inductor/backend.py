@@ -68,7 +68,7 @@ class InductorBackend(Backend):
         return None if cxx is None else {"torch": version("torch"), "cxx": cxx}
 
     def child_environment(self, request: BuildRequest) -> dict[str, str]:
-        """Return this process's compiler, an order of sets, and more than one thread, which the gate must see at work."""
+        """Return this process's compiler, an order of sets, and several threads: the gate must see them at work."""
         one = os.environ.get("OMP_NUM_THREADS") == "1" or host.visible_cpu_count() == 1
         threads = {"OMP_NUM_THREADS": "2"} if one else {}
         return {"PYTHONHASHSEED": "0", "CXX": shlex.join(_cxx())} | threads
