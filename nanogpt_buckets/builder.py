@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
@@ -181,17 +180,16 @@ def compile_bucket(request: dict[str, Any], on_event: Callable[[child.Event], No
         ChildFailed: the child ended without a word.
         BucketsError: it could not compile the bucket, or the bucket failed the gate.
     """
-    with tempfile.TemporaryDirectory(prefix="nanogpt-buckets-") as directory:
-        workdir = Path(directory)
+    build = BuildRequest.from_json(request)
+    backend = backends.backend_for(build.backend, compiler_args=build.compiler_args)
+    with child.work_folder() as workdir:
         # nothing of the compiler's may land outside this directory, which goes when the child is done
-        build = BuildRequest.from_json(request)
-        backend = backends.backend_for(build.backend, compiler_args=build.compiler_args)
         result = child.run(
             worker.__name__,
             request,
             workdir=workdir,
             on_event=on_event,
-            environment={"TMPDIR": directory} | backend.child_environment(build),
+            environment={"TMPDIR": str(workdir)} | backend.child_environment(build),
             timeout_s=backend.timeout_s,
         )
         return worker.artifact_from_json(result, workdir)

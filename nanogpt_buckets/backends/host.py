@@ -29,7 +29,7 @@ NATIVE = "native"
 # What g++ -march=native can turn on: vector, bit, crypto and matrix instructions of x86-64 and aarch64.
 _CODE_FLAG = re.compile(
     r"mmx|sse|sse2|pni|ssse3|sse4_[12]|sse4a|avx.*|f16c|fma4?|xop|abm|bmi[12]|popcnt|movbe|lahf_lm|cx16|adx|aes|pclmulqdq"
-    r"|vaes|vpclmulqdq|gfni|sha_ni|amx_.*|xsave.*|fsgsbase|rdrand|rdseed|fp|asimd.*|sve.*|sme.*|i8mm|bf16|atomics|fphp|crc32|sha\d|pmull"
+    r"|vaes|vpclmulqdq|gfni|sha_ni|amx_.*|xsave.*|fsgsbase|rdrand|rdseed|fp|asimd.*|sve.*|sme(?!p$).*|i8mm|bf16|atomics|fphp|crc32|sha\d|pmull"
 )
 
 
@@ -89,11 +89,7 @@ def level_rank(target: str) -> int:
 
 
 def flags_of_compile_line(line: str) -> list[str]:
-    """Return the CPU features that code compiled with this g++ command may use, as Linux spells them.
-
-    Args:
-        line: the compiler's command line, with its -march and -mFEATURE options.
-    """
+    """Return the CPU features that the -march and -mFEATURE options of a g++ command turn on, as Linux spells them."""
     needed: set[str] = set()
     for option in re.findall(r"\s-m([a-z0-9=_.+-]+)", line):
         if option == "arch=native":
@@ -142,12 +138,7 @@ def _loaded_library(name: str) -> Path | None:
 
 
 def requirements(library: bytes, compile_line: str) -> dict[str, Any]:
-    """Say what a machine must have to run this library.
-
-    Args:
-        library: the shared library's bytes.
-        compile_line: the command that compiled it.
-    """
+    """Say what a machine must have to run a shared library with these bytes, compiled by these commands."""
     return {
         "os": platform.system(),
         "machine": platform.machine(),

@@ -6,7 +6,6 @@ Knows nothing of the store. Run as `python -m nanogpt_buckets.backends.worker`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +92,4 @@ def _read(path: str) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    # before torch is imported: compiler caches belong to this child alone and go with its directory
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path.cwd() / "cache")
     child.serve(handle)

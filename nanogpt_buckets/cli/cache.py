@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from nanogpt_buckets import settings
+from nanogpt_buckets import child, settings
 from nanogpt_buckets.backends import BACKENDS, backend_for
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import Command, Size, TimeSpan, cache_dir_option, output_options
@@ -248,6 +248,8 @@ def prune(
         deletion = replace(deletion, files=deletion.files + node_prune.plan())
     except BucketsError as error:
         deletion = replace(deletion, notes=(*deletion.notes, f"this node's directory is left alone: {error.message}"))
+    if not dry_run:
+        child.sweep_folders()  # what killed builds left in the temporary directory
     return _carry_out(store, deletion, dry_run, yes, as_json)
 
 

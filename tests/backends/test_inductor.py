@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import re
 import subprocess
 import sys
 
@@ -62,7 +61,7 @@ def test_no_weights_are_inside_and_the_gate_is_on_record(selection, artifact):
     assert manifest.gate["lengths"] == [1, 16, 17, 32, 33]
     assert 0 <= manifest.gate["relative_error_e9"] <= manifest.gate["tolerance_e9"] == 20_000
     assert manifest.stats["compile_ms"] > 0
-    assert len(artifact.blobs["library"]) < 3_000_000
+    assert len(artifact.blobs["library"]) < 600_000
 
 
 def test_code_is_generated_for_the_named_level_and_nothing_beyond(artifact):
@@ -222,8 +221,10 @@ def test_native_names_what_this_cpu_can_run_and_nothing_else_does(monkeypatch):
     here, flags = host.native(), host.cpu_flags()
     needed = host.flags_of_compile_line("g++ -march=native")
 
-    monkeypatch.setattr(host, "cpu_flags", lambda: flags | {"hypervisor", "ibrs_enhanced"})
+    monkeypatch.setattr(host, "cpu_flags", lambda: flags - {"smep"} | {"hypervisor", "ibrs_enhanced"})
     assert host.native() == here, "what generated code cannot use is not in the name"
+    monkeypatch.setattr(host, "cpu_flags", lambda: flags | {"smep", "smap"})
+    assert host.native() == here
     assert host.flags_of_compile_line("g++ -march=native") == needed
     monkeypatch.setattr(host, "cpu_flags", lambda: flags - {"avx2", "sse4_2", "asimd"})
     assert host.native() != here
@@ -247,19 +248,6 @@ def test_a_crash_in_the_child_takes_nothing_along(tmp_path):
         child.run("crashing", {}, workdir=tmp_path, environment={"PYTHONPATH": str(tmp_path)})
 
     assert "last words" in caught.value.log
-
-
-def test_what_steers_a_compiler_does_not_reach_the_child(monkeypatch):
-    from nanogpt_buckets import child
-
-    for name in ("TORCHINDUCTOR_FREEZING", "TRITON_CACHE_DIR", "ATEN_CPU_CAPABILITY", "CXXFLAGS"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("HOME", "/somewhere")
-
-    kept = child.clean_environment({"OWN": "x"})
-
-    assert not any(re.match("TORCHINDUCTOR_|TRITON_|ATEN_CPU|CXXFLAGS", name) for name in kept)
-    assert (kept["HOME"], kept["OWN"]) == ("/somewhere", "x")
 
 
 def test_loading_needs_neither_inductor_nor_transformers_nor_a_compiler(odd_folder, odd_cache, tmp_path):

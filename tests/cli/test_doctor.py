@@ -12,7 +12,6 @@ import pytest
 
 from nanogpt_buckets import __version__, doctor, node, settings
 from nanogpt_buckets.backends import host
-from nanogpt_buckets.backends.inductor import backend as inductor
 from nanogpt_buckets.cli import main
 from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.mounts import Mount
@@ -42,9 +41,7 @@ def facts(run):
 @contextmanager
 def no_compiler(monkeypatch) -> Iterator[None]:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    inductor._cxx_version.cache_clear()
     yield
-    inductor._cxx_version.cache_clear()
 
 
 def test_a_healthy_machine_has_no_problem_and_every_fact(facts, demo_cache):

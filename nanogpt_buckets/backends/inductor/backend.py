@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import time
 from collections.abc import Mapping
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nanogpt_buckets import child
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
 from nanogpt_buckets.contract import Contract, dtype_name
-from nanogpt_buckets.errors import BackendUnavailable, CompileFailed
+from nanogpt_buckets.errors import BackendUnavailable
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.versions import version_tuple
 
@@ -59,32 +63,40 @@ class InductorBackend(Backend):
         return host.choose_level(requested)
 
     def compiler(self) -> dict[str, str] | None:
-        """Return the versions of torch and of the C++ compiler, or None where there is no C++ compiler."""
-        cxx = _cxx_version()
+        """Return torch's version, and the C++ compiler's with its options, or None where there is no C++ compiler."""
+        cxx = _cxx_identity(_cxx())
         return None if cxx is None else {"torch": version("torch"), "cxx": cxx}
 
+    def child_environment(self, request: BuildRequest) -> dict[str, str]:
+        """Return this process's compiler, an order of sets, and several threads: the gate must see them at work."""
+        one = os.environ.get("OMP_NUM_THREADS") == "1" or host.visible_cpu_count() == 1
+        threads = {"OMP_NUM_THREADS": "2"} if one else {}
+        return {"PYTHONHASHSEED": "0", "CXX": shlex.join(_cxx())} | threads
+
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
-        """Export the step and compile it to a shared library; runs in a child whose caches are in `workdir`.
+        """Export the step and compile it to a shared library; runs in a child whose directory is `workdir`.
 
         Raises:
             BackendUnavailable: there is no C++ compiler.
             CompileFailed: the compiler made no library, or not the weightless kind.
         """
-        from nanogpt_buckets.backends.inductor.compile import compile_library, weightless_graph
+        from nanogpt_buckets.backends.inductor.compile import compile_library, settle, weightless_graph
 
-        if _cxx_version() is None:
+        cxx = _cxx_identity(_cxx())
+        if cxx is None:
             raise BackendUnavailable("no C++ compiler was found", hint="install g++, or set CXX to a compiler")
-        arch, bucket = request.architecture, request.bucket
+        workdir, arch, bucket = settle(), request.architecture, request.bucket
         graph, inputs = weightless_graph(arch, bucket, request.dtype, request.lowering)
         start = time.monotonic()
-        content = compile_library(graph, inputs, request.target, workdir).read_bytes()
+        clang = "clang version" in cxx
+        content, commands = compile_library(graph, inputs, request.target, workdir, _cxx(), clang)
         interface = step_named(bucket.step).interface(arch, bucket)
         return Artifact(
             blobs={"library": content},
             inputs=interface.inputs,
             outputs=interface.outputs,
             weights=_weights_of(graph),
-            requires=host.requirements(content, _compile_line(workdir)),
+            requires=host.requirements(content, commands),
             stats={"compile_ms": int(1000 * (time.monotonic() - start))},
         )
 
@@ -107,27 +119,35 @@ def _has_levels() -> bool:
     return version_tuple(version("torch"))[:2] >= (2, 10)
 
 
-@functools.cache
-def _cxx_version() -> str | None:
-    compiler = os.environ.get("CXX") or "g++"
-    path = shutil.which(compiler)
-    if path is None:
-        return None
+def _cxx() -> tuple[str, ...]:
+    """Return the words that begin the C++ compiler's command; none if there is no such program."""
+    given = os.environ.get("CXX", "").strip() or "g++"
     try:
-        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+        words = [given] if shutil.which(given) else shlex.split(given)
+    except ValueError:
+        return ()
+    program = shutil.which(words[0])
+    return (os.path.abspath(program), *words[1:]) if program else ()
+
+
+@functools.cache
+def _cxx_identity(command: tuple[str, ...]) -> str | None:
+    """Return a compiler's version with a digest of the commands it would run: a wrapper may add options to them."""
+    if not command:
+        return None
+    environment = child.clean_environment({"CCACHE_DISABLE": "1", "TMPDIR": ""})
+    nothing = ("-O3", "-fPIC", "-x", "c++", "/dev/null", "-o", "/dev/null")
+    questions = [("--version",), *(("-###", way, *nothing) for way in ("-c", "-shared"))]
+    try:
+        answers = [
+            subprocess.run([*command, *q], env=environment, cwd="/", capture_output=True, timeout=30) for q in questions
+        ]
     except (OSError, subprocess.SubprocessError):
         return None
-    return text.splitlines()[0].strip() if text else None
-
-
-def _compile_line(workdir: Path) -> str:
-    """Return the compile commands Inductor wrote at the end of each generated source file."""
-    lines = [
-        line
-        for source in sorted(workdir.glob("*.cpp"))
-        for line in source.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-        if (line.startswith("// ") and " -shared " in line) or " -c " in line
-    ]
-    if not lines:
-        raise CompileFailed("the compiler left no record of its options, so what the bucket requires is unknown")
-    return "\n".join(lines)
+    # commands are indented, between words on how the compiler was built; names of temporary files are random
+    lines = [line for answer in answers[1:] for line in answer.stderr.splitlines() if line.startswith(b" ")]
+    options = re.sub(rb"([^\s\"=]*/)?\b(cc\w{6}|null-\w+)\.\w+", b"", b"\n".join(lines))
+    version_lines = answers[0].stdout.decode("utf-8", "replace").strip().splitlines()
+    if answers[0].returncode != 0 or not version_lines or not options:
+        return None
+    return f"{version_lines[0].strip()}, options {sha256(options).hexdigest()[:8]}"

@@ -9,6 +9,10 @@ none.
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +22,7 @@ from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -27,6 +31,31 @@ if TYPE_CHECKING:
 # Vector width in bits that goes with each level (1 is scalar code), and what Inductor may believe the CPU has.
 _SIMDLEN = {"x86-64-v4": 512, "x86-64-v3": 256, "x86-64-v2": 1}
 _ISA_NAMES = {"x86-64-v4": ["avx2", "avx512"], "x86-64-v3": ["avx2"], "x86-64-v2": []}
+_NAME = "bucket"  # of generated files; by default their names follow from where they are
+
+
+def settle() -> Path:
+    """Return a name of this process's directory that any command can carry, and give torch's paths such names, too.
+
+    torch joins its commands with blanks and splits them again; few of the paths in them are quoted. Comes before torch
+    is imported, which finds its own place then.
+    """
+    here = Path(f"/proc/{os.getpid()}/cwd")
+    here = here if here.is_dir() else Path.cwd()
+    os.environ |= {"TMPDIR": str(here), "TORCHINDUCTOR_CACHE_DIR": str(here / "cache")}
+    sys.path[:] = [_plain(entry, here) for entry in sys.path]
+    places = sysconfig.get_config_vars()
+    places |= {name: _plain(places[name], here) for name in ("LIBDIR", "installed_base") if places.get(name)}
+    return here
+
+
+def _plain(path: str, here: Path) -> str:
+    """Return a path, or a link to it in this directory if it needs quotes, or a prefix map could not hold it."""
+    if not path or (shlex.quote(path) == path and "=" not in path):
+        return path
+    link = here / f"link{len(list(here.glob('link*')))}"
+    link.symlink_to(path)
+    return str(link)
 
 
 def weightless_graph(
@@ -44,20 +73,28 @@ def weightless_graph(
     return graph, step.pack([], bucket)
 
 
-def compile_library(graph: Graph, inputs: tuple[Tensor, ...], target: str, workdir: Path) -> Path:
-    """Export and compile; the sources, with the compiler's command lines, are left in `workdir`.
+def compile_library(
+    graph: Graph, inputs: tuple[Tensor, ...], target: str, workdir: Path, compiler: Sequence[str], is_clang: bool
+) -> tuple[bytes, str]:
+    """Export and compile; return the library and the compiler's command lines.
+
+    The same bytes wherever it is done: no path, symbol table or line table is kept, and no number of processors counts.
+    `compiler` are the words that begin its commands, `workdir` is what `settle` returned.
 
     Raises:
-        CompileFailed: the compiler made no library, or not the weightless kind.
+        CompileFailed: the compiler made no library, or this torch runs it in a way of its own.
     """
     import torch
     from torch import _inductor
 
     _pin_instruction_set(target)
+    commands = _pin_commands(compiler, "clang++" if is_clang else "g++", workdir)
     output = workdir / "library.so"
     options = {
         "aot_inductor.output_path": str(output),
         "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.model_name_for_generated_files": _NAME,
+        "cpp.threads": 16,  # what loops are laid out for; how many run them is found when they run
         "cpp.dynamic_threads": True,  # a one-thread child otherwise compiles OpenMP out for ever
         "freezing": False,  # frozen weights would be baked in
         # a header compiled for one bucket is used once, and making it needs an openssl program
@@ -69,7 +106,9 @@ def compile_library(graph: Graph, inputs: tuple[Tensor, ...], target: str, workd
         made = _inductor.aot_compile(program.module(), inputs, options=options)  # type: ignore[arg-type,unused-ignore]
     if made != str(output) or not output.is_file():
         raise CompileFailed(f"the compiler made {made!r}, not one library")
-    return output
+    if not commands:
+        raise CompileFailed("this torch does not say how it runs the compiler, so what the bucket requires is unknown")
+    return output.read_bytes(), "\n".join(commands)
 
 
 def _pin_instruction_set(target: str) -> None:
@@ -85,3 +124,25 @@ def _pin_instruction_set(target: str) -> None:
     cpu_vec_isa.x86_isa_checker = lambda: _ISA_NAMES[target]
     cpu_vec_isa.VecISA.check_build = lambda self, code: True  # type: ignore[method-assign,unused-ignore]
     torch.cpu._is_avx512_bf16_supported = lambda: False
+
+
+def _pin_commands(compiler: Sequence[str], kind: str, workdir: Path) -> list[str]:
+    """Have torch choose options for this kind of compiler, begin its commands with these words, and list them here."""
+    import torch
+    from torch._inductor import cpp_builder
+
+    places = (workdir, Path(torch.__file__).parents[1])  # the last that fits counts
+    begin = shlex.join([*compiler, *(f"-ffile-prefix-map={place}=." for place in places)])
+    composed = cpp_builder.CppBuilder.get_command_line
+    commands = []
+
+    def get_command_line(self: cpp_builder.CppBuilder) -> str:
+        command = f"{begin}{composed(self).removeprefix(kind)} -g0"
+        command += " -Wl,-s,--build-id=none" if " -shared " in command else ""
+        if f"/{_NAME}." in command:  # and not a trial of what the compiler can do
+            commands.append(command)
+        return command
+
+    cpp_builder.get_cpp_compiler = lambda: kind
+    cpp_builder.CppBuilder.get_command_line = get_command_line  # type: ignore[method-assign]
+    return commands
