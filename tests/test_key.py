@@ -229,7 +229,7 @@ SHAPES_NOTHING = {
     "backends/__init__", "backends/base", "backends/host", "backends/worker", "backends/memfile",
     "backends/inductor/__init__", "backends/inductor/backend", "backends/inductor/load",
     "backends/neuron/__init__", "backends/neuron/backend", "backends/neuron/device", "backends/neuron/flags",
-    "backends/neuron/sdk",  # the other backend: asked whether a device is here
+    "backends/neuron/arguments", "backends/neuron/library", "backends/neuron/sdk",  # the other backend: asked whether a device is here
 }  # fmt: skip
 
 COMPILE = """

@@ -65,20 +65,21 @@ class Dispatcher:
         groups = group([len(context) for context in cropped], buckets, self._cost)
         run = map if self._pool is None else self._pool.map
         contexts_of = [[cropped[row] for row in members] for _, members in groups]
-        done = run(self._run_bucket, [bucket for bucket, _ in groups], contexts_of)
+        done = list(run(self._run_bucket, [bucket for bucket, _ in groups], contexts_of))
+        self._report.count_overlap(span for _, span in done)
         rows: dict[int, Tensor] = {}
-        for (bucket, members), (logits, seconds) in zip(groups, done, strict=True):
-            self._report.count_step(bucket, [len(cropped[row]) for row in members], seconds)
+        for (bucket, members), (logits, (start, end)) in zip(groups, done, strict=True):
+            self._report.count_step(bucket, [len(cropped[row]) for row in members], end - start)
             rows |= dict(zip(members, logits, strict=True))
         return torch.stack([rows[row] for row in range(len(contexts))])  # (N, V)
 
-    def _run_bucket(self, bucket: Bucket, contexts: list[Sequence[int]]) -> tuple[Tensor, float]:
-        """Return the logits (n, V) of n contexts, and the seconds spent inside the bucket."""
+    def _run_bucket(self, bucket: Bucket, contexts: list[Sequence[int]]) -> tuple[Tensor, tuple[float, float]]:
+        """Return the logits (n, V) of n contexts, and from when to when the bucket ran."""
         executable, step = self._executables(bucket), step_named(bucket.step)
         inputs = step.pack(contexts, bucket)
         start = time.perf_counter()
         outputs = executable(*inputs)
-        seconds = time.perf_counter() - start
+        end = time.perf_counter()
         logits = step.logits(outputs, len(contexts))  # (n, V)
         # NaN if any logit is; several times faster than asking each
         if not all(math.isfinite(extreme) for extreme in logits.aminmax()):
@@ -86,4 +87,4 @@ class Dispatcher:
                 f"bucket {bucket} returned logits that are not finite",
                 hint="the weights may hold NaN or infinite values; see how the model was trained or saved",
             )
-        return logits, seconds
+        return logits, (start, end)

@@ -5,8 +5,9 @@ Pure bookkeeping. Imports no torch.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,7 @@ class Report:
         crops: contexts cut to their last block_size tokens.
         promotions: calls that ran longer buckets than planned because one was not built.
         seconds: time spent in generate, stream and logits.
+        overlap_s: time by which steps on several cores overlapped: the buckets' own seconds count it more than once.
         seed: seed of the last call, chosen here if the caller gave none.
     """
 
@@ -59,6 +61,7 @@ class Report:
     crops: int = 0
     promotions: int = 0
     seconds: float = 0.0
+    overlap_s: float = 0.0
     seed: int | None = None
     _last: Bucket | None = field(default=None, repr=False)
 
@@ -71,6 +74,13 @@ class Report:
         count.seconds += seconds
         self.switches += self._last not in (None, bucket)
         self._last = bucket
+
+    def count_overlap(self, spans: Iterable[tuple[float, float]]) -> None:
+        """Count by how much executions of one step of the run overlapped, from when to when each of them ran."""
+        until = -math.inf
+        for start, end in sorted(spans):
+            self.overlap_s += max(0.0, min(until, end) - start)
+            until = max(until, end)
 
     @contextmanager
     def timed(self, lock: AbstractContextManager[Any]) -> Iterator[None]:
@@ -89,8 +99,8 @@ class Report:
 
     @property
     def overhead_s(self) -> float:
-        """Seconds of host work per execution: grouping, padding, sampling and decoding, all but the buckets."""
-        inside = sum(count.seconds for count in self.buckets.values())
+        """Seconds of host work per execution: grouping, padding, sampling, decoding; all while no bucket ran."""
+        inside = sum(count.seconds for count in self.buckets.values()) - self.overlap_s
         return (self.seconds - inside) / self.steps if self.steps else 0.0
 
     @property

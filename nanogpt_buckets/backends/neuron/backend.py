@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
-from nanogpt_buckets.backends.neuron import device, flags, sdk
-from nanogpt_buckets.errors import BackendUnavailable
+from nanogpt_buckets.backends.neuron import arguments, device, flags, library, sdk
+from nanogpt_buckets.errors import BackendUnavailable, UsageError
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.versions import installed
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 # AWS's own parallel compilation runs one worker per 64 GB of host memory, for models far larger than these.
 _CHILD_BYTES = 16_000_000_000
@@ -53,7 +53,7 @@ class NeuronBackend(Backend):
     timeout_s = 4 * 3600.0
 
     def __post_init__(self) -> None:
-        flags.parse(self.compiler_args)  # refuse what is no flag before anything else is done
+        arguments.parse(self.compiler_args)  # refuse what is no flag before anything else is done
 
     def runtime(self) -> dict[str, str]:
         """Return the versions of torch and torch-neuronx: the file that trace saves belongs to both.
@@ -69,7 +69,7 @@ class NeuronBackend(Backend):
 
     def flags(self) -> list[str]:
         """Return what of the user's flags and environment can change what is compiled."""
-        return flags.named(self.compiler_args)
+        return arguments.named(self.compiler_args)
 
     def target(self, requested: str | None) -> str:
         """Return the canonical target to build for.
@@ -111,17 +111,23 @@ class NeuronBackend(Backend):
         """Trace the step with its weights; runs in a child.
 
         Raises:
+            UsageError: flags are given that no key names.
             BackendUnavailable: torch_neuronx or neuronx-cc cannot be used.
             CompileFailed: the compiler ended with an error, twice if the error may have been a passing one.
         """
-        from nanogpt_buckets.backends.neuron.compile import graph_with_weights, saved, trace
+        from nanogpt_buckets.backends.neuron.compile import graph_with_weights, saved
 
+        if os.environ.get("NEURON_CC_FLAGS"):
+            raise UsageError(
+                "NEURON_CC_FLAGS is set where the compiler runs, and no key names it",
+                hint="unset it there; flags are given by --compiler-args",
+            )
         assert request.weights_path is not None, "this backend compiles weights in"
         arch, bucket = request.architecture, request.bucket
         graph, inputs = graph_with_weights(arch, bucket, request.lowering, request.weights_path)
-        arguments = flags.command(request.compiler_args, request.target, self._compiler_version())
+        words = flags.command(arguments.parse(request.compiler_args), request.target, self._compiler_version())
         start = time.monotonic()
-        content = saved(trace(graph, inputs, arguments, workdir))
+        content = saved(_trace(graph, inputs, words, workdir))
         interface = step_named(bucket.step).interface(arch, bucket)
         return Artifact(
             blobs={"module": content},
@@ -134,7 +140,7 @@ class NeuronBackend(Backend):
 
     def rounds(self) -> bool:
         """Whether the user's flags let the compiler cast float32 to something narrower."""
-        return flags.parse(self.compiler_args).get("--auto-cast", "none") != "none"
+        return arguments.parse(self.compiler_args).get("--auto-cast", "none") != "none"
 
     def unmet(self, requires: Mapping[str, Any]) -> str | None:
         """Say what is lacking: the generation of cores it was compiled for, or what any host must have."""
@@ -156,3 +162,28 @@ class NeuronBackend(Backend):
         if version is None:
             raise BackendUnavailable("neuronx-cc is not installed", hint=sdk.INSTALL)
         return version
+
+
+def _trace(graph: nn.Module, inputs: tuple[Tensor, ...], words: list[str], workdir: Path) -> Any:
+    """Trace on the device if there is one, and without it if no core is free: whoever waits for this may hold them all.
+
+    Raises:
+        BackendUnavailable: torch_neuronx cannot be used.
+        CompileFailed: the compiler ended with an error, twice if the error may have been a passing one.
+    """
+    from nanogpt_buckets.backends.neuron.compile import trace
+
+    on_device, failed = device.find() is not None, False
+    while True:
+        place = workdir / f"neuron{'-device' * on_device}{'-again' * failed}"
+        try:
+            return trace(graph, inputs, words, place, on_device=on_device)
+        except RuntimeError as error:
+            if on_device and library.UNAVAILABLE in str(error):
+                on_device = False
+            elif library.UNAVAILABLE in str(error):
+                raise library.not_initialised() from error
+            elif failed or library.compiler_status(error) != library.COMPILER_ERROR:
+                raise library.compile_failed(error) from error
+            else:
+                failed = True

@@ -7,15 +7,12 @@ Proof level N1: run against a test double; N2: the step's lowering by real torch
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_buckets.backends.neuron import device
-from nanogpt_buckets.backends.neuron.library import UNAVAILABLE, last_line, library, not_initialised, quiet
-from nanogpt_buckets.errors import CompileFailed
+from nanogpt_buckets.backends.neuron.library import library, quiet
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
@@ -24,10 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from nanogpt_buckets.steps.graph import Graph
-
-# The compiler's own error, which at times is a passing one (aws-neuron-sdk issue 1369).
-_COMPILER_ERROR = 70
-_KILLED = -9
 
 
 def graph_with_weights(
@@ -43,27 +36,15 @@ def graph_with_weights(
     return step.graph(from_weights(arch, weights, Lowering(**lowering))).eval(), step.pack([], bucket)
 
 
-def trace(graph: nn.Module, inputs: tuple[Tensor, ...], arguments: Sequence[str], workdir: Path) -> Any:
-    """Trace once, and once more if the compiler's error may have been a passing one.
+def trace(
+    graph: nn.Module, inputs: tuple[Tensor, ...], arguments: Sequence[str], workdir: Path, *, on_device: bool
+) -> Any:
+    """Trace once; without `on_device` no core is needed.
 
     Raises:
-        BackendUnavailable: torch_neuronx cannot be imported, has no trace, or its runtime does not start.
-        CompileFailed: the compiler ended with an error, twice if the error may have been a passing one.
+        BackendUnavailable: torch_neuronx cannot be imported, or has no trace.
+        RuntimeError: whatever goes wrong, as torch_neuronx says it.
     """
-    for attempt in ("first", "second"):
-        try:
-            return _trace_once(graph, inputs, arguments, workdir / f"neuron-{attempt}")
-        except RuntimeError as error:
-            if UNAVAILABLE in str(error):
-                raise not_initialised() from error
-            status = _status(error)
-            if status == _COMPILER_ERROR and attempt == "first":
-                continue
-            raise _compile_failed(error, status) from error
-    raise AssertionError
-
-
-def _trace_once(graph: nn.Module, inputs: tuple[Tensor, ...], arguments: Sequence[str], workdir: Path) -> Any:
     import torch
 
     torch_neuronx = library()
@@ -75,23 +56,8 @@ def _trace_once(graph: nn.Module, inputs: tuple[Tensor, ...], arguments: Sequenc
             inputs,
             compiler_workdir=str(workdir),
             compiler_args=list(arguments),
-            cpu_backend=device.find() is None,
+            cpu_backend=not on_device,
         )
-
-
-def _status(error: RuntimeError) -> int | None:
-    """Return the compiler's exit status, which trace tells in words only."""
-    found = re.search(r"neuronx-cc failed with (-?\d+)", str(error))
-    return int(found[1]) if found else None
-
-
-def _compile_failed(error: RuntimeError, status: int | None) -> CompileFailed:
-    if status == _KILLED:
-        return CompileFailed("neuronx-cc was killed, most likely for want of memory", hint="try fewer --jobs")
-    if status is not None:
-        what = "twice with its error" if status == _COMPILER_ERROR else "with"
-        return CompileFailed(f"neuronx-cc ended {what} {status}", hint="-v shows what it said last")
-    return CompileFailed(f"torch_neuronx.trace failed: {last_line(error)}", hint="-v shows what it said last")
 
 
 def saved(module: Any) -> bytes:

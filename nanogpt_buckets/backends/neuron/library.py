@@ -5,16 +5,20 @@ Knows nothing of compiling or loading. Imported only by processes that do either
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from nanogpt_buckets.backends.neuron import device, sdk
-from nanogpt_buckets.errors import BackendUnavailable
+from nanogpt_buckets.errors import BackendUnavailable, CompileFailed
 
 # All that the runtime says of any cause, be it the driver or another process.
 UNAVAILABLE = "could not be initialized"
+# The compiler's own error, which at times is a passing one (aws-neuron-sdk issue 1369).
+COMPILER_ERROR = 70
+_KILLED = -9
 
 
 def library() -> Any:
@@ -44,6 +48,23 @@ def not_initialised() -> BackendUnavailable:
         "no NeuronCore is free for this process, or the driver is older than the runtime",
         hint="neuron-ls shows who holds the cores; NEURON_RT_VISIBLE_CORES chooses others; doctor shows the versions",
     )
+
+
+def compiler_status(error: RuntimeError) -> int | None:
+    """Return the compiler's exit status, which trace tells in words; None if something else failed."""
+    found = re.search(r"neuronx-cc failed with (-?\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def compile_failed(error: RuntimeError) -> CompileFailed:
+    """Say in one sentence why trace failed."""
+    status = compiler_status(error)
+    if status == _KILLED:
+        return CompileFailed("neuronx-cc was killed, most likely for want of memory", hint="try fewer --jobs")
+    if status is not None:
+        what = "twice with its error" if status == COMPILER_ERROR else "with"
+        return CompileFailed(f"neuronx-cc ended {what} {status}", hint="-v shows what it said last")
+    return CompileFailed(f"torch_neuronx.trace failed: {last_line(error)}", hint="-v shows what it said last")
 
 
 @contextmanager
