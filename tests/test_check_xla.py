@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from nanogpt_buckets import Bucket, errors
+from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.steps import gate
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "check-xla"
 
@@ -157,6 +162,20 @@ def test_an_int64_scalar_is_no_problem_and_int64_inside_is_reported(xla):
 def test_what_is_no_hlo_is_refused(xla, text):
     with pytest.raises(ValueError, match="HLO"):
         xla.parse(text)
+
+
+@pytest.mark.parametrize("fault", ["", "sort", "last_index ignored", "left padding", "mask dropped"])
+def test_the_step_that_is_lowered_is_the_products_and_its_faults_are_faults(xla, fault):
+    """Without torch_xla, which takes it from there."""
+    arch, bucket = Architecture(**xla.OPENAI), Bucket(2, 9)
+    weights = gate.seeded_weights(arch, torch.float32)
+    graph = xla.make_graph(fault, arch, weights)
+
+    if fault in ("", "sort"):
+        assert gate.check(graph.run, arch, bucket, weights)["relative_error_e9"] < 2_000
+    else:
+        with pytest.raises(errors.GateFailed):
+            gate.check(graph.run, arch, bucket, weights)
 
 
 def result(**found: list[str]) -> dict[str, Any]:

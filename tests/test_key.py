@@ -228,8 +228,8 @@ SHAPES_NOTHING = {
     "steps/__init__", "steps/step", "steps/gate",  # what is asked of a step; the check of what was compiled
     "backends/__init__", "backends/base", "backends/host", "backends/worker", "backends/memfile",
     "backends/inductor/__init__", "backends/inductor/backend", "backends/inductor/load",
-    "backends/neuron/__init__", "backends/neuron/backend", "backends/neuron/device", "backends/neuron/flags",
-    "backends/neuron/arguments", "backends/neuron/library", "backends/neuron/sdk",  # the other backend: asked whether a device is here
+    "backends/neuron/__init__", "backends/neuron/arguments", "backends/neuron/backend", "backends/neuron/device",
+    "backends/neuron/flags", "backends/neuron/library", "backends/neuron/sdk",  # asked whether a device is here
 }  # fmt: skip
 
 COMPILE = """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from nanogpt_buckets import Bucket, Report
 
 
@@ -18,6 +20,27 @@ def test_padding_steps_and_overhead_add_up():
     assert report.waste == 7 / 24
     assert report.overhead_s == (2.0 - 1.0) / 3
     assert report.tokens_per_s == 1.5
+
+
+@pytest.mark.parametrize(
+    ("spans", "overlap"),
+    [
+        ([], 0.0),
+        ([(0.0, 1.0), (1.0, 2.0)], 0.0),
+        ([(0.0, 2.0), (1.0, 3.0)], 1.0),
+        ([(1.0, 2.0), (0.0, 4.0), (3.0, 5.0)], 2.0),
+        ([(0.0, 1.0), (0.0, 1.0), (0.0, 1.0)], 2.0),
+    ],
+)
+def test_what_ran_at_the_same_time_on_several_cores_is_no_host_work(spans, overlap):
+    report = Report("neuron", "demo", seconds=6.0)
+    report.count_overlap(spans)
+    for start, end in spans:
+        report.count_step(Bucket(1, 4), [1], end - start)
+
+    assert report.overlap_s == overlap
+    busy = sum(end - start for start, end in spans) - overlap
+    assert report.overhead_s == ((6.0 - busy) / len(spans) if spans else 0.0)
 
 
 def test_a_report_of_nothing_divides_by_nothing():
