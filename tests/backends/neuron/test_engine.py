@@ -24,7 +24,7 @@ def test_an_index_out_of_range_never_reaches_the_device(host):
     host.build(Plan([Bucket(1, 16)]))
     with Engine.load("demo") as engine:
         step = engine._buckets.executable(Bucket(1, 16))
-        with pytest.raises(errors.UsageError, match="token id 83"):
+        with pytest.raises(errors.UsageError, match="input_ids 83 is out of range"):
             step(torch.full((1, 16), 83, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
 
 
