@@ -115,19 +115,22 @@ class NeuronBackend(Backend):
             BackendUnavailable: torch_neuronx or neuronx-cc cannot be used.
             CompileFailed: the compiler ended with an error, twice if the error may have been a passing one.
         """
-        from nanogpt_buckets.backends.neuron.compile import graph_with_weights, saved
+        from nanogpt_buckets.backends.neuron.compile import graph_with_weights
 
         if os.environ.get("NEURON_CC_FLAGS"):
             raise UsageError(
                 "NEURON_CC_FLAGS is set where the compiler runs, and no key names it",
                 hint="unset it there; flags are given by --compiler-args",
             )
+        compiler = self.compiler()
+        if compiler is None:
+            raise BackendUnavailable("neuronx-cc is not installed", hint=sdk.INSTALL)
         assert request.weights_path is not None, "this backend compiles weights in"
         arch, bucket = request.architecture, request.bucket
         graph, inputs = graph_with_weights(arch, bucket, request.lowering, request.weights_path)
-        words = flags.command(arguments.parse(request.compiler_args), request.target, self._compiler_version())
+        words = flags.command(arguments.parse(request.compiler_args), request.target, compiler["neuronx-cc"])
         start = time.monotonic()
-        content = saved(_trace(graph, inputs, words, workdir))
+        content = _trace(graph, inputs, words, workdir)
         interface = step_named(bucket.step).interface(arch, bucket)
         return Artifact(
             blobs={"module": content},
@@ -157,14 +160,8 @@ class NeuronBackend(Backend):
 
         return open_module(artifact.blobs["module"], self.cores)
 
-    def _compiler_version(self) -> str:
-        version = installed("neuronx-cc")
-        if version is None:
-            raise BackendUnavailable("neuronx-cc is not installed", hint=sdk.INSTALL)
-        return version
 
-
-def _trace(graph: nn.Module, inputs: tuple[Tensor, ...], words: list[str], workdir: Path) -> Any:
+def _trace(graph: nn.Module, inputs: tuple[Tensor, ...], words: list[str], workdir: Path) -> bytes:
     """Trace on the device if there is one, and without it if no core is free: whoever waits for this may hold them all.
 
     Raises:

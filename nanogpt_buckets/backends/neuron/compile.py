@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanogpt_buckets.backends.neuron.library import library, quiet
 from nanogpt_buckets.model.architecture import Architecture
@@ -38,8 +38,8 @@ def graph_with_weights(
 
 def trace(
     graph: nn.Module, inputs: tuple[Tensor, ...], arguments: Sequence[str], workdir: Path, *, on_device: bool
-) -> Any:
-    """Trace once; without `on_device` no core is needed.
+) -> bytes:
+    """Trace once and return the bytes of the module's file; without `on_device` no core is needed.
 
     Raises:
         BackendUnavailable: torch_neuronx cannot be imported, or has no trace.
@@ -50,21 +50,14 @@ def trace(
     torch_neuronx = library()
     # what is traced need not take a core here: the gate loads what was saved
     idle = getattr(torch_neuronx.contexts, "disable_nrt_load", nullcontext)
+    buffer = io.BytesIO()
     with torch.no_grad(), quiet(), idle():
-        return torch_neuronx.trace(
+        module = torch_neuronx.trace(
             graph,
             inputs,
             compiler_workdir=str(workdir),
             compiler_args=list(arguments),
             cpu_backend=not on_device,
         )
-
-
-def saved(module: Any) -> bytes:
-    """Return the bytes of a traced module's file."""
-    import torch
-
-    buffer = io.BytesIO()
-    with quiet():
         torch.jit.save(module, buffer)
     return buffer.getvalue()

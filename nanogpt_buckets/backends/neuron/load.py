@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets.backends.base import Opened
 from nanogpt_buckets.backends.neuron.library import UNAVAILABLE, last_line, library, not_initialised, quiet
-from nanogpt_buckets.errors import DeviceError, IncompatibleEntry
+from nanogpt_buckets.errors import BackendUnavailable, DeviceError, IncompatibleEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ def open_module(content: bytes, cores: int) -> Opened:
     """Load a module on the first `cores` cores; calls from several threads then run on different ones.
 
     Raises:
-        BackendUnavailable: the runtime cannot be initialised.
+        BackendUnavailable: the runtime cannot be initialised, or has not that many cores.
         IncompatibleEntry: it will not load this module.
     """
     idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -60,7 +60,7 @@ def _load(content: bytes, core: int, cores: int) -> Any:
     """Load a saved module on one core; the runtime would deal modules out to all of them.
 
     Raises:
-        BackendUnavailable: the runtime cannot be initialised.
+        BackendUnavailable: the runtime cannot be initialised, or has not that many cores.
         IncompatibleEntry: it will not load this module.
     """
     import torch
@@ -76,6 +76,11 @@ def _load(content: bytes, core: int, cores: int) -> Any:
     except (RuntimeError, ValueError) as error:
         if UNAVAILABLE in str(error):
             raise not_initialised() from error
+        if isinstance(error, ValueError):
+            raise BackendUnavailable(
+                f"this process has no {cores} NeuronCores to run on",
+                hint="it keeps those it began with; NEURON_RT_VISIBLE_CORES, if set, names all it may have",
+            ) from error
         raise IncompatibleEntry(
             f"the Neuron runtime does not load the compiled module: {last_line(error)}",
             hint="update aws-neuronx-runtime-lib to that of the SDK it was compiled with, or build here",

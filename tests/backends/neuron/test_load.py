@@ -30,6 +30,7 @@ def test_a_wrong_result_is_caught_at_first_load_if_it_was_built_without_one(host
         ({"NEURON_DOUBLE_RUNTIME_MAX_CC": "2.20.0.0"}, errors.IncompatibleEntry, "does not load the compiled module"),
         ({"NEURON_DOUBLE_CORE_BYTES": "1000"}, errors.IncompatibleEntry, "does not load the compiled module"),
         ({"NEURON_RT_VISIBLE_CORES": "7"}, errors.BackendUnavailable, "no NeuronCore is free"),
+        ({"NEURON_RT_VISIBLE_CORES": "0"}, errors.BackendUnavailable, "this process has no 2 NeuronCores"),
     ],
 )
 def test_a_module_that_does_not_load_is_a_typed_error(host, change, kind, said):
@@ -37,7 +38,7 @@ def test_a_module_that_does_not_load_is_a_typed_error(host, change, kind, said):
     host("trn1.2xlarge", **change)
 
     with pytest.raises(kind, match=said) as caught:
-        Engine.load("demo")
+        Engine.load("demo", cores=2)
     assert caught.value.hint
 
 
