@@ -1,1 +1,1 @@
-"""AWS Trainium and Inferentia. Proof level N1: passes a test double; nothing here has run on a device."""
+"""AWS Trainium and Inferentia. Proof level N1, the graph N2, see the README above: no real compiler, no device yet."""

@@ -4,7 +4,7 @@
 where to log names nothing, nor does what every bucket is compiled with anyway. A flag this file does not know is passed
 on under its own name; one cut short is refused, for the compiler may take it for one that has another.
 
-Not hashed into any key: what is read here is named there.
+Not hashed into any key: what is read here is named there. Proof level N1: read back by a test double.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """torch_neuronx.trace: one step with its weights, one shape -> one TorchScript file. Hashed into every family.
 
 Knows nothing of the store, of plans, of loading or of the gate. torch and torch_neuronx are imported inside functions.
-Proof level N1: run against a test double; N2: the step's lowering by real torch-xla; never on a device.
+Proof level N1: trace, by a test double. N2: the graph, lowered by the real torch-xla. Not N3: by no real compiler.
 """
 
 from __future__ import annotations

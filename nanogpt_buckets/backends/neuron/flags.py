@@ -1,8 +1,7 @@
 """What neuronx-cc is told: the flags that every bucket gets and the user's, in one spelling. Hashed into every family.
 
-Knows nothing of how the user wrote them: see `arguments`. Proof level N1: a test double has read them.
-
-Source: AWS Neuron documentation, neuronx-cc command line reference.
+Knows nothing of how the user wrote them: see `arguments`. Proof level N1: a test double reads them; what they do is N0,
+from the AWS Neuron documentation, neuronx-cc command line reference.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Read from package metadata only: importing torch_neuronx is left to the processes that compile or load.
 
-Source: AWS Neuron documentation, release manifests up to SDK 2.33 (October 2026).
+Source: AWS Neuron documentation, release manifests up to SDK 2.33 (October 2026). Proof level N0: none was installed.
 """
 
 from __future__ import annotations

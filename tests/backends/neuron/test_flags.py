@@ -162,6 +162,14 @@ def test_the_flags_of_an_entry_are_in_the_file_itself(host, tmp_path):
     assert header["flags"]["--optlevel"] == "1"
 
 
+def test_a_flag_that_is_passed_anyway_hits_what_was_built_without_it(host):
+    host.build(Plan([Bucket(1, 8)]), target="trn1")
+
+    spelled = "--optlevel 2 --enable-saturate-infinity --native-int64=disabled --logfile=/tmp/log"
+    assert host.build(Plan([Bucket(1, 8)]), target="trn1", compiler_args=spelled).hits == 1
+    assert host.selection(compiler_args=spelled).choice.plan_names == host.selection().choice.plan_names
+
+
 def test_a_hint_builds_the_family_that_is_missing(host):
     flagged = host.selection(target="inf2", compiler_args=["-O1", "--auto-cast matmult"])
 
