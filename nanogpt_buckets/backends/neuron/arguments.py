@@ -85,6 +85,6 @@ def _refuse(name: str) -> None:
 def _words(arguments: str | Sequence[str]) -> list[str]:
     try:
         parts: Iterable[str] = [arguments] if isinstance(arguments, str) else arguments
-        return [word for part in parts for word in shlex.split(part)]
-    except ValueError as error:
+        return [word for part in parts for word in shlex.split(str.strip(part))]  # of None, shlex would read stdin
+    except (TypeError, ValueError) as error:
         raise UsageError(f"the compiler arguments cannot be read: {error}", hint="see to the quotation marks") from None

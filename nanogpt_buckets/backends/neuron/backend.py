@@ -22,6 +22,7 @@ from nanogpt_buckets.backends.neuron import arguments, device, flags, library, s
 from nanogpt_buckets.errors import BackendUnavailable, UsageError
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.steps import step_named
+from nanogpt_buckets.values import shown, whole_number
 from nanogpt_buckets.versions import installed
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class NeuronBackend(Backend):
 
     def __post_init__(self) -> None:
         arguments.parse(self.compiler_args)  # refuse what is no flag before anything else is done
+        if (whole_number(self.cores) or 0) < 1:
+            raise UsageError(f"cores is {shown(self.cores)}; it must be a whole number, 1 or more")
 
     def runtime(self) -> dict[str, str]:
         """Return the versions of torch and torch-neuronx: the file that trace saves belongs to both.

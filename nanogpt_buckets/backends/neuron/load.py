@@ -57,12 +57,7 @@ def open_module(content: bytes, cores: int) -> Opened:
 
 
 def _load(content: bytes, core: int, cores: int) -> Any:
-    """Load a saved module on one core; the runtime would deal modules out to all of them.
-
-    Raises:
-        BackendUnavailable: the runtime cannot be initialised, or has not that many cores.
-        IncompatibleEntry: it will not load this module.
-    """
+    """Load a saved module on one core; the runtime would deal modules out to all of them."""
     import torch
 
     # before the library wakes the runtime: without a word it would take every core of the machine

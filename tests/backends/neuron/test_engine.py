@@ -41,6 +41,12 @@ def test_replicas_each_hold_every_bucket_on_a_core_of_their_own_and_share_the_wo
         assert engine.report().steps == 20
 
 
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2", True, None])
+def test_a_number_of_cores_that_is_none_is_refused_and_does_not_hang(host, wrong):
+    with pytest.raises(errors.UsageError, match="cores is"):
+        Engine.load("demo", backend="neuron", target="trn1", cores=wrong)
+
+
 def test_host_work_is_never_less_than_nothing_however_many_cores_ran_at_once():
     both = threading.Barrier(2)
     bucket, report = Bucket(1, 4), Report("neuron", "demo")

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from nanogpt_buckets import Bucket, Plan, errors, key
+from nanogpt_buckets import Bucket, Engine, Plan, errors, key
 from nanogpt_buckets.backends.neuron import arguments, flags
 
 SAME = [
@@ -55,6 +55,12 @@ def test_variables_that_change_the_graph_are_part_of_the_family(monkeypatch, nam
     monkeypatch.setenv(name, "1")
 
     assert arguments.named("-O1") == [*plain, f"{name}=1"]
+
+
+@pytest.mark.parametrize("wrong", [[1], [None], [b"-O1"]])
+def test_arguments_that_are_no_text_are_refused(wrong):
+    with pytest.raises(errors.UsageError, match="cannot be read"):
+        Engine.load("demo", backend="neuron", compiler_args=wrong)
 
 
 def test_a_name_can_be_made_of_bytes_that_are_no_text(monkeypatch):
