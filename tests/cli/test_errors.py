@@ -110,7 +110,7 @@ MODELS = {
     "half a head": wrong(folder(**{**GPT2, "n_head": 3}), code=1, said="not a multiple of its n_head 3", hint="gpt2"),
     "folder without config": wrong(empty_folder, code=1, said="empty", hint="config.json"),
     "config no JSON": wrong(
-        lambda d: str(Path(in_file("config.json", b"{")(d)).parent), code=1, said="not plain JSON", hint="nothing of it"
+        lambda d: str(Path(in_file("config.json", b"{")(d)).parent), code=1, said="is not JSON", hint="nothing of it"
     ),
 }
 
