@@ -14,7 +14,7 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
     "errors", "values", "versions", "mounts", "files", "settings", "node", "child", "key", "contract", "model", "plan",
-    "steps", "backends", "store", "choice", "default_plan", "selection", "builder", "run", "measure", "doctor", "cli",
+    "steps", "backends", "store", "choice", "default_plan", "selection", "build_report", "builder", "run", "measure", "doctor", "cli",
     "__main__",
 ]  # fmt: skip
 NO_TORCH = (
@@ -35,6 +35,7 @@ NO_TORCH = (
     "choice",
     "default_plan",
     "selection",
+    "build_report",
     "builder",
     "backends",
     "steps/__init__",

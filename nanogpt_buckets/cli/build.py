@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from nanogpt_buckets.builder import BuildReport, build_missing
+from nanogpt_buckets.build_report import BuildReport
+from nanogpt_buckets.builder import build_missing
 from nanogpt_buckets.choice import Options, choose
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
