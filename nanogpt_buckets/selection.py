@@ -94,6 +94,8 @@ class Selection:
 
     def _fit(self, answer: Answer) -> Answer:
         assert answer.manifest is not None
+        if answer.status is not Status.WARM:
+            return answer
         lack = self.choice.compiler.unmet(answer.manifest.requires)
         if lack is None:
             return answer
