@@ -6,10 +6,12 @@ import pytest
 import torch
 from fake import choice_of, damage, publish
 
-from nanogpt_buckets.errors import CorruptEntry, GateFailed, IncompatibleEntry, TransientError
+from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry, TransientError
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.run.loader import Compiled, Loader, Uncompiled
+from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import gate, step_named
+from nanogpt_buckets.store.answer import Status
 
 B8, B16 = Bucket(1, 8), Bucket(1, 16)
 
@@ -71,7 +73,7 @@ def test_code_that_computes_something_else_is_rejected_and_what_is_next_best_run
     choice = choose()
     publish(choice, B8, "wrong")
 
-    with pytest.raises(CorruptEntry, match="differs from the eager model by .*; the entry is rejected"):
+    with pytest.raises(CorruptEntry, match=r"differs from the eager model by .*; the entry is rejected"):
         Compiled(choice).open(B8)
 
     answer = Selection(choose()).best(B8)
