@@ -25,17 +25,6 @@ _NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
-def others(found: os.stat_result) -> str:
-    """Say how others could have written a file or directory; "" if only this user or root can, and on Windows."""
-    if not hasattr(os, "geteuid"):
-        return ""
-    if found.st_uid not in (os.geteuid(), 0):
-        return f"belongs to user {found.st_uid}"
-    if stat.S_ISLNK(found.st_mode) or not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return ""
-    return f"can be written by {'everyone' if found.st_mode & stat.S_IWOTH else 'its group'}"
-
-
 Opener = Callable[[Path, int], int]
 
 

@@ -62,13 +62,7 @@ class LocalStore:
         self._rejected: dict[str, str] = {}  # digest of a manifest -> why, where the store could not be told
 
     def look(self, family: str, key: str, parts: Mapping[str, Any] | None = None) -> Answer:
-        """Read one manifest, and no blob.
-
-        Args:
-            family: 64 hex digits.
-            key: 64 hex digits.
-            parts: the key parts wanted; a manifest with others is corrupt.
-        """
+        """Read one manifest, and no blob; one with other key parts than those that are given is corrupt."""
         try:
             data = read(self.root, self.entry_path(family, key), limit=MAX_BYTES)
             manifest = decode(data)
@@ -197,17 +191,10 @@ class LocalStore:
         raise ERRORS.get(answer.status, CacheMiss)(at_fault, hint=answer.hint)
 
     def publish(self, manifest: Manifest, blobs: Mapping[str, bytes]) -> Manifest:
-        """Store an entry, or adopt the one that another process stored first.
-
-        Args:
-            manifest: names and digests.
-            blobs: the content of each role.
-
-        Returns:
-            The manifest that is in the store now.
+        """Store an entry, or adopt the one that another process stored first; return what is in the store now.
 
         Raises:
-            ValueError: the blobs are not those of the manifest, or the manifest could not be read back.
+            ValueError: the blobs by role are not the manifest's, or it could not be read back.
             IncompatibleEntry: a newer release has stored something under this key; it is left alone.
             UntrustedStore: others could have written the store.
             CacheError: it cannot be written; a TransientError if trying again may help.

@@ -83,10 +83,7 @@ class Plans:
 
         Raises:
             UsageError: the name is not a plain word.
-            CorruptEntry: the file is no plan.
-            IncompatibleEntry: a newer release wrote it.
-            TransientError: it cannot be read this time.
-            UntrustedStore: others could have written the store.
+            CacheError: it is damaged, a newer release's, or cannot be read or believed; the kind says which.
         """
         path = self._path(name)
         try:

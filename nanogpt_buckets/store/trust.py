@@ -13,17 +13,16 @@ import functools
 import os
 import shlex
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt_buckets.errors import CacheError, TransientError, UntrustedStore
-from nanogpt_buckets.files import others, read_file
+from nanogpt_buckets.files import read_file
+from nanogpt_buckets.owners import check_way, look, others
 
 _INSIDE = ("v1", "v1/entries", "v1/blobs", "v1/plans", "v1/locks", "v1/tmp")
 _ELSEWHERE = "use a directory of your own: --cache-dir DIR or NANOGPT_BUCKETS_CACHE_DIR"
 # O_PATH: some may enter a directory and not list it
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
-_MOST_LINKS = 40
 
 
 def check_location(root: Path, *further: Path) -> None:
@@ -36,11 +35,9 @@ def check_location(root: Path, *further: Path) -> None:
         UntrustedStore: somebody else owns or can write one, or can put another in its place.
         TransientError: one cannot be examined this time.
     """
-    *above, (_, found) = _way(root)
-    for place, passed in above:
-        _check_above(place, passed)
+    found = check_way(root, _ELSEWHERE)
     for place in (root, *(root / name for name in _INSIDE), *further):
-        found = found if place == root else _lstat(place)
+        found = found if place == root else look(place, _ELSEWHERE)
         if found is not None:
             _refuse_others(root, place, found)
             if not stat.S_ISDIR(found.st_mode):
@@ -49,7 +46,7 @@ def check_location(root: Path, *further: Path) -> None:
 
 def check_file(root: Path, path: Path) -> None:
     """Raise UntrustedStore if there is something that somebody else can have written, or a symbolic link."""
-    if (found := _lstat(path)) is not None:
+    if (found := look(path, _ELSEWHERE)) is not None:
         _refuse_others(root, path, found)
 
 
@@ -65,10 +62,8 @@ def read(root: Path, path: Path, *, size: int | None = None, limit: int | None =
     """Return the content of a file below `root` that only this user, or root, can have written; see `read_file`.
 
     Raises:
-        UntrustedStore: somebody else can have written it.
-        CorruptEntry: it is not a regular file, or has another size.
         FileNotFoundError: it is not there.
-        TransientError: it cannot be read this time.
+        CacheError: it is no file of that size, or cannot be read or believed; the kind says which.
     """
     check_location(root, path.parent)
     try:
@@ -96,64 +91,6 @@ def _open_below(root: Path, path: Path, flags: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _way(path: Path) -> Iterator[tuple[Path, os.stat_result | None]]:
-    """Yield all that is passed on the way to a path, links too, and what it leads to last; None for what is missing."""
-    path = path.absolute()
-    here, names, links = Path(path.anchor), list(reversed(path.parts[1:])), 0
-    yield here, os.lstat(here)
-    while names:
-        name = names.pop()
-        place = here.parent if name == ".." else here / name
-        found = _lstat(place)
-        yield place, found
-        if found is None:
-            return
-        if not stat.S_ISLNK(found.st_mode):
-            here = place
-            continue
-        links += 1
-        if links > _MOST_LINKS:
-            raise CacheError(f"{path} goes through too many symbolic links", hint=_ELSEWHERE)
-        target = Path(os.readlink(place))
-        names += reversed(target.parts[1:] if target.is_absolute() else target.parts)
-        here = Path(target.anchor) if target.is_absolute() else here
-
-
-def _lstat(place: Path) -> os.stat_result | None:
-    try:
-        return os.lstat(place)
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError as error:
-        raise CacheError(f"{place.parent} is not a directory", hint=_ELSEWHERE) from error
-    except OSError as error:
-        raise TransientError(f"{place} cannot be examined: {error.strerror or error}") from error
-
-
-def _check_above(place: Path, found: os.stat_result | None) -> None:
-    """Raise if others can put something else in the place of what is below a directory, or behind a link."""
-    if found is None or not (why := others(found)):
-        return
-    if why.startswith("belongs"):
-        fine = found.st_uid == os.lstat(place.anchor).st_uid  # root, as seen from a user namespace that has another
-    else:
-        fine = bool(found.st_mode & stat.S_ISVTX) or _is_own_group(found)
-    if not fine:
-        raise UntrustedStore(f"{place} {why}, who could put another cache in the place of this", hint=_ELSEWHERE)
-
-
-def _is_own_group(found: os.stat_result) -> bool:
-    """Whether a group is the one that many systems make for each user alone, and nobody has joined it."""
-    with contextlib.suppress(ImportError, KeyError):
-        import grp
-        import pwd
-
-        group, user = grp.getgrgid(found.st_gid), pwd.getpwuid(os.geteuid()).pw_name
-        own = group.gr_name == user and set(group.gr_mem) <= {user}
-        return own and os.geteuid() != 0 and not found.st_mode & stat.S_IWOTH
-    return False
 
 
 def _refuse_others(root: Path, place: Path, found: os.stat_result) -> None:
