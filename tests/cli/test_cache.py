@@ -282,6 +282,23 @@ def test_every_command_says_what_is_wrong_with_a_directory_others_could_have_wri
     assert (sorted(cache.rglob("*")), sorted(tmp_path.glob("*"))) == before
 
 
+def test_status_and_build_say_the_same_of_an_empty_directory_that_others_can_write(tmp_path, capsys, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    empty.chmod(0o770)
+    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(empty))
+    why = f"{empty} can be written by its group, who could have written the native code in it"
+    for command, code in (("status --seq=16 --json", 1), ("status --seq=16", 1), ("status", 6), ("build --seq=16", 6)):
+        with pytest.raises(SystemExit) as end:
+            main([*command.split(), "--model=demo"])
+        out, err = capsys.readouterr()
+        assert end.value.code == code
+        assert why in out + err
+        assert "json" in command or f"hint: delete it and build again: rm -r {empty}" in err
+        assert "missing" not in out
+    assert list(empty.iterdir()) == []
+
+
 def test_a_damaged_plan_is_damage_and_a_newer_one_is_not(cache, run):
     plan = cache / "v1" / "plans" / "demo.json"
     plan.parent.mkdir(mode=0o700)
