@@ -201,7 +201,7 @@ class _Builder:
         assert parts is not None
         name = key.digest(parts)
         try:
-            with self._store.compiling(name, _LOCK_TIMEOUT_S, self._waiting(bucket)):
+            with self._store.locked(name, _LOCK_TIMEOUT_S, self._waiting(bucket)):
                 adopted = self._hit(bucket, time.monotonic() - start)
                 if adopted is not None:
                     return adopted

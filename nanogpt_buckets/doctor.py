@@ -26,7 +26,7 @@ from nanogpt_buckets.mounts import Mount, mount_of
 from nanogpt_buckets.node import prune, sources
 from nanogpt_buckets.store.answer import Status
 from nanogpt_buckets.store.local import LocalStore
-from nanogpt_buckets.store.trust import check_location
+from nanogpt_buckets.store.trust import check_all
 from nanogpt_buckets.versions import installed
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken", "safetensors")
@@ -225,7 +225,7 @@ def _loader() -> Finding:
 def _cache(path: Path) -> Iterator[Finding]:
     yield from _directory("cache", path, needed_to="build into it")
     try:
-        check_location(path)
+        check_all(path)
         if path.is_dir():
             yield Finding("cache", "trust", "only you or root can write it")
             yield _content(LocalStore(path))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,31 +25,35 @@ _NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
-def read_file(path: Path, *, size: int | None = None, limit: int | None = None) -> bytes:
+Opener = Callable[[Path, int], int]
+
+
+def read_file(path: Path, *, size: int | None = None, limit: int | None = None, opener: Opener = os.open) -> bytes:
     """Return the content of a regular file, read once.
 
     Args:
         path: never followed if it is a symbolic link.
         size: how long the file must be; checked before a byte is read.
         limit: how long it may be.
+        opener: takes the path and flags and returns a descriptor.
 
     Raises:
         CorruptEntry: it is not a regular file, or has another size.
         OSError: it cannot be opened or read.
     """
     try:
-        return _read_once(path, size, limit)
+        return _read_once(path, size, limit, opener)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise CorruptEntry(f"{path.name} is a symbolic link") from error
         if error.errno != errno.ESTALE:
             raise
     # on a network file system the name may have been given to another file meanwhile
-    return _read_once(path, size, limit)
+    return _read_once(path, size, limit, opener)
 
 
-def _read_once(path: Path, size: int | None, limit: int | None) -> bytes:
-    descriptor = os.open(path, _FLAGS)
+def _read_once(path: Path, size: int | None, limit: int | None, opener: Opener) -> bytes:
+    descriptor = opener(path, _FLAGS)
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
@@ -66,19 +70,6 @@ def _read_once(path: Path, size: int | None, limit: int | None) -> bytes:
         return b"".join(chunks)
     finally:
         os.close(descriptor)
-
-
-def read_verified(path: Path, sha256: str, size: int) -> bytes:
-    """Return the content of a file whose size and digest are known.
-
-    Raises:
-        CorruptEntry: it is something else.
-        OSError: it cannot be opened or read.
-    """
-    data = read_file(path, size=size)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise CorruptEntry(f"{path.name} is not what its name says")
-    return data
 
 
 def list_names(directory: Path) -> list[str]:

@@ -74,7 +74,9 @@ class Selection:
         checked = [self.store.check(answer) for answer in self.ranked.get(bucket, [])]
         refused = [*checked, *self.unreadable]
         warm = next((answer for answer in checked if answer.status is Status.WARM), None)
-        return warm or next(iter(refused), Answer(Status.ABSENT, "", why=self._why_absent(bucket)))
+        if warm is not None or refused:
+            return warm or refused[0]
+        return Answer(Status.ABSENT, "", why=self._why_absent(bucket))
 
     def own(self, bucket: Bucket) -> Answer:
         """Answer a builder: is this bucket here under its own key, every byte in order, whether or not it runs here?
@@ -94,6 +96,8 @@ class Selection:
 
     def _fit(self, answer: Answer) -> Answer:
         assert answer.manifest is not None
+        if answer.status is not Status.WARM:
+            return answer
         lack = self.choice.compiler.unmet(answer.manifest.requires)
         if lack is None:
             return answer

@@ -8,7 +8,7 @@ from importlib import metadata
 
 def version_tuple(text: str) -> tuple[int, ...]:
     """Return a dotted version's numbers, for comparing; text that is no number counts as 0."""
-    return tuple(int(part) if part.isdigit() else 0 for part in re.split(r"[.+-]", text))
+    return tuple(int(part[:18]) if part.isdecimal() else 0 for part in re.split(r"[.+-]", text))
 
 
 def installed(package: str) -> str | None:

@@ -13,9 +13,9 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
-    "errors", "values", "versions", "mounts", "files", "settings", "node", "child", "key", "contract", "model", "plan",
-    "steps", "backends", "store", "choice", "default_plan", "selection", "build_report", "builder", "run", "measure", "doctor", "cli",
-    "__main__",
+    "errors", "values", "versions", "mounts", "files", "owners", "settings", "node", "child", "key", "contract",
+    "model", "plan", "steps", "backends", "store", "choice", "default_plan", "selection", "build_report", "builder",
+    "run", "measure", "doctor", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
     "errors",
@@ -23,6 +23,7 @@ NO_TORCH = (
     "mounts",
     "settings",
     "files",
+    "owners",
     "versions",
     "contract",
     "child",

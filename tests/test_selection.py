@@ -140,4 +140,4 @@ def test_a_store_is_read_once_however_many_buckets_are_asked_for(choose, monkeyp
     for length in range(1, 101):
         selection.best(Bucket(1, length))
 
-    assert len(calls) == 3  # the family, all entries to see what is alike, and these ask for each family once
+    assert len(calls) == 2  # the family, and all entries to see what is alike

@@ -76,7 +76,7 @@ def test_a_home_on_a_network_file_system_keeps_node_data_in_a_private_temporary_
     assert path == tmp_path / f"nanogpt-buckets-{os.getuid()}"
     assert path.stat().st_mode & 0o777 == 0o700
     path.chmod(0o775)
-    with pytest.raises(UntrustedStore, match="written by others"):
+    with pytest.raises(UntrustedStore, match="written by its group"):
         node.folder()
 
 

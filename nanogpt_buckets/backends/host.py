@@ -152,12 +152,13 @@ def unmet(requires: Mapping[str, Any]) -> str | None:
     for name, own in (("os", platform.system()), ("machine", platform.machine())):
         if requires.get(name, own) != own:
             return f"made for {requires[name]}, this is {own}"
-    lacking = sorted(set(requires.get("cpu_flags", ())) - cpu_flags())
+    flags = requires.get("cpu_flags", ())
+    lacking = sorted(set(map(str, [flags] if isinstance(flags, str | int) else flags or ())) - cpu_flags())
     if lacking:
         return f"this CPU lacks {', '.join(lacking)}"
     for name in ("glibc", "glibcxx"):
         needed, provided = requires.get(name), own_versions().get(name)
-        if needed is not None and version_tuple(provided or "0") < version_tuple(needed):
+        if needed is not None and version_tuple(provided or "0") < version_tuple(str(needed)):
             return f"needs {name.upper()} {needed}, this host has {provided or 'none'}"
     unknown = set(requires) - {"os", "machine", "cpu_flags", "glibc", "glibcxx"}
     return f"has requirements unknown here: {', '.join(sorted(unknown))}" if unknown else None

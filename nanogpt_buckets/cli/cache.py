@@ -167,7 +167,7 @@ def verify(cache_dir: Path | None, as_json: bool) -> int:
     Example: nanogpt-buckets cache verify
     """
     store = _open(cache_dir)
-    if not store.root.is_dir():
+    if not store.root.exists():
         raise CacheError(f"there is no cache in {store.root}", hint="build makes it; --cache-dir names another")
     blobs = store.blob_paths()
     with output.progress("verifying", len(blobs)) as advance:
@@ -254,10 +254,7 @@ def prune(
 
 
 def _open(cache_dir: Path | None) -> LocalStore:
-    root = settings.cache_dir(cache_dir)
-    if root.exists() and not root.is_dir():
-        raise CacheError(f"{root} is not a directory", hint="--cache-dir names another")
-    return LocalStore(root)
+    return LocalStore(settings.cache_dir(cache_dir))
 
 
 def _carry_out(store: LocalStore, deletion: Deletion, dry_run: bool, yes: bool, as_json: bool) -> int:

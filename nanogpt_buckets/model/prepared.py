@@ -24,6 +24,7 @@ from nanogpt_buckets.model import convert
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.node import sources
 from nanogpt_buckets.node.records import SOURCES, VERIFIED
+from nanogpt_buckets.owners import others
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,7 @@ def mapped(digest: str, arch: Architecture, dtype: str) -> Weights | None:
     path = sources.weights_path(digest)
     try:
         found = path.lstat()
-        if why := node.others(found) or ("" if stat.S_ISREG(found.st_mode) else "is no plain file"):
+        if why := others(found) or ("" if stat.S_ISREG(found.st_mode) else "is no plain file"):
             raise ValueError(f"the file {why}")
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

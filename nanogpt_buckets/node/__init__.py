@@ -29,9 +29,9 @@ from pathlib import Path
 from nanogpt_buckets.errors import BucketsError, CacheError, UntrustedStore
 from nanogpt_buckets.files import list_names
 from nanogpt_buckets.mounts import mount_of
+from nanogpt_buckets.owners import check_way, others
 from nanogpt_buckets.settings import LOCAL_DIR_VARIABLE, expanded, user_cache
 
-_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _ELSEWHERE = f"name a directory of your own in {LOCAL_DIR_VARIABLE}"
 
 
@@ -68,8 +68,7 @@ def folder(name: str = "", *, make: bool = False) -> Path:
             for place in (*reversed(path.parents), path):
                 place.mkdir(mode=0o700, exist_ok=True)
     try:
-        for above in {*root.parents, *Path(os.path.realpath(root)).parents}:
-            _check_above(above, path)
+        check_way(root, _ELSEWHERE)
         for place in (root, path):
             _check(place)
     except (FileNotFoundError, NotADirectoryError):
@@ -85,15 +84,6 @@ def listed(name: str, pattern: str) -> list[Path]:
     """Return what is in a folder, as `folder` returns it, under names of some pattern; nothing if there is none."""
     place = folder(name)
     return [place / found for found in fnmatch.filter(list_names(place), pattern)]
-
-
-def others(found: os.stat_result) -> str:
-    """Say why others could have written a file or directory; "" if only this user or root can, as always on Windows."""
-    if not hasattr(os, "geteuid"):
-        return ""
-    if found.st_uid not in (os.geteuid(), 0):
-        return f"belongs to user {found.st_uid}"
-    return "can be written by others" if found.st_mode & _OTHERS and not stat.S_ISLNK(found.st_mode) else ""
 
 
 @contextlib.contextmanager
@@ -119,12 +109,6 @@ def _check(place: Path) -> None:
     found = place.stat()
     if not stat.S_ISDIR(found.st_mode):
         raise CacheError(f"{place} cannot be written: it is not a directory", hint=_ELSEWHERE)
-    if why := others(place.lstat()) or others(found):  # the owner of a symbolic link decides where it leads
+    if why := others(found):
         hint = f"delete it, for all in it can be made again, or {_ELSEWHERE}"
         raise UntrustedStore(f"{place} {why}, so what is in it may be somebody else's", hint=hint)
-
-
-def _check_above(above: Path, path: Path) -> None:
-    mode = above.stat().st_mode if os.path.lexists(above) else 0
-    if hasattr(os, "geteuid") and mode & _OTHERS and not mode & stat.S_ISVTX:
-        raise UntrustedStore(f"others can write {above}, and so put another in the place of {path}", hint=_ELSEWHERE)

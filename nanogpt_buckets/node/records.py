@@ -19,6 +19,7 @@ from typing import Any
 from nanogpt_buckets import node
 from nanogpt_buckets.errors import BucketsError, CorruptEntry, IncompatibleEntry
 from nanogpt_buckets.files import read_file, remove, unlink, write_new
+from nanogpt_buckets.owners import others
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Kind:
 
     def _parsed(self, path: Path) -> Record:
         try:
-            if why := node.others(path.lstat()):
+            if why := others(path.lstat()):
                 raise CorruptEntry(f"it {why}")
             document = json.loads(read_file(path, limit=_MAX_BYTES))
             form, record = document["format"], document.get("record")

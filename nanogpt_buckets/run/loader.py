@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from nanogpt_buckets.backends.base import FACTS, Artifact
 from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.contract import Executable
-from nanogpt_buckets.errors import CacheError, CorruptEntry, TransientError
+from nanogpt_buckets.errors import CacheError, CorruptEntry, GateFailed, TransientError
 from nanogpt_buckets.model.prepared import Weights
 from nanogpt_buckets.node.records import MARK_HEAD, MARKS
 from nanogpt_buckets.plan.bucket import Bucket
@@ -112,12 +112,19 @@ class Compiled(Source):
         start = time.perf_counter()
         artifact = read_artifact(self.choice.store, manifest)
         interface = step_named(bucket.step).interface(self.choice.model.architecture, bucket)
-        executable = self.choice.compiler.load(artifact, interface, weights.tensors)
-        milliseconds = 1000 * (time.perf_counter() - start)
-        size = sum(len(content) for content in artifact.blobs.values())
-        log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", bucket, manifest.key[:12], size, milliseconds)
+        executable = None
+        try:
+            executable = self.choice.compiler.load(artifact, interface, weights.tensors)
+            milliseconds = 1000 * (time.perf_counter() - start)
+            size = sum(len(content) for content in artifact.blobs.values())
+            log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", bucket, manifest.key[:12], size, milliseconds)
+            self._check_once(executable, bucket, manifest)
+        except (CorruptEntry, GateFailed) as error:  # though every byte is in order
+            if executable is not None:
+                executable.close()
+            self.choice.store.reject(manifest, error.message)
+            raise CorruptEntry(f"{error.message}; the entry is rejected") from error
         self.choice.store.mark_used(manifest.family, manifest.key)
-        self._check_once(executable, bucket, manifest)
         return executable
 
     def _check_once(self, executable: Executable, bucket: Bucket, manifest: Manifest) -> None:

@@ -35,7 +35,7 @@ ERRORS: dict[Status, type[CacheError]] = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of one key; `manifest` only when WARM, `why` and perhaps `hint` when neither WARM nor ABSENT."""
+    """What is known of one key: `manifest` when WARM, rejected, or intact and not for this host; else `why` not."""
 
     status: Status
     key: str
@@ -51,4 +51,4 @@ def answer_for(key: str, error: Exception) -> Answer:
     for status, kind in ERRORS.items():
         if isinstance(error, kind):
             return Answer(status, key, why=str(error), hint=getattr(error, "hint", None))
-    return Answer(Status.TRANSIENT, key, why=getattr(error, "strerror", None) or str(error), hint=HINT)
+    return Answer(Status.TRANSIENT, key, why=str(error), hint=getattr(error, "hint", None) or HINT)

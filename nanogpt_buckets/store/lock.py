@@ -20,11 +20,7 @@ _SLICE_S = 0.25
 def held(path: Path, *, mode: int, timeout_s: float, cancelled: Callable[[], bool]) -> Iterator[bool]:
     """Hold a lock file, if that can be had in time; yields whether it is held, and never fails for it.
 
-    Args:
-        path: the lock file, made if need be and left behind.
-        mode: permissions of a new one.
-        timeout_s: how long to wait for another process.
-        cancelled: asked while waiting; True ends it.
+    It is made with `mode` if need be, and left behind. `cancelled` is asked while waiting; True ends it.
     """
     lock = _acquired(path, mode, timeout_s, cancelled)
     try:

@@ -1,8 +1,8 @@
 """Manifest: what one compiled entry is, and the only bytes on disk that say so. `encode` and `decode` side by side.
 
 On disk it is `{"sha256": digest of the canonical bytes of "body", "body": {...}}` in canonical JSON and a newline.
-Whatever is not exactly that is corrupt; a newer format whose digest holds is incompatible and is left alone.
-Knows nothing of directories, nor of what a blob holds.
+Whatever is not exactly that is corrupt, to the type of every part that anybody reads; a newer format, or an unknown
+field, whose digest holds is incompatible and is left alone. Knows nothing of directories, nor of what a blob holds.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.backends.base import DEFERRED
 from nanogpt_buckets.contract import Contract
 from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry, PlanError
-from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.plan.bucket import STEPS, Bucket
 
 FORMAT = 1
+MARK_FORMAT = 1
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 8
 
 _HEX = re.compile(r"[0-9a-f]{64}")
+# Neither shown on a terminal, nor written by any release.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_MARK = "the mark that it was rejected"
 _ROLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-# A string is one token even when it never ends, so that no input is scanned twice.
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,10 @@ class Manifest:
 
     @property
     def bucket(self) -> Bucket | None:
-        """The bucket it was compiled for; None if this release has no such buckets."""
-        try:
-            return Bucket(**self.parts["bucket"])
-        except (KeyError, TypeError, PlanError):
-            return None
-
-
-_FIELDS = frozenset(field.name for field in fields(Manifest)) | {"format"}
+        """The bucket it was compiled for; None if only a newer release has such buckets."""
+        named = self.parts["bucket"]
+        known = named.keys() <= {"step", "batch_size", "seq_len"} and named.get("step", STEPS[0]) in STEPS
+        return Bucket(**named) if known else None
 
 
 def is_digest(text: object) -> bool:
@@ -98,11 +96,7 @@ def is_digest(text: object) -> bool:
 
 
 def require_digest(text: str) -> str:
-    """Return a digest that is about to become part of a path.
-
-    Raises:
-        ValueError: it is no digest.
-    """
+    """Return a digest that is about to become part of a path; raise ValueError if it is none."""
     if not is_digest(text):
         raise ValueError(f"{text!r} is not 64 lowercase hex digits")
     return text
@@ -126,12 +120,8 @@ def encode_entry(manifest: Manifest, blobs: Mapping[str, bytes]) -> bytes:
         decode(data)
     except CorruptEntry as error:
         raise ValueError(f"this manifest could not be read back: {error}") from error
-    if {blob.role for blob in manifest.blobs} != set(blobs):
+    if {Blob(role, hashlib.sha256(c).hexdigest(), len(c)) for role, c in blobs.items()} != set(manifest.blobs):
         raise ValueError("the blobs are not those that the manifest names")
-    for blob in manifest.blobs:
-        content = blobs[blob.role]
-        if len(content) != blob.size or hashlib.sha256(content).hexdigest() != blob.sha256:
-            raise ValueError(f"{blob.role} is not the blob that the manifest names")
     return data
 
 
@@ -144,28 +134,64 @@ def decode(data: bytes) -> Manifest:
     """
     document = parse(data, "the manifest")
     body = document.get("body")
-    if not isinstance(body, dict) or document.get("sha256") != hashlib.sha256(_canonical(body)).hexdigest():
+    if not isinstance(body, dict) or document.get("sha256") != hashlib.sha256(keys.canonical_json(body)).hexdigest():
         _corrupt("the manifest does not match its own digest")
-    version = body.get("format")
-    if type(version) is int and version > FORMAT:
-        raise IncompatibleEntry(
-            f"the manifest has format {version}, and this release reads {FORMAT}",
-            hint="pip install --upgrade nanogpt-buckets",
-        )
-    ours = type(version) is int and version == FORMAT and set(document) == {"sha256", "body"}
-    if not ours or _canonical(document) + b"\n" != data:
+    require_format(body, FORMAT, _BODY, "the manifest")
+    require_format(document | {"format": 1}, 1, {"format", "sha256", "body"}, "the manifest")
+    if keys.canonical_json(document) + b"\n" != data:
         _corrupt("the manifest is not written as format 1 is")
-    manifest = _from_body(body)
-    _check_names(manifest)
+    _check(body, _BODY, "the manifest")
+    _check_names(body)
+    fields = body | {"blobs": tuple(Blob(**row) for row in body["blobs"])}
+    for name in ("inputs", "outputs", "weights"):
+        fields[name] = tuple(Contract(row["name"], row["dtype"], tuple(row["shape"])) for row in body[name])
+    del fields["format"]
+    manifest = Manifest(**fields)
+    _check_parts(manifest)
     return manifest
 
 
-def parse(data: bytes, what: str) -> dict[str, Any]:
-    """Read a small JSON object that anyone may have written: bounded, no floats, no name twice.
+def encode_mark(manifest: str, why: str) -> bytes:
+    """Return the bytes of a mark that the entry with this manifest, the sha256 of its file, was rejected."""
+    plain = "".join(letter if letter.isprintable() else " " for letter in why[:500])
+    return keys.canonical_json({"format": MARK_FORMAT, "manifest": manifest, "why": plain or "failed"}) + b"\n"
 
-    Args:
-        data: the bytes of a file.
-        what: what to call it in errors.
+
+def why_rejected(data: bytes, manifest: str) -> str | None:
+    """Read a mark: why it rejects this manifest, or None if it is another one's, replaced since.
+
+    Raises:
+        CorruptEntry: it is no mark.
+        IncompatibleEntry: a newer release wrote it.
+    """
+    mark = parse(data, _MARK)
+    require_format(mark, MARK_FORMAT, ("format", "manifest", "why"), _MARK)
+    _check(mark, {str: _is_plain}, _MARK)
+    return str(mark["why"]) if mark["manifest"] == manifest else None
+
+
+def require_format(document: Mapping[str, Any], known: int, names: Iterable[str], what: str) -> None:
+    """Refuse a document whose "format" is not the one this release knows, or which has not exactly these fields.
+
+    Raises:
+        IncompatibleEntry: a newer release wrote it.
+        CorruptEntry: nobody did.
+    """
+    version = document.get("format")
+    if type(version) is not int or version < 1:
+        _corrupt(f"{what} names no format")
+    unknown = sorted(set(document) - set(names))
+    if version > known or (version == known and unknown):
+        why = f"format {str(version)[:20]}" if version > known else f"a field {unknown[0][:80]!r}"
+        raise IncompatibleEntry(
+            f"{what} is a newer release's: it has {why}", hint="pip install --upgrade nanogpt-buckets"
+        )
+    if set(document) != set(names):
+        _corrupt(f"{what} lacks fields")
+
+
+def parse(data: bytes, what: str) -> dict[str, Any]:
+    """Read a small JSON object that anyone may have written, `what` in errors: bounded, no floats, no name twice.
 
     Raises:
         CorruptEntry: it is anything else.
@@ -173,28 +199,25 @@ def parse(data: bytes, what: str) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         _corrupt(f"{what} is longer than {MAX_BYTES} bytes")
     try:
-        text = data.decode("utf-8")
-        if _depth(text) > MAX_DEPTH:
-            _corrupt(f"{what} is nested deeper than {MAX_DEPTH} levels")
-        value = json.loads(text, parse_float=_no_float, parse_constant=_no_float, object_pairs_hook=_once)
+        value = json.loads(
+            data.decode("utf-8"), parse_float=_no_float, parse_constant=_no_float, object_pairs_hook=_once
+        )
     except (ValueError, RecursionError) as error:
         raise CorruptEntry(f"{what} is not plain JSON: {error}") from error
     if not isinstance(value, dict):
         _corrupt(f"{what} is not a JSON object")
+    _examine(value, what, MAX_DEPTH)
     return value
 
 
-def _depth(text: str) -> int:
-    # counted before parsing, because the parser recurses
-    depth = deepest = 0
-    for token in _TOKEN.finditer(text):
-        first = text[token.start()]
-        if first in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif first in "]}":
-            depth -= 1
-    return deepest
+def _examine(value: Any, what: str, depth: int) -> None:
+    if isinstance(value, str) and _CONTROL.search(value):
+        _corrupt(f"{what} holds control characters")
+    if isinstance(value, dict | list):
+        if depth == 0:
+            _corrupt(f"{what} is nested deeper than {MAX_DEPTH} levels")
+        for inner in value if isinstance(value, list) else (*value, *value.values()):
+            _examine(inner, what, depth - 1)
 
 
 def _no_float(text: str) -> NoReturn:
@@ -208,82 +231,72 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _canonical(value: dict[str, Any]) -> bytes:
-    try:
-        return keys.canonical_json(value)
-    except UnicodeEncodeError as error:
-        raise CorruptEntry("the manifest holds half a surrogate pair") from error
-
-
 def _corrupt(message: str) -> NoReturn:
     raise CorruptEntry(message)
 
 
-def _from_body(body: dict[str, Any]) -> Manifest:
-    _need(body, _FIELDS, "the manifest")
-    return Manifest(
-        family=_digest(body["family"], "family"),
-        key=_digest(body["key"], "key"),
-        parts=_typed(body["parts"], dict, "parts"),
-        blobs=tuple(_blob(row) for row in _typed(body["blobs"], list, "blobs")),
-        inputs=_contracts(body["inputs"], "inputs"),
-        outputs=_contracts(body["outputs"], "outputs"),
-        weights=_contracts(body["weights"], "weights"),
-        requires=_typed(body["requires"], dict, "requires"),
-        contains_weights=_typed(body["contains_weights"], bool, "contains_weights"),
-        stats={name: _count(value, name) for name, value in _typed(body["stats"], dict, "stats").items()},
-        gate=_typed(body["gate"], dict, "gate"),
-    )
+def _check(value: Any, wanted: Any, what: str) -> None:
+    """Refuse a value that is not of this type, or this list or object of them, or that a function does not like."""
+    if isinstance(wanted, list):
+        right = type(value) is list
+        inner = [(item, wanted[0], what) for item in value] if right else []
+    elif isinstance(wanted, dict):
+        right = type(value) is dict and (str in wanted or value.keys() == wanted.keys())
+        inner = [(item, wanted.get(name, wanted.get(str)), name) for name, item in value.items()] if right else []
+    else:
+        inner = []
+        right = type(value) is wanted if isinstance(wanted, type) else wanted(value)
+    if not right:
+        _corrupt(f"{what[:40]} is not what it should be, but {value!r:.80}")
+    for item in inner:
+        _check(*item)
 
 
-def _check_names(manifest: Manifest) -> None:
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, dict | list)
+
+
+def _is_flat(value: Any) -> bool:
+    return all(map(_is_plain, value if isinstance(value, list) else [value]))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+_CONTRACTS = [{"name": str, "dtype": str, "shape": [_is_count]}]
+# What stands where a name is `str` is so whatever its name.
+_BODY = {
+    "format": int, "family": is_digest, "key": is_digest, "parts": dict,
+    "blobs": [
+        {"role": lambda role: type(role) is str and _ROLE.fullmatch(role), "sha256": is_digest, "size": _is_count}
+    ],
+    "inputs": _CONTRACTS, "outputs": _CONTRACTS, "weights": _CONTRACTS,
+    "requires": {str: _is_flat}, "contains_weights": bool, "stats": {str: _is_count}, "gate": dict,
+}  # fmt: skip
+# What others read of the parts, which may have more.
+_PARTS = {"target": str, "compiler": {str: str}, "bucket": {str: _is_plain}}
+_FAMILY = {"backend": str, "dtype": str, "source": str, "runtime": {str: str}, "architecture": {str: _is_flat}}
+
+
+def _check_names(body: dict[str, Any]) -> None:
     """Compare the two names with the parts they are digests of, and refuse a role used twice."""
-    family = manifest.parts.get("family")
-    if not isinstance(family, dict) or keys.digest(family) != manifest.family:
-        _corrupt("the manifest's family is not the digest of its parts")
-    if keys.digest(manifest.parts) != manifest.key:
-        _corrupt("the manifest's key is not the digest of its parts")
-    if len({blob.role for blob in manifest.blobs}) != len(manifest.blobs):
+    parts, family = body["parts"], body["parts"].get("family")
+    if not isinstance(family, dict) or (keys.digest(family), keys.digest(parts)) != (body["family"], body["key"]):
+        _corrupt("the manifest's family and key are not the digests of its parts")
+    if len({row["role"] for row in body["blobs"]}) != len(body["blobs"]):
         _corrupt("the manifest names a role twice")
 
 
-def _blob(row: Any) -> Blob:
-    _need(row, {"role", "sha256", "size"}, "a blob")
-    role = _typed(row["role"], str, "role")
-    if _ROLE.fullmatch(role) is None:
-        _corrupt(f"role {role[:40]!r} is not a plain word")
-    return Blob(role, _digest(row["sha256"], "sha256"), _count(row["size"], "size"))
-
-
-def _contracts(rows: Any, what: str) -> tuple[Contract, ...]:
-    return tuple(_contract(row, what) for row in _typed(rows, list, what))
-
-
-def _contract(row: Any, what: str) -> Contract:
-    _need(row, {"name", "dtype", "shape"}, what)
-    shape = tuple(_count(size, "shape") for size in _typed(row["shape"], list, "shape"))
-    return Contract(_typed(row["name"], str, "name"), _typed(row["dtype"], str, "dtype"), shape)
-
-
-def _need(value: Any, names: Iterable[str], what: str) -> None:
-    if not isinstance(value, Mapping) or set(value) != set(names):
-        _corrupt(f"{what} has unknown or missing fields")
-
-
-def _typed(value: Any, kind: type, what: str) -> Any:
-    # bool is an int, so the exact type is asked for
-    if type(value) is not kind:
-        _corrupt(f"{what} is {type(value).__name__}, not {kind.__name__}")
-    return value
-
-
-def _count(value: Any, what: str) -> int:
-    if type(value) is not int or value < 0:
-        _corrupt(f"{what} is not a whole number of zero or more")
-    return value
-
-
-def _digest(value: Any, what: str) -> str:
-    if not is_digest(value):
-        _corrupt(f"{what} is not 64 lowercase hex digits")
-    return str(value)
+def _check_parts(manifest: Manifest) -> None:
+    """Refuse parts that are not of the kind that whoever reads them expects."""
+    for name, kind in _PARTS.items():
+        _check(manifest.parts.get(name), kind, name)
+    for name, kind in _FAMILY.items():
+        if name in manifest.parts["family"]:
+            _check(manifest.parts["family"][name], kind, name)
+    _check(manifest.gate.get(DEFERRED, ""), str, DEFERRED)
+    try:
+        manifest.bucket  # noqa: B018
+    except (TypeError, PlanError) as error:
+        raise CorruptEntry(f"the manifest's bucket is none: {error}") from error

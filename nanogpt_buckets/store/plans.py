@@ -11,15 +11,14 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nanogpt_buckets import key
-from nanogpt_buckets.errors import CacheError, CorruptEntry, IncompatibleEntry, PlanError, TransientError, UsageError
-from nanogpt_buckets.files import list_names, read_file
+from nanogpt_buckets.errors import CacheError, CorruptEntry, IncompatibleEntry, PlanError, UsageError
+from nanogpt_buckets.files import list_names
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import MAX_BYTES, parse
-from nanogpt_buckets.store.trust import check_location
+from nanogpt_buckets.store.trust import check_location, read
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,149}")
 _FAMILY = re.compile(r"[0-9a-f]{64}")
@@ -69,7 +68,12 @@ class Plans:
         self._directory = store.tree.v1 / "plans"
 
     def names(self) -> list[str]:
-        """Return the names of all plans, sorted."""
+        """Return the names of all plans, sorted.
+
+        Raises:
+            CacheError: they cannot be listed, or others could have written the store.
+        """
+        check_location(self._store.root)
         found = list_names(self._directory)
         names = [name.removesuffix(".json") for name in found if name.endswith(".json")]
         return [name for name in names if _NAME.fullmatch(name)]
@@ -79,17 +83,15 @@ class Plans:
 
         Raises:
             UsageError: the name is not a plain word.
-            CorruptEntry: the file is no plan.
-            IncompatibleEntry: a newer release wrote it.
-            TransientError: it cannot be read this time.
-            UntrustedStore: others could have written the store.
+            CacheError: it is damaged, a newer release's, or cannot be read or believed; the kind says which.
         """
-        document = self._read(name)
-        if document is None:
-            return None
+        path = self._path(name)
         try:
+            document = parse(read(self._store.root, path, limit=MAX_BYTES), "it")
             return SavedPlan(Plan.from_json(document), frozenset(document.get("families", ())))
-        except PlanError as error:
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (PlanError, CorruptEntry) as error:
             raise CorruptEntry(f"plan {name} in {self._store.root} is damaged: {error.message}") from error
         except IncompatibleEntry as error:
             raise IncompatibleEntry(f"plan {name} in {self._store.root}: {error.message}", hint=error.hint) from error
@@ -107,7 +109,7 @@ class Plans:
             CacheError: it cannot be written.
         """
         path = self._path(name)
-        check_location(self._store.root, path.parent)
+        check_location(self._store.root)
         with self._store.locked("plans", _LOCK_TIMEOUT_S) as alone:
             for _ in range(_ATTEMPTS):
                 try:
@@ -142,19 +144,9 @@ class Plans:
                     pins.buckets.setdefault(pin, []).append(name)
         return pins
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self._path(name)
-        check_location(self._store.root, path.parent)
-        try:
-            return parse(read_file(path, limit=MAX_BYTES), f"plan {name} in {self._store.root}")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise TransientError(f"{path} cannot be read: {error.strerror or error}") from error
-
     def _text(self, name: str) -> str:
         with contextlib.suppress(OSError, CacheError):
-            return read_file(self._path(name), limit=MAX_BYTES).decode("utf-8", "replace")
+            return read(self._store.root, self._path(name), limit=MAX_BYTES).decode("utf-8", "replace")
         return ""
 
     def _write(self, path: Path, name: str, wanted: SavedPlan | None) -> None:

@@ -119,7 +119,8 @@ def plan_prune(
         chosen |= {a.key: why for _, a, manifest in readable if (why := _outdated(manifest))}
     if planned:
         pins.buckets.clear()  # what a newer release planned stays all the same
-    free = [(f, a) for f, a, manifest in readable if not pins.keep(f, manifest.bucket)]
+    # a bucket that is unknown here is a newer release's
+    free = [(f, a) for f, a, m in readable if m.bucket is not None and not pins.keep(f, m.bucket)]
     used = {answer.key: store.entry_path(family, answer.key).stat().st_mtime for family, answer in free}
     if older_than_s is not None:
         limit = time.time() - older_than_s
@@ -202,6 +203,7 @@ def _deletion(
     doomed = [(family, answer) for family, answer in entries if answer.key in chosen]
     kept = [answer for _, answer in entries if answer.key not in chosen]
     files = [doom(store.entry_path(f, a.key), "entry", a.key, chosen[a.key]) for f, a in doomed]
+    files += [doom(store.mark_path(f, a.key), "leftover", a.key, "of a deleted entry") for f, a in doomed]
     needed = {blob.sha256 for answer in kept for blob in (answer.manifest.blobs if answer.manifest else ())}
     theirs = {blob.sha256 for _, answer in doomed for blob in (answer.manifest.blobs if answer.manifest else ())}
     unreadable = [answer for answer in kept if answer.manifest is None]

@@ -61,7 +61,9 @@ class Tree:
     def prepare(self, *further: Path) -> None:
         """Make the directories, those given included, and the tag that keeps backups away."""
         if not self.root.is_dir():
-            self.root.parent.mkdir(parents=True, exist_ok=True)
+            for place in reversed(self.root.parents):
+                if not place.is_dir():
+                    place.mkdir(0o755, exist_ok=True)  # whatever the umask: nobody else may replace what is below
             with contextlib.suppress(FileExistsError):
                 self.root.mkdir(0o700)
         names = ("entries", "blobs", "plans", "locks", "tmp")

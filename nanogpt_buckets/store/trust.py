@@ -1,59 +1,108 @@
-"""What may be believed: directories that nobody else can write, and bytes that were hashed after they were read.
+"""What may be believed: files and directories that nobody else can have written, and the one way to read them.
 
-A compiled bucket is native code, so trust is by location: a directory of the current user's, or of root's, that
-neither group nor others can write is believed without a question. Files are read whole, once, and never through a
-symbolic link. Knows nothing of manifests nor of the layout below the directories it checks.
+A compiled bucket is native code, so trust is by place and owner. On the way to the cache directory nobody may be able
+to exchange anything; all in it must be this user's or root's, and closed to others. Files are opened from the root
+down, name by name, and the open descriptor is judged. What was open to others once may hold anything now: it is deleted
+and built again, never closed and believed. Knows nothing of manifests.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shlex
 import stat
 from pathlib import Path
 
 from nanogpt_buckets.errors import CacheError, TransientError, UntrustedStore
+from nanogpt_buckets.files import read_file
+from nanogpt_buckets.owners import check_way, look, others
 
-# Those whose writer decides what is found below them.
-_INSIDE = ("v1", "v1/entries", "v1/blobs")
+_INSIDE = ("v1", "v1/entries", "v1/blobs", "v1/plans", "v1/locks", "v1/tmp")
 _ELSEWHERE = "use a directory of your own: --cache-dir DIR or NANOGPT_BUCKETS_CACHE_DIR"
+# O_PATH: some may enter a directory and not list it
+_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 
 
 def check_location(root: Path, *further: Path) -> None:
-    """Raise unless only this user, or root, can have written what is in a store. Does nothing on Windows.
+    """Raise unless only this user, or root, can have made a store's directories, and `further` ones in it.
 
-    Args:
-        root: the cache directory; one that does not exist yet is fine.
-        further: other directories of the store that are about to be used.
+    One that does not exist yet is fine, if others cannot make it.
 
     Raises:
-        CacheError: the cache directory is something else.
-        UntrustedStore: somebody else owns a directory or can write to it.
-        TransientError: a directory cannot be examined this time.
+        CacheError: one of them is no directory.
+        UntrustedStore: somebody else owns or can write one, or can put another in its place.
+        TransientError: one cannot be examined this time.
     """
-    if root.exists() and not root.is_dir():
-        raise CacheError(f"{root} is not a directory", hint=_ELSEWHERE)
-    if not hasattr(os, "geteuid"):
-        return
-    for directory in (root, *(root / name for name in _INSIDE), *further):
-        _check_directory(directory)
+    found = check_way(root, _ELSEWHERE)
+    for place in (root, *(root / name for name in _INSIDE), *further):
+        found = found if place == root else look(place, _ELSEWHERE)
+        if found is not None:
+            _refuse_others(root, place, found)
+            if not stat.S_ISDIR(found.st_mode):
+                raise CacheError(f"{place} is not a directory", hint=_ELSEWHERE if place == root else _remedy(root))
 
 
-def _check_directory(directory: Path) -> None:
+def check_file(root: Path, path: Path) -> None:
+    """Raise UntrustedStore if there is something that somebody else can have written, or a symbolic link."""
+    if (found := look(path, _ELSEWHERE)) is not None:
+        _refuse_others(root, path, found)
+
+
+def check_all(root: Path) -> None:
+    """Raise what using a store would, for the first of all its directories and files that cannot be believed."""
+    check_location(root)
+    for base, folders, files in os.walk(root / "v1"):
+        for name in sorted((*folders, *files)):
+            check_file(root, Path(base, name))
+
+
+def read(root: Path, path: Path, *, size: int | None = None, limit: int | None = None) -> bytes:
+    """Return the content of a file below `root` that only this user, or root, can have written; see `read_file`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        CacheError: it is no file of that size, or cannot be read or believed; the kind says which.
+    """
+    check_location(root, path.parent)
     try:
-        found = directory.stat()
+        return read_file(path, size=size, limit=limit, opener=functools.partial(_open_below, root))
     except (FileNotFoundError, NotADirectoryError):
-        return
+        raise
     except OSError as error:
-        raise TransientError(f"{directory} cannot be examined: {error.strerror or error}") from error
-    if found.st_uid not in (os.geteuid(), 0):
-        raise UntrustedStore(
-            f"{directory} belongs to user {found.st_uid}, who could have written the native code in it",
-            hint=_ELSEWHERE,
-        )
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        who = "everyone" if found.st_mode & stat.S_IWOTH else "its group"
-        raise UntrustedStore(
-            f"{directory} can be written by {who}, who could have written the native code in it",
-            hint=f"chmod go-w {shlex.quote(str(directory))}" if found.st_uid == os.geteuid() else _ELSEWHERE,
-        )
+        raise TransientError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _open_below(root: Path, path: Path, flags: int) -> int:
+    """Open a file by its names from the root down, and judge each descriptor."""
+    if os.open not in os.supports_dir_fd:
+        return os.open(path, flags)
+    place, descriptor = root, os.open(root, _FOLDER)
+    try:
+        _refuse_others(root, root, os.fstat(descriptor))
+        for name in path.relative_to(root).parts:
+            place /= name
+            inner = os.open(name, flags if place == path else _FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+            _refuse_others(root, place, os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _refuse_others(root: Path, place: Path, found: os.stat_result) -> None:
+    if stat.S_ISLNK(found.st_mode):
+        raise UntrustedStore(f"{place} is a symbolic link, and what it leads to may be anybody's", hint=_remedy(root))
+    if why := others(found):
+        raise UntrustedStore(f"{place} {why}, who could have written the native code in it", hint=_remedy(root))
+
+
+def _remedy(root: Path) -> str:
+    """Say what to do about a store in which others may have written: all that is in it can be made again."""
+    with contextlib.suppress(OSError):
+        if os.stat(root).st_uid == os.geteuid() and set(os.listdir(root)) <= {"v1", "CACHEDIR.TAG"}:
+            return f"delete it and build again: rm -r {shlex.quote(str(root))}"
+    return _ELSEWHERE

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
+import random
 import shutil
 import subprocess
 import sys
@@ -13,9 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_buckets import Engine
+from nanogpt_buckets import Engine, build
+from nanogpt_buckets import key as names
+from nanogpt_buckets.choice import choose
 from nanogpt_buckets.cli import main, output
-from nanogpt_buckets.errors import CacheMiss
+from nanogpt_buckets.errors import CacheMiss, CorruptEntry
+from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.selection import Selection
+from nanogpt_buckets.steps import gate
+from nanogpt_buckets.store.answer import Status
 
 
 @pytest.fixture
@@ -224,3 +232,158 @@ def test_on_a_terminal_the_plan_is_shown_and_then_asked_for(cache, answer, code,
 
     assert (child.returncode, len(keys(cache))) == (code, entries_left)
     assert b"asked for" in out
+
+
+# --- what cannot be believed ------------------------------------------------------------------------------------------
+
+
+def test_what_fails_its_check_when_it_is_loaded_is_no_hit_again(cache, run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "FLOAT32_TOLERANCE", -1.0)
+        with pytest.raises(CorruptEntry, match="differs from the eager model") as caught:
+            Engine.load("demo")
+    assert caught.value.hint.startswith("nanogpt-buckets build --model demo --seq ")
+
+    assert {row["state"] for row in json.loads(run("ls", "--json")[1])} == {"corrupt"}
+    assert "rejected: bucket 1x" in run("show", keys(cache)[0])[1]
+    code, out, _ = run("verify")
+    assert (code, out.count("rejected: bucket 1x")) == (4, 2)
+    assert [Selection(choose("demo")).own(Bucket(1, n)).status for n in (16, 32)] == [Status.CORRUPT] * 2
+    with pytest.raises(CorruptEntry, match="rejected: bucket 1x"):
+        Engine.load("demo")
+    with pytest.raises(SystemExit) as end:
+        main(["status", "--model=demo", "--seq=16"])
+    assert end.value.code == 1
+
+    assert build([Bucket(1, 16)], model="demo").compiled == 1
+    with Engine.load("demo") as engine:
+        assert engine.generate([1, 2], max_new_tokens=1, seed=1)
+    assert run("prune", "--yes")[0] == 0
+    assert run("verify")[0] == 0
+
+
+@pytest.mark.parametrize("how", ["group", "owner", "link", "file"])
+def test_every_command_says_what_is_wrong_with_a_directory_others_could_have_written(cache, run, how, tmp_path):
+    path = cache / "v1" / "tmp"
+    if how == "group":
+        path.chmod(0o770)
+    elif how == "owner":
+        os.chown(path, 4321, 4321)
+    else:
+        path.rmdir()
+        path.symlink_to(tmp_path) if how == "link" else path.touch()
+    before = sorted(cache.rglob("*")), sorted(tmp_path.glob("*"))
+
+    for command in (["ls"], ["show", "a"], ["verify"], ["rm", "a", "-y"], ["prune", "-y"]):
+        code, out, err = run(*command)
+        assert (code, out) == (1 if how == "file" else 6, ""), command
+        assert f"error: {path} " in err
+        assert f"hint: delete it and build again: rm -r {cache}" in err
+    assert (sorted(cache.rglob("*")), sorted(tmp_path.glob("*"))) == before
+
+
+def test_status_and_build_say_the_same_of_an_empty_directory_that_others_can_write(tmp_path, capsys, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    empty.chmod(0o770)
+    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(empty))
+    why = f"{empty} can be written by its group, who could have written the native code in it"
+    for command, code in (("status --seq=16 --json", 1), ("status --seq=16", 1), ("status", 6), ("build --seq=16", 6)):
+        with pytest.raises(SystemExit) as end:
+            main([*command.split(), "--model=demo"])
+        out, err = capsys.readouterr()
+        assert end.value.code == code
+        assert why in out + err
+        assert "json" in command or f"hint: delete it and build again: rm -r {empty}" in err
+        assert "missing" not in out
+    assert list(empty.iterdir()) == []
+
+
+def test_a_damaged_plan_is_damage_and_a_newer_one_is_not(cache, run):
+    plan = cache / "v1" / "plans" / "demo.json"
+    plan.parent.mkdir(mode=0o700)
+    plan.write_bytes(b'{"format":1,"buckets":[')
+    code, out, _ = run("verify")
+    assert (code, out.split(":")[0]) == (4, "v1/plans/demo.json")
+    assert f"plan demo in {cache} is damaged" in out
+    assert "it keeps nothing" in run("prune", "-n")[2]
+
+    plan.write_bytes(b'{"format":2,"buckets":[]}')
+    assert run("verify")[0] == 0
+    assert run("prune", "--older-than=0s", "--yes")[0] == 0
+    assert (len(keys(cache)), plan.read_bytes()) == (2, b'{"format":2,"buckets":[]}')
+
+
+def seal(cache: Path, body: dict) -> Path:
+    """Write a manifest in which every digest holds, under the names that belong to it."""
+    parts = body["parts"]
+    if isinstance(parts, dict) and isinstance(parts.get("family"), dict):
+        body |= {"family": names.digest(parts["family"]), "key": names.digest(parts)}
+    digest = hashlib.sha256(names.canonical_json(body)).hexdigest()
+    path = cache / "v1" / "entries" / str(body["family"]) / f"{body['key']}.json"
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.write_bytes(names.canonical_json({"sha256": digest, "body": body}) + b"\n")
+    return path
+
+
+def places(value, inside=()):
+    """Yield the way to everything in a document."""
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*inside, name)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*inside, name))
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    5,
+    10**400,
+    "",
+    "x",
+    "9" * 5000,
+    "\x1b[2J",
+    "../..",
+    [],
+    [None],
+    [5],
+    [["x"]],
+    {},
+    {"": 1},
+    {"a": {}},
+)
+
+
+def test_manifests_of_any_kinds_under_right_digests_stop_no_command_and_no_family(cache, run, capsys):
+    """Everything in a manifest is once of another kind, in an order of chance; its neighbour stays of use."""
+    files = sorted((cache / "v1" / "entries").glob("*/*.json"), key=lambda path: b'"seq_len":16' in path.read_bytes())
+    victim, original = files[0], files[0].read_bytes()
+    chance = random.Random(20)
+    ways = [way for way in places(json.loads(original)["body"]) if way not in (("family",), ("key",), ("format",))]
+    for way in chance.sample(ways, 40):
+        body = json.loads(original)["body"]
+        within = body
+        for name in way[:-1]:
+            within = within[name]
+        within[way[-1]] = odd = chance.choice(ODD)
+        victim.unlink(missing_ok=True)
+        planted = seal(cache, body)
+        case = f"{way} {odd!r:.60}"
+        for command in (
+            "ls",
+            "ls --json",
+            f"show {planted.stem}",
+            "verify",
+            "prune -n --old-toolchains --older-than=1d",
+        ):
+            code, out, err = run(*command.split())
+            assert code in (0, 4, 7), f"{case}: {command}: {err}"
+            assert "\x1b" not in out + err, case
+            assert "bug" not in err, case
+        for lengths, fine in (("16", (0,)), ("16,32", (0, 1))):
+            with pytest.raises(SystemExit) as end:
+                main(["status", "--model=demo", f"--seq={lengths}"])
+            assert end.value.code in fine, f"{case}: {capsys.readouterr()}"
+        capsys.readouterr()
+        planted.unlink(missing_ok=True)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from fake import choice_of, damage, publish
 
-from nanogpt_buckets.errors import CorruptEntry, GateFailed, IncompatibleEntry, TransientError
+from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry, TransientError
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.run.loader import Compiled, Loader, Uncompiled
+from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import gate, step_named
+from nanogpt_buckets.store.answer import Status
 
 B8, B16 = Bucket(1, 8), Bucket(1, 16)
 
@@ -67,11 +69,18 @@ def test_a_reason_that_may_pass_is_forgiven(choose):
     assert loader.load(B8)
 
 
-def test_code_that_computes_something_else_is_not_run(choose):
-    publish(choose(), B8, "wrong")
+def test_code_that_computes_something_else_is_rejected_and_what_is_next_best_runs(choose):
+    choice = choose()
+    publish(choice, B8, "wrong")
 
-    with pytest.raises(GateFailed):
-        Compiled(choose()).open(B8)
+    with pytest.raises(CorruptEntry, match=r"differs from the eager model by .*; the entry is rejected"):
+        Compiled(choice).open(B8)
+
+    answer = Selection(choose()).best(B8)
+    assert (answer.status, answer.why[:20]) == (Status.CORRUPT, "rejected: bucket 1x8")
+    assert not Compiled(choose()).has(B8)
+    with pytest.raises(CorruptEntry, match="rejected: bucket 1x8"):
+        choice.store.require(Selection(choose()).own(B8))
 
 
 CHECKS = {

@@ -8,13 +8,12 @@ import json
 import os
 import stat
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import filelock
 import pytest
+from store_kit import as_nobody, blob_path, files, finish, healed, look, make, manifest_path, save, spoil, start
 
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.errors import (
@@ -24,77 +23,12 @@ from nanogpt_buckets.errors import (
     IncompatibleEntry,
     TransientError,
     UntrustedStore,
-    UsageError,
 )
 from nanogpt_buckets.store.answer import Status
 from nanogpt_buckets.store.local import LocalStore
-from nanogpt_buckets.store.manifest import Blob, Manifest, encode
+from nanogpt_buckets.store.manifest import Blob, encode
+from nanogpt_buckets.store.plans import Plans
 from nanogpt_buckets.store.verify import Problem, verify
-
-REPOSITORY = Path(keys.__file__).parents[1]
-
-# Also run in children, which cannot import a test module.
-MAKE = """
-import hashlib
-from nanogpt_buckets import key as keys
-from nanogpt_buckets.store.manifest import Blob, Manifest
-
-def make(tag, *, name="a", family="f", roles=("code.so", "data.bin")):
-    family_parts = {"backend": family}
-    parts = {"family": family_parts, "bucket": {"name": name}}
-    blobs = {role: f"{tag}:{role}".encode() * 50 for role in roles}
-    return Manifest(
-        family=keys.digest(family_parts), key=keys.digest(parts), parts=parts,
-        blobs=tuple(Blob(role, hashlib.sha256(data).hexdigest(), len(data)) for role, data in blobs.items()),
-        inputs=(), outputs=(), weights=(), requires={}, contains_weights=False, stats={}, gate={"tag": tag},
-    ), blobs
-"""
-_made: dict = {}
-exec(MAKE, _made)
-make = _made["make"]
-
-
-@pytest.fixture
-def store(tmp_path) -> LocalStore:
-    return LocalStore(tmp_path / "cache")
-
-
-@pytest.fixture
-def entry(store):
-    manifest, blobs = make("one")
-    store.publish(manifest, blobs)
-    return manifest
-
-
-def manifest_path(store: LocalStore, manifest: Manifest) -> Path:
-    return store.root / "v1/entries" / manifest.family / f"{manifest.key}.json"
-
-
-def blob_path(store: LocalStore, blob: Blob) -> Path:
-    return store.root / "v1/blobs" / blob.sha256[:2] / blob.sha256
-
-
-def look(store: LocalStore, manifest: Manifest):
-    return store.check(store.look(manifest.family, manifest.key, manifest.parts))
-
-
-def spoil(path: Path, data: bytes) -> None:
-    path.chmod(0o600)
-    path.write_bytes(data)
-
-
-def files(store: LocalStore) -> dict[str, bytes]:
-    return {str(p.relative_to(store.root)): p.read_bytes() for p in store.root.rglob("*") if p.is_file()}
-
-
-def healed(store: LocalStore, manifest: Manifest, blobs: dict[str, bytes]) -> None:
-    """A new publish makes the entry whole, whatever was there."""
-    winner = store.publish(manifest, blobs)
-    answer = look(store, manifest)
-    assert answer.status is Status.WARM
-    assert answer.manifest == winner
-    assert verify(store).problems == ()
-
 
 # the ordinary life of an entry
 
@@ -164,7 +98,6 @@ def test_only_digests_become_paths(store, name):
         lambda: store.look(name, good),
         lambda: store.family(name),
         lambda: store.read_blob(Blob("x", name, 1)),
-        lambda: store.compiling(name, 0).__enter__(),
     ):
         with pytest.raises(ValueError, match="64 lowercase hex"):
             call()
@@ -352,7 +285,7 @@ def test_a_directory_that_cannot_be_listed_is_transient(store, entry, monkeypatc
     for call in (
         lambda: store.family(entry.family),
         lambda: list(store.entries()),
-        store.plan_names,
+        Plans(store).names,
         lambda: verify(store),
     ):
         with pytest.raises(TransientError):
@@ -465,21 +398,6 @@ def test_old_staged_files_are_swept_and_young_ones_are_not(store, entry):
 # many processes
 
 
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", MAKE + code, *map(str, arguments)],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    return output
-
-
 WRITE = """
 import os, sys, time, contextlib, filelock
 from pathlib import Path
@@ -498,7 +416,7 @@ time.sleep(max(0, start - time.time()))
 store = local.LocalStore(root)
 for round in range(10):
     manifest, blobs = make(tag, name=f"key{round}")
-    with store.compiling(manifest.key, 0.01):
+    with store.locked(manifest.key, 0.01):
         winner = store.publish(manifest, blobs)
     for blob in winner.blobs:
         assert store.read_blob(blob).startswith(winner.gate["tag"].encode() + b":")
@@ -589,20 +507,20 @@ def test_compiling_excludes_another_process(store, entry):
 import sys
 from pathlib import Path
 from nanogpt_buckets.store.local import LocalStore
-with LocalStore(Path(sys.argv[1])).compiling(sys.argv[2], 0) as held:
+with LocalStore(Path(sys.argv[1])).locked(sys.argv[2], 0) as held:
     print(held)
 """
-    with store.compiling(entry.key, 1) as held:
+    with store.locked(entry.key, 1) as held:
         assert held
         assert finish(start(code, store.root, entry.key)) == "False\n"
     assert finish(start(code, store.root, entry.key)) == "True\n"
 
 
 def test_waiting_is_bounded(store, entry):
-    with store.compiling(entry.key, 0):
+    with store.locked(entry.key, 0):
         for timeout in (-1, 0, 0.2):
             began = time.monotonic()
-            with LocalStore(store.root).compiling(entry.key, timeout) as held:
+            with LocalStore(store.root).locked(entry.key, timeout) as held:
                 assert not held
             assert time.monotonic() - began < 2
 
@@ -615,22 +533,22 @@ def test_a_lock_that_fails_is_gone_without(store, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(filelock.FileLock, "acquire", fail)
-    with store.compiling("0" * 64, 5) as held:
+    with store.locked("0" * 64, 5) as held:
         assert not held
 
 
 def test_what_is_raised_inside_a_lock_gets_out_and_releases_it(store):
     for error in (ZeroDivisionError(), OSError("x"), CacheError("x")):
-        with pytest.raises(type(error)), store.compiling("0" * 64, 0):
+        with pytest.raises(type(error)), store.locked("0" * 64, 0):
             raise error
-    with store.compiling("0" * 64, 0) as held:
+    with store.locked("0" * 64, 0) as held:
         assert held
 
 
 def test_lock_files_of_others_stay(store, entry):
     other = store.root / "v1/locks" / f"{'1' * 64}.lock"
     other.write_text("theirs")
-    with store.compiling(entry.key, 0):
+    with store.locked(entry.key, 0):
         pass
     assert other.read_text() == "theirs"
 
@@ -641,42 +559,24 @@ def test_lock_files_of_others_stay(store, entry):
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0o002, 0o000])
 @pytest.mark.parametrize("mode", [None, 0o700, 0o755, 0o2750])
 def test_modes_follow_the_root_and_not_the_umask(tmp_path, umask, mode):
-    store = LocalStore(tmp_path / "parent" / "cache")
+    store = LocalStore(tmp_path / "grandparent" / "parent" / "cache")
+    if mode is not None:
+        store.root.mkdir(parents=True)
+        store.root.chmod(mode)
     old = os.umask(umask)
     try:
-        if mode is not None:
-            store.root.mkdir(parents=True)
-            store.root.chmod(mode)
         manifest, blobs = make("one")
         store.publish(manifest, blobs)
-        store.save_plan("p", {})
+        save(store)
     finally:
         os.umask(old)
-    mode = mode or 0o700
+    root_mode = mode or 0o700
     for path in (store.root, *store.root.rglob("*")):
-        wanted = mode if path.is_dir() else mode & (0o444 if "blobs" in path.parts else 0o666)
+        wanted = root_mode if path.is_dir() else root_mode & (0o444 if "blobs" in path.parts else 0o666)
         assert oct(stat.S_IMODE(path.stat().st_mode)) == oct(wanted), path
-    assert stat.S_IMODE(store.root.parent.stat().st_mode) == 0o777 & ~umask
-
-
-def as_nobody(code: str, *arguments: object) -> str:
-    drop = """
-import os, sys
-from pathlib import Path
-import nanogpt_buckets.store.local as local
-from nanogpt_buckets.errors import CacheError
-if os.geteuid() == 0:
-    os.setgid(65534); os.setgroups([]); os.setuid(65534)
-"""
-    return finish(start(drop + code, *arguments))
-
-
-@pytest.fixture
-def open_path(tmp_path):
-    """Let another user walk down to this test's directory."""
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        directory.chmod(directory.stat().st_mode | 0o055)
-    return tmp_path
+    if mode is None:
+        modes = {oct(stat.S_IMODE(place.stat().st_mode)) for place in list(store.root.parents)[:2]}
+        assert modes == {oct(0o755 & ~umask)}, "nobody else may replace what is below"
 
 
 REPORT = """
@@ -688,7 +588,7 @@ try:
     said = "published"
 except CacheError as error:
     said = f"{type(error).__name__}|{error}|{error.hint}"
-with store.compiling(manifest.key, 0) as held:
+with store.locked(manifest.key, 0) as held:
     pass
 print(f"{answer.status}|{said}|{held}")
 """
@@ -739,16 +639,16 @@ def test_what_others_can_write_is_untrusted_until_the_hint_is_followed(store, en
     for call in (
         lambda: store.read_blob(entry.blobs[0]),
         lambda: store.publish(*make("two")),
-        lambda: store.save_plan("p", {}),
-        lambda: store.load_plan("p"),
+        lambda: save(store),
+        lambda: Plans(store).load("p"),
         lambda: store.require(answer),
         lambda: verify(store),
     ):
         with pytest.raises(UntrustedStore) as caught:
             call()
-        assert caught.value.hint == f"chmod go-w {directory}"
-    subprocess.run(caught.value.hint, shell=True, check=True)
-    assert look(store, entry).status is Status.WARM
+        assert caught.value.hint == f"delete it and build again: rm -r {store.root}"
+    subprocess.run(caught.value.hint.partition(": ")[2], shell=True, check=True)
+    healed(store, *make("one"))
 
 
 @pytest.mark.parametrize("where", ["entries", "blobs"])
@@ -773,55 +673,6 @@ except PermissionError:
     print("refused")
 """
     assert as_nobody(code, root) == "refused\n"
-
-
-# plans
-
-
-def test_plans_are_saved_replaced_and_listed(store):
-    assert store.plan_names() == []
-    assert store.load_plan("gpt2") is None
-    store.save_plan("gpt2", {"format": 1, "buckets": [{"seq_len": 8}]})
-    store.save_plan("gpt2", {"format": 1, "buckets": []})
-    store.save_plan("a-B_c.1", {})
-    (store.root / "v1/plans/.hidden.json").write_text("{}")
-    (store.root / "v1/plans/notes.txt").write_text("x")
-    assert store.load_plan("gpt2") == {"format": 1, "buckets": []}
-    assert store.plan_names() == ["a-B_c.1", "gpt2"]
-    assert os.listdir(store.root / "v1/tmp") == []
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../x", "a b", "é", "a\n", "x" * 101])
-def test_plan_names_are_plain_words(store, name):
-    with pytest.raises(UsageError):
-        store.save_plan(name, {})
-    with pytest.raises(UsageError):
-        store.load_plan(name)
-
-
-@pytest.mark.parametrize("data", [b"", b"[]", b"{", b'{"a":1.5}', b"[" * 100_000, b'{"a":1,"a":2}', b" " * 300_000])
-def test_a_malformed_plan_is_corrupt(store, data):
-    store.save_plan("p", {})
-    (store.root / "v1/plans/p.json").write_bytes(data)
-    with pytest.raises(CorruptEntry):
-        store.load_plan("p")
-    store.save_plan("p", {"a": 1})
-    assert store.load_plan("p") == {"a": 1}
-
-
-def test_a_plan_that_could_not_be_read_back_is_not_saved(store):
-    with pytest.raises(UsageError):
-        store.save_plan("p", {"x": "y" * 300_000})
-    with pytest.raises(TypeError):
-        store.save_plan("p", {"x": 0.5})
-    assert not store.root.exists()
-
-
-def test_a_plan_that_cannot_be_read_is_transient(store, monkeypatch):
-    store.save_plan("p", {})
-    Fault(monkeypatch, "open", errno.EIO)
-    with pytest.raises(TransientError):
-        store.load_plan("p")
 
 
 # verify

@@ -14,7 +14,8 @@ from nanogpt_buckets.errors import CacheError, UntrustedStore, UsageError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import Blob, Manifest
-from nanogpt_buckets.store.prune import delete, pinned, plan_prune, plan_removal
+from nanogpt_buckets.store.plans import Plans, SavedPlan
+from nanogpt_buckets.store.prune import delete, plan_prune, plan_removal
 from nanogpt_buckets.store.verify import verify
 
 DAY = 86400
@@ -28,7 +29,7 @@ def store(tmp_path) -> LocalStore:
 def publish(store, seq_len, *, torch="2.13.0", content=None, days_unused=0.0) -> Manifest:
     data = content or f"library {seq_len} {torch} ".encode() * 50
     family = {"backend": "inductor", "runtime": {"torch": torch}}
-    parts = {"family": family, "bucket": Bucket(1, seq_len).to_json()}
+    parts = {"family": family, "bucket": Bucket(1, seq_len).to_json(), "target": "t", "compiler": {}}
     manifest = Manifest(
         family=keys.digest(family), key=keys.digest(parts), parts=parts,
         blobs=(Blob("library", hashlib.sha256(data).hexdigest(), len(data)),), inputs=(), outputs=(), weights=(),
@@ -43,9 +44,9 @@ def age(path: Path, days: float) -> None:
     os.utime(path, (time.time() - days * DAY,) * 2)
 
 
-def keep(store, *manifests) -> None:
-    plan = Plan([m.bucket for m in manifests])
-    store.save_plan("demo", plan.to_json(model="demo", source="test", families={m.family for m in manifests}))
+def keep(store, *manifests, name="demo") -> None:
+    saved = SavedPlan(Plan([m.bucket for m in manifests]), frozenset(m.family for m in manifests))
+    Plans(store).change(name, lambda before: saved)
 
 
 def left(store) -> set[str]:
@@ -110,17 +111,17 @@ def test_an_ambiguous_or_unknown_beginning_is_refused_with_the_candidates(store)
 def test_what_is_removed_by_name_goes_out_of_every_plan(store):
     entry, other = publish(store, 16), publish(store, 32)
     keep(store, entry, other)
-    store.save_plan("second", Plan([entry.bucket]).to_json(model="s", source="test", families=[entry.family]))
-    assert pinned(store)[entry.family, entry.bucket] == ["demo", "second"]
+    keep(store, entry, name="second")
+    assert Plans(store).pins().buckets[entry.family, entry.bucket] == ["demo", "second"]
 
     deletion = plan_removal(store, [entry.key])
     assert deletion.notes == ("bucket 1x16 goes out of plan demo", "bucket 1x16 goes out of plan second")
-    assert store.plan_names() == ["demo", "second"], "planning changes nothing"
+    assert Plans(store).names() == ["demo", "second"], "planning changes nothing"
     delete(store, deletion)
 
-    assert list(Plan.from_json(store.load_plan("demo"))) == [other.bucket]
-    assert store.plan_names() == ["demo"], "an empty plan goes"
-    assert (entry.family, entry.bucket) not in pinned(store)
+    assert list(Plans(store).load("demo").buckets) == [other.bucket]
+    assert Plans(store).names() == ["demo"], "an empty plan goes"
+    assert (entry.family, entry.bucket) not in Plans(store).pins().buckets
 
 
 def test_age_takes_what_was_neither_built_nor_loaded_and_no_plan_names(store):
@@ -169,7 +170,7 @@ def test_planned_entries_go_by_age_and_size_if_that_is_said(store):
     assert names(plan_prune(store, older_than_s=30 * DAY, planned=True)) == [old.key]
     assert names(plan_prune(store, max_bytes=1500, planned=True)) == [old.key]
     assert sorted(names(plan_prune(store, max_bytes=0, planned=True))) == sorted([old.key, young.key])
-    assert Plan.from_json(store.load_plan("demo"))
+    assert Plans(store).load("demo") is not None
 
 
 def test_old_toolchains_go_even_from_plans_and_newer_ones_stay(store):
@@ -274,8 +275,9 @@ def test_a_damaged_plan_keeps_nothing_and_is_named(store):
     deletion = plan_prune(store, older_than_s=DAY)
 
     assert deletion.entries == 1
-    assert deletion.notes[0].startswith("plan demo keeps nothing:")
-    assert pinned(store) == {}
+    assert deletion.notes[0].startswith(f"plan demo in {store.root} is damaged: it is not plain JSON")
+    assert deletion.notes[0].endswith("; it keeps nothing")
+    assert Plans(store).pins().buckets == {}
 
 
 def test_each_file_is_told_when_it_is_done(store):

@@ -24,7 +24,7 @@ CONTENTS = st.lists(st.sampled_from([b"", b"one", b"two"]), min_size=0, max_size
 
 def make(name: str, contents: list[bytes]) -> tuple[Manifest, dict[str, bytes]]:
     family = {"backend": "x"}
-    parts = {"family": family, "name": name}
+    parts = {"family": family, "name": name, "bucket": {"name": "x"}, "target": "t", "compiler": {}}
     blobs = {f"blob{number}": content for number, content in enumerate(contents)}
     named = tuple(Blob(role, hashlib.sha256(data).hexdigest(), len(data)) for role, data in blobs.items())
     return (

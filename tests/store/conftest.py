@@ -1,0 +1,34 @@
+"""Fixtures of the store's tests, and a way to import what they share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from store_kit import make
+
+from nanogpt_buckets.store.local import LocalStore
+
+
+@pytest.fixture
+def store(tmp_path) -> LocalStore:
+    return LocalStore(tmp_path / "cache")
+
+
+@pytest.fixture
+def entry(store):
+    manifest, blobs = make("one")
+    store.publish(manifest, blobs)
+    return manifest
+
+
+@pytest.fixture
+def open_path(tmp_path):
+    """Let another user walk down to this test's directory."""
+    for directory in (tmp_path, *tmp_path.parents[:3]):
+        directory.chmod(directory.stat().st_mode | 0o055)
+    return tmp_path
