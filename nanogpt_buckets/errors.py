@@ -27,14 +27,28 @@ Knows nothing of how errors are shown: only `cli/` prints. Imports nothing of th
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+# What a terminal obeys rather than shows, what reorders the text around it, and what is no character at all.
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return text that is safe on a terminal, whoever wrote it: control characters become escapes.
+
+    Args:
+        text: any; what is escaped already stays as it is.
+        keep: control characters that are meant.
+    """
+    return _UNSHOWN.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
 class BucketsError(Exception):
     """Base of all errors raised on purpose.
 
     Args:
-        message: one sentence, without a full stop, holding the user's own value.
+        message: one sentence, without a full stop, holding the user's own value; made `printable` here, for all.
         hint: what to do, preferably a command that can be pasted; None gives the hint usual for the kind of error.
     """
 
@@ -43,9 +57,9 @@ class BucketsError(Exception):
     log = ""  # the end of what a child that raised this wrote on stderr
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = self.usual_hint if hint is None else hint
+        self.message = printable(message)
+        super().__init__(self.message)
+        self.hint = self.usual_hint if hint is None else printable(hint, "\n")
         if self.hint:
             self.add_note(f"hint: {self.hint}")  # so that a traceback shows it, too
 

@@ -121,7 +121,7 @@ def _print_all(engine: Engine, text: str, num_samples: int, sampling: dict[str, 
         output.document(document | {"report": engine.report().to_json()})
         return
     for generation in generations:
-        output.data(generation.text or "")
+        output.put(f"{generation.text or ''}\n")
         if num_samples > 1:
             output.data(_PARTING)
 

@@ -36,7 +36,7 @@ class WholeNumbers(click.ParamType[tuple[int, ...]]):
             return value
         numbers = []
         for text in str(value).split(","):
-            if re.fullmatch(r"\s*0*[1-9][0-9]{0,999}\s*", text) is None:
+            if re.fullmatch(r"\s*0*[1-9][0-9]{0,17}\s*", text) is None:
                 self.fail(
                     f"{shown(text.strip())} is not a positive whole number; write for example 32,64,128", param, ctx
                 )
@@ -146,6 +146,7 @@ sampling_options: Callable[[Command], Command] = _together(
         click.option("-p", "--top-p", type=float, help="Keep the likeliest tokens up to this probability."),
         click.option("-s", "--seed", type=int, help="Default: a new one each time, told on stderr."),
         click.option("--rng", type=click.Choice(RNGS), default="per-row", show_default=True),
+        click.option("--ignore-eos", is_flag=True, help="Write on after the model's end token."),
     ),
 )
 

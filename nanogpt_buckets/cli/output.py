@@ -18,11 +18,12 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from nanogpt_buckets.errors import BucketsError
+from nanogpt_buckets.errors import BucketsError, printable
 from nanogpt_buckets.plan.bucket import Bucket
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
 _ENDS = ("hit", "compiled", "failed")
+_LAYOUT = "\n\t"
 
 _verbosity = NORMAL
 
@@ -46,8 +47,8 @@ _LOG_LINES = _LogLines()
 
 
 def data(text: str) -> None:
-    """Print data for people."""
-    put(f"{text}\n")
+    """Print data for people; whatever names and texts of files are in it, a terminal only shows it."""
+    put(f"{printable(text, _LAYOUT)}\n")
 
 
 def document(value: Any) -> None:
@@ -56,14 +57,14 @@ def document(value: Any) -> None:
 
 
 def put(text: str) -> None:
-    """Write on stdout, at once.
+    """Write text on stdout, at once: as it is, but for a terminal's eyes without what would command it.
 
     Raises:
         BrokenPipeError: the reader has gone.
         BucketsError: it cannot be written for another reason.
     """
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text, _LAYOUT) if sys.stdout.isatty() else text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise
@@ -117,7 +118,7 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """Tell something that even those who want quiet must know; where stderr is full or gone nobody can be told."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text, _LAYOUT), file=sys.stderr, flush=True)
 
 
 def error(problem: BucketsError) -> None:

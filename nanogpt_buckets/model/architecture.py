@@ -10,7 +10,14 @@ from typing import Any
 
 from nanogpt_buckets.errors import UnsupportedModel
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+# fmt: off
+ACTIVATIONS = (
+    "gelu", "gelu_tanh", "relu", "silu", "tanh", "sigmoid", "quick_gelu", "gelu_10", "relu2", "relu6", "leaky_relu",
+    "hardswish", "mish", "laplace", "sqrtsoftplus", "linear",
+)
+# fmt: on
+# Twenty times the deepest that OpenAI published; what is larger was not meant, and costs time before it fails.
+_MAX_LAYERS, _MAX_PARAMETERS = 1024, 2**40
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Architecture:
         block_size: longest context in tokens; the number of learned positions.
         vocab_size: rows of the embedding (V), padding rows included.
         bias: whether Linear and LayerNorm have biases.
-        activation: "gelu" (erf, nanoGPT), "gelu_tanh" (OpenAI's), "relu" or "silu".
+        activation: "gelu" (erf, nanoGPT), "gelu_tanh" (OpenAI's), or another of `ACTIVATIONS`.
         layer_norm_epsilon: added to the variance.
         tied: whether the output matrix is the token embedding.
         scale_by_head_size: divide attention scores by sqrt(n_embd / n_head).
@@ -33,7 +40,7 @@ class Architecture:
         upcast_attention: compute attention scores and softmax in float32 whatever the dtype.
 
     Raises:
-        UnsupportedModel: a size is not positive, n_head does not divide n_embd, or the activation is unknown.
+        UnsupportedModel: a size is impossible, n_head does not divide n_embd, or the activation is unknown.
     """
 
     n_layer: int
@@ -54,10 +61,12 @@ class Architecture:
         for name in ("n_layer", "n_head", "n_embd", "n_inner", "block_size", "vocab_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UnsupportedModel(f"the model's {name} is {value!r}; it must be a positive whole number")
+                raise UnsupportedModel(f"the model's {name} is {value!r:.80}; it must be a positive whole number")
         for name in ("bias", "tied", "scale_by_head_size", "scale_by_layer", "upcast_attention"):
             if not isinstance(getattr(self, name), bool):
-                raise UnsupportedModel(f"the model's {name} is {getattr(self, name)!r}; it must be true or false")
+                raise UnsupportedModel(f"the model's {name} is {getattr(self, name)!r:.80}; it must be true or false")
+        if self.n_layer > _MAX_LAYERS or self.n_params > _MAX_PARAMETERS:
+            raise UnsupportedModel("the model's sizes make more layers or parameters than any model has")
         if self.n_embd % self.n_head:
             raise UnsupportedModel(f"the model's n_embd {self.n_embd} is not a multiple of its n_head {self.n_head}")
         if self.activation not in ACTIVATIONS:
@@ -66,7 +75,7 @@ class Architecture:
             )
         if not isinstance(self.layer_norm_epsilon, float) or not 0 < self.layer_norm_epsilon < 1:
             raise UnsupportedModel(
-                f"the model's layer_norm_epsilon is {self.layer_norm_epsilon!r}; it must be a small positive number"
+                f"the model's layer_norm_epsilon is {self.layer_norm_epsilon!r:.80}; it must be a small positive number"
             )
 
     @property

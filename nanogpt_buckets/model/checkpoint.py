@@ -1,6 +1,6 @@
 """What a model's name means: its architecture, found without torch where possible, and its prepared weights.
 
-Knows nothing of tokenizers, buckets or compiled things, nor of how a format is read (huggingface.py, convert.py).
+Knows nothing of tokenizers, buckets or compiled things, nor of how a format is read (huggingface.py, pickled.py).
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import hashlib
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nanogpt_buckets import child, errors
 from nanogpt_buckets.errors import ModelError, ModelNotFound, UsageError
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 _DEMO = Path(__file__).parent / "demo"
 _CHECKPOINT = "ckpt.pt"
+# Ample time for torch to start and for a slow network file system: whoever takes longer will never be done.
+_CHILD = "nanogpt_buckets.model.pickled"
+_CHILD_S, _CHILD_BYTES_PER_S = 600.0, 1e6
 _ORGANISATION = "openai-community/"
 _ACCEPTED = f"{', '.join(GPT2_SIZES)}, demo, a Hugging Face folder with config.json, or a nanoGPT ckpt.pt or its folder"
 
@@ -39,6 +43,7 @@ class Model:
         architecture: sizes and everything that changes the maths.
         dataset: what a nanoGPT checkpoint was trained on, if it says so.
         characters: the demo's vocabulary, by id.
+        end_tokens: ids after which it has no more to say.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Model:
     architecture: Architecture
     dataset: str | None = None
     characters: str | None = None
+    end_tokens: tuple[int, ...] = ()
 
     def weights(self, dtype: str) -> Weights:
         """Return the weights, prepared on this node the first time and mapped from then on.
@@ -88,8 +94,10 @@ class Model:
         files, shards = [source], [source]
         if self.kind in ("demo", "huggingface"):
             shards = huggingface.weight_files(source)
-            files = [source / name for name in (huggingface.CONFIG, huggingface.SINGLE, huggingface.INDEX)]
+            files = [source / name for name in (huggingface.CONFIG, *huggingface.WEIGHTS)]
             files += [shard for shard in shards if shard not in files]
+            if shards[0].suffix == huggingface.PICKLED:
+                return _convert(source, shards, files, self.architecture, dtype).digest
         # before anything is read: a source that changes meanwhile does not match and is prepared again
         stamps = sources.stamps(files)
         if self.kind == "nanogpt":
@@ -130,7 +138,8 @@ def open_model(name: str | os.PathLike[str]) -> Model:
     # abspath, not resolve: the name that the user knows is kept
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if (path / huggingface.CONFIG).is_file():
-        return _from_path("huggingface", path, huggingface.architecture(path))
+        arch, ends = huggingface.architecture(path), huggingface.end_tokens(path)
+        return replace(_from_path("huggingface", path, arch), end_tokens=ends)
     file = path / _CHECKPOINT if path.is_dir() else path
     if file.is_file():
         known = prepared.recall(file, "float32") or _convert(file)
@@ -179,16 +188,33 @@ def _gpt2_file(size: str) -> Path:
         chatter.setLevel(level)
 
 
-def _convert(source: Path) -> prepared.Known:
-    """Have a child unpickle a nanoGPT checkpoint; keep its tensors in float32."""
-    stamps = sources.stamps([source])
+def _convert(
+    source: Path,
+    shards: list[Path] | None = None,
+    files: list[Path] | None = None,
+    arch: Architecture | None = None,
+    dtype: str = "float32",
+) -> prepared.Known:
+    """Have a child unpickle a nanoGPT checkpoint, or the shards of a folder of known architecture; keep the tensors.
+
+    For `files`, all that decide what the weights are, see `sources.stamps`.
+    """
+    shards = shards or [source]
+    stamps = sources.stamps(files or shards)
+    seconds = _CHILD_S + sum(shard.stat().st_size for shard in shards) / _CHILD_BYTES_PER_S
+
+    def listen(event: child.Event) -> None:
+        if event["event"] == "said":
+            log.warning("%s", event["message"])
+
     with prepared.staging() as directory:
-        request = {"source": str(source), "directory": str(directory)}
+        request: dict[str, Any] = {"files": [str(shard) for shard in shards], "directory": str(directory)}
+        request |= {"dtype": dtype, "architecture": arch and arch.to_json()}
         try:
-            result = child.run("nanogpt_buckets.model.convert", request, workdir=directory)
+            result = child.run(_CHILD, request, workdir=directory, on_event=listen, timeout_s=seconds)
         except errors.ChildFailed as error:
             raise ModelError(f"{source} could not be converted: {error.message}", hint=error.hint) from error
         known = prepared.Known(result["digest"], Architecture.from_json(result["architecture"]), result["dataset"])
-        prepared.remember(source, "float32", stamps, known)
+        prepared.remember(source, dtype, stamps, known)
         prepared.settle(directory / convert.PREPARED, known.digest)
     return known

@@ -1,25 +1,18 @@
-"""Canonical tensors -> one safetensors file and its digest; and the child that gets them out of a nanoGPT checkpoint.
+"""Canonical tensors -> one safetensors file and its digest.
 
-`python -m nanogpt_buckets.model.convert` is the only place where a pickle is opened: in a process of its own, with
-weights_only, which builds tensors and plain values and calls nothing that the file names. Everything after it reads
-safetensors. Knows nothing of where prepared weights are kept, nor which model they are for.
+Knows nothing of where prepared weights are kept, which model they are for, nor what they are read from.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_buckets import node
-from nanogpt_buckets.child import serve
-from nanogpt_buckets.errors import CheckpointDamaged, ModelError, UnsupportedModel
+from nanogpt_buckets.errors import CheckpointDamaged, UnsupportedModel
 from nanogpt_buckets.key import canonical_json
 from nanogpt_buckets.model.architecture import Architecture
 
@@ -36,17 +29,14 @@ PREPARED = "prepared.safetensors"
 # The causal masks that GPT-2 implementations store among the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
 
-_MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
-_NO_EFFECT = ("dropout",)
-_COMPILED_PREFIX = "_orig_mod."
-_TOKENS, _HEAD = "transformer.wte.weight", "lm_head.weight"
+TOKENS, HEAD = "transformer.wte.weight", "lm_head.weight"
 _ALIGNMENT = 64
 
 
 def canonical_shapes(arch: Architecture) -> Iterator[tuple[str, Shape]]:
     """Yield the name and shape of every parameter, in the network's order; a tied head is absent."""
     C = arch.n_embd
-    yield _TOKENS, (arch.vocab_size, C)
+    yield TOKENS, (arch.vocab_size, C)
     yield "transformer.wpe.weight", (arch.block_size, C)
     for layer in range(arch.n_layer):
         block = f"transformer.h.{layer}"
@@ -58,7 +48,7 @@ def canonical_shapes(arch: Architecture) -> Iterator[tuple[str, Shape]]:
         yield from _linear(arch, f"{block}.mlp.c_proj", arch.n_inner, C)
     yield from _layer_norm(arch, "transformer.ln_f")
     if not arch.tied:
-        yield _HEAD, (arch.vocab_size, C)
+        yield HEAD, (arch.vocab_size, C)
 
 
 def _layer_norm(arch: Architecture, name: str) -> Iterator[tuple[str, Shape]]:
@@ -93,7 +83,18 @@ def check_shapes(arch: Architecture, found: Mapping[str, Shape], where: Path) ->
             raise CheckpointDamaged(f"{name} in {where} has shape {list(found[name])}; the model needs {list(shape)}")
         wanted.add(name)
     if unexpected := sorted(found.keys() - wanted):
-        raise CheckpointDamaged(f"{where} holds the tensor {unexpected[0]!r}, which its architecture does not have")
+        raise CheckpointDamaged(f"{where} holds the tensor {unexpected[0]!r:.80}, which its architecture does not have")
+
+
+def check_size(arch: Architecture, size: int, where: Path) -> None:
+    """Raise unless files of this size can hold all parameters: before work whose amount they do not explain.
+
+    Raises:
+        CheckpointDamaged: they cannot, even with two bytes for each.
+    """
+    if 2 * arch.n_params > size:
+        what = f"its {size} bytes cannot hold {arch.n_params} parameters"
+        raise CheckpointDamaged(f"{where} is truncated or is not what it seems: {what}")
 
 
 def write_prepared(path: Path, arch: Architecture, dtype: str, read: Reader) -> str:
@@ -157,104 +158,3 @@ def _bytes(name: str, tensor: torch.Tensor, dtype: str) -> memoryview:
         raise UnsupportedModel(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
     tensor = tensor.detach().to(getattr(torch, dtype)).contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def read_checkpoint(path: Path) -> tuple[Architecture, str | None, dict[str, torch.Tensor]]:
-    """Unpickle a nanoGPT checkpoint without running anything it names.
-
-    Args:
-        path: a file that train.py wrote with torch.save.
-
-    Returns:
-        Architecture, the name of the dataset it was trained on if known, and canonical name -> tensor, mapped if the
-        file's format allows.
-
-    Raises:
-        CheckpointDamaged: truncated, something else, or with forbidden pickles inside.
-        UnsupportedModel: it has an option that we do not know.
-    """
-    checkpoint = _load(path)
-    for name in ("model", "model_args"):
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), dict):
-            raise CheckpointDamaged(f"{path} is not a nanoGPT checkpoint: it has no {name}")
-    state = _canonical_names(checkpoint["model"], path)
-    arch = _architecture(checkpoint["model_args"], _is_tied(state), path)
-    if arch.tied:
-        state.pop(_HEAD, None)
-    check_shapes(arch, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
-    config = checkpoint.get("config")
-    dataset = config.get("dataset") if isinstance(config, dict) else None
-    return arch, dataset if isinstance(dataset, str) else None, state
-
-
-def _load(path: Path) -> Any:
-    import torch
-
-    try:
-        # the format before torch 1.6 is no zip file and cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except MemoryError:
-        raise
-    except Exception as error:
-        # whatever bytes can make an unpickler raise: there is no common base; EINVAL is a zip file cut short
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named:
-            raise CheckpointDamaged(
-                f"{path} holds the pickled object {named.group(1)}, which is refused",
-                hint="a nanoGPT checkpoint has tensors and plain values only; do not open this file with other tools",
-            ) from error
-        raise CheckpointDamaged(f"{path} is truncated or is not a nanoGPT checkpoint") from error
-
-
-def _canonical_names(stored: Mapping[Any, Any], path: Path) -> dict[str, torch.Tensor]:
-    import torch
-
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in stored.items():
-        short = str(name).removeprefix(_COMPILED_PREFIX)
-        if short.endswith(BUFFERS):
-            continue
-        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not plain or short in state:
-            raise CheckpointDamaged(f"{path} does not hold one plain tensor under the name {short!r}")
-        state[short] = tensor
-    return state
-
-
-def _is_tied(state: Mapping[str, torch.Tensor]) -> bool:
-    import torch
-
-    tokens, head = state.get(_TOKENS), state.get(_HEAD)
-    if tokens is None or head is None or tokens.shape != head.shape:
-        return False
-    same = tokens.data_ptr() == head.data_ptr() and tokens.stride() == head.stride()
-    return same or torch.equal(tokens, head)
-
-
-def _architecture(args: Mapping[Any, Any], tied: bool, path: Path) -> Architecture:
-    for name in args:
-        if name not in (*_MODEL_ARGS, *_NO_EFFECT):
-            raise UnsupportedModel(
-                f"{path} has the model argument {name!r}, which nanoGPT does not have",
-                hint="only checkpoints of unmodified nanoGPT are computed exactly",
-            )
-    for name in _MODEL_ARGS:
-        if name not in args:
-            raise CheckpointDamaged(f"{path} lacks the model argument {name}")
-    width = args["n_embd"]
-    inner = 4 * width if isinstance(width, int) else 0
-    # erf also when training started from OpenAI's weights: nanoGPT computes it whatever it loads
-    return Architecture(**{name: args[name] for name in _MODEL_ARGS}, n_inner=inner, activation="gelu", tied=tied)
-
-
-def _handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]:
-    arch, dataset, state = read_checkpoint(Path(request["source"]))
-    with node.writing():
-        digest = write_prepared(Path(request["directory"]) / PREPARED, arch, "float32", state.__getitem__)
-    return {"digest": digest, "architecture": arch.to_json(), "dataset": dataset}
-
-
-if __name__ == "__main__":
-    serve(_handle)

@@ -1,4 +1,4 @@
-"""GPT-2 as transformers saves it: config.json -> Architecture, safetensors -> canonical tensors.
+"""GPT-2 as transformers saves it: config.json -> Architecture and end tokens, weight files -> canonical tensors.
 
 Whatever in a config changes the maths is honoured or refused by name; the tables below are complete for GPT2Config,
 and a test keeps them so. Knows nothing of where prepared weights are kept, nor of nanoGPT's own checkpoints.
@@ -6,22 +6,32 @@ and a test keeps them so. Knows nothing of where prepared weights are kept, nor 
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_buckets.errors import CheckpointDamaged, ModelError, UnsupportedModel
-from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.model.convert import BUFFERS, Reader, Shape, check_shapes
+from nanogpt_buckets.errors import CheckpointDamaged, CorruptEntry, ModelError, UnsupportedModel
+from nanogpt_buckets.files import read_file
+from nanogpt_buckets.model.architecture import ACTIVATIONS, Architecture
+from nanogpt_buckets.model.convert import BUFFERS, HEAD, TOKENS, Reader, Shape, check_shapes, check_size
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG = "config.json"
+log = logging.getLogger(__name__)
+
+Entry = tuple[str, Shape, Callable[[], "torch.Tensor"]]
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+# What weights may be called, the first that is there counts: one file, or an index of several.
+WEIGHTS = (SINGLE, f"{SINGLE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLED = ".bin"
 
 # GPT2Config's field -> ours and its default; n_inner, activation and epsilon need a word more, see `_from_config`.
 HONOURED: Mapping[str, tuple[str, Any]] = {
@@ -60,19 +70,20 @@ IRRELEVANT = (
 )
 # fmt: on
 
-_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-_CLASSES = ("GPT2LMHeadModel", "GPT2Model")
+# transformers' names for ours; its ways to write one function differ by rounding only.
+_TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate")
+_ACTIVATIONS = dict.fromkeys(_TANH_GELUS, "gelu_tanh") | {"gelu_python": "gelu", "swish": "silu"}
+_ACTIVATIONS |= {name: name for name in ACTIVATIONS if name != "gelu_tanh"}
+# All hold the same network; what the heads of other tasks add is left out.
+_CLASSES = (
+    "GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification", "GPT2ForQuestionAnswering",
+)  # fmt: skip
+_NETWORK = ("wte", "wpe", "h", "ln_f", "lm_head")
 _TRANSPOSED = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".mlp.c_proj.weight")
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors")
-_TOKENS, _HEAD = "transformer.wte.weight", "lm_head.weight"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.(?:safetensors|bin)")
+_MAX_JSON_BYTES = 16 * 2**20
+_DEFAULT_END = 50256
 _NOT_GPT2 = "only GPT-2 models are computed exactly"
 
 
@@ -85,15 +96,35 @@ def architecture(folder: Path) -> Architecture:
     """
     config = read_json(folder / CONFIG)
     if config.get("model_type") != "gpt2":
-        raise UnsupportedModel(f"{folder} is a {config.get('model_type')!r} model, not 'gpt2'", hint=_NOT_GPT2)
+        raise UnsupportedModel(f"{folder} is a {config.get('model_type')!r:.80} model, not 'gpt2'", hint=_NOT_GPT2)
     classes = config.get("architectures") or []
     for name in classes if isinstance(classes, list) else [classes]:
         if name not in _CLASSES:
-            raise UnsupportedModel(f"{folder} is a {name!r}, not a language model of class GPT2LMHeadModel")
+            raise UnsupportedModel(f"{folder} is a {name!r:.80}, not a language model of class GPT2LMHeadModel")
     for name in REFUSED:
         if config.get(name):
             raise UnsupportedModel(f"{folder / CONFIG} sets {name}, which is not supported", hint=_NOT_GPT2)
-    return _from_config(config, folder)
+    arch = _from_config(config, folder)
+    files = _weight_files(folder)
+    if files and all(file.is_file() for file in files):
+        check_size(arch, sum(file.stat().st_size for file in files), files[0] if len(files) == 1 else folder)
+    return arch
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Return the ids after which a folder's model has no more to say, as transformers finds them; () if none is named.
+
+    Raises:
+        UnsupportedModel: they are no token ids.
+        ModelError: generation_config.json or config.json cannot be read.
+    """
+    own = folder / GENERATION
+    path = own if own.is_file() else folder / CONFIG
+    ends = read_json(path).get("eos_token_id", None if path == own else _DEFAULT_END)
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(not isinstance(token, int) or isinstance(token, bool) for token in listed):
+        raise UnsupportedModel(f"{path} has eos_token_id {ends!r:.80}; it must be a token id, or a list of them")
+    return tuple(listed)
 
 
 def _from_config(config: Mapping[str, Any], folder: Path) -> Architecture:
@@ -103,7 +134,7 @@ def _from_config(config: Mapping[str, Any], folder: Path) -> Architecture:
     activation = values["activation"]
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise UnsupportedModel(
-            f"{folder / CONFIG} has activation_function {activation!r}, which is not supported",
+            f"{folder / CONFIG} has activation_function {activation!r:.80}, which is not supported",
             hint=f"supported: {', '.join(_ACTIVATIONS)}",
         )
     return Architecture(**(values | {"activation": _ACTIVATIONS[activation]}))
@@ -125,51 +156,62 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: it cannot be read.
     """
     try:
-        value = json.loads(path.read_bytes())
+        # transformers' cache holds symbolic links
+        value = json.loads(read_file(Path(os.path.realpath(path)), limit=_MAX_JSON_BYTES))
+    except CorruptEntry as error:
+        raise CheckpointDamaged(f"{path} cannot be used: {error.message}") from error
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(f"{path} is not JSON") from error
+        raise CheckpointDamaged(f"{path} is not plain JSON") from error
     if not isinstance(value, dict):
         raise CheckpointDamaged(f"{path} is not a JSON object")
     return value
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder, all shards of them; they need not exist.
+    """Return the files that hold a folder's weights, all shards of them, safetensors if there are both kinds.
 
     Raises:
-        UnsupportedModel: the weights are in another format.
-        CheckpointDamaged: there are none, or the index names something that is no file of this folder.
+        CheckpointDamaged: there are none, the index names something that is no file of this folder, or one is missing.
     """
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        if any(folder.glob("pytorch_model*.bin*")):
-            raise UnsupportedModel(
-                f"{folder} has its weights in pytorch_model.bin only, which is a pickle and is not opened",
-                hint="save it again with model.save_pretrained(folder, safe_serialization=True)",
-            )
-        raise CheckpointDamaged(f"{folder} has no {SINGLE}")
-    shards = read_json(folder / INDEX).get("weight_map")
+    files = _weight_files(folder)
+    for file in files or [folder / SINGLE]:
+        if not file.is_file():
+            raise CheckpointDamaged(f"{file} is {'not a regular file' if file.exists() else 'missing'}")
+    return files
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None or path.suffix != ".json":
+        return [] if path is None else [path]
+    shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise CheckpointDamaged(f"{folder / INDEX} has no weight_map")
+        raise CheckpointDamaged(f"{path} has no weight_map")
+    kind = Path(path.name.removesuffix(".index.json")).suffix
     for name in shards.values():
-        if not isinstance(name, str) or _PLAIN_NAME.fullmatch(name) is None:
-            raise CheckpointDamaged(f"{folder / INDEX} names {name!r}, which is not a plain file name")
+        if not isinstance(name, str) or _PLAIN_NAME.fullmatch(name) is None or Path(name).suffix != kind:
+            raise CheckpointDamaged(f"{path} names {name!r:.80}, which is not a plain file name")
     return [folder / name for name in sorted(set(shards.values()))]
 
 
-def open_tensors(files: Sequence[Path], arch: Architecture, *, conv1d: bool = True) -> Reader:
-    """Map safetensors files and check that they are exactly one model; nothing is copied before it is asked for.
+def open_tensors(
+    files: Sequence[Path],
+    arch: Architecture,
+    *,
+    conv1d: bool = True,
+    entries: Callable[[Path], Iterator[Entry]] | None = None,
+    say: Callable[[str], None] = log.warning,
+) -> Reader:
+    """Map weight files and check that they hold one model; nothing is copied before it is asked for.
 
     Args:
         files: all shards.
         arch: what the tensors must be.
         conv1d: whether matrices are stored as transformers' Conv1D does, inputs first.
-
-    Returns:
-        Canonical name -> tensor; a transposed one is contiguous.
+        entries: what yields a file's tensors; None for safetensors.
+        say: is told what is left out.
 
     Raises:
         CheckpointDamaged: truncated, or a tensor is missing, unexpected or of another shape.
@@ -178,62 +220,75 @@ def open_tensors(files: Sequence[Path], arch: Architecture, *, conv1d: bool = Tr
     where = files[0] if len(files) == 1 else files[0].parent
     stored = _Stored(conv1d)
     for file in files:
-        stored.add(file)
-    if arch.tied and _HEAD in stored.shapes:
-        _check_tied(stored, where)
+        stored.add(file, (entries or _entries)(file))
+    if unused := stored.leave_out_unused():
+        say(f"{where} holds what a language model does not use; left out: {', '.join(unused)}")
+    if arch.tied and HEAD in stored.shapes:
+        _check_tied(stored, arch, where)
     check_shapes(arch, stored.shapes, where)
     return stored.read
 
 
-def _check_tied(stored: _Stored, where: Path) -> None:
+def _check_tied(stored: _Stored, arch: Architecture, where: Path) -> None:
+    """Take the output matrix out; one that is all there is of the two is the embedding."""
     import torch
 
-    if _TOKENS in stored.shapes and not torch.equal(stored.read(_HEAD), stored.read(_TOKENS)):
+    if TOKENS not in stored.shapes:
+        stored.shapes[TOKENS], stored.reads[TOKENS] = stored.shapes.pop(HEAD), stored.reads[HEAD]
+        return
+    same = stored.shapes[HEAD] == stored.shapes[TOKENS] == (arch.vocab_size, arch.n_embd)
+    if not same or not torch.equal(stored.read(HEAD).float(), stored.read(TOKENS).float()):
         raise UnsupportedModel(
             f"{where} holds an lm_head.weight of its own, yet its config says tie_word_embeddings",
             hint='if the output matrix is meant to be separate, set "tie_word_embeddings": false in config.json',
         )
-    del stored.shapes[_HEAD]
+    del stored.shapes[HEAD]
 
 
 class _Stored:
-    """The tensors of several safetensors files, by canonical name."""
+    """The tensors of several files, by canonical name."""
 
     def __init__(self, conv1d: bool) -> None:
         self.shapes: dict[str, Shape] = {}
-        self._where: dict[str, tuple[Any, str]] = {}
+        self.reads: dict[str, Callable[[], torch.Tensor]] = {}
         self._conv1d = conv1d
 
-    def add(self, file: Path) -> None:
-        for handle, name, shape in _entries(file):
+    def add(self, file: Path, entries: Iterator[Entry]) -> None:
+        for name, shape, read in entries:
             if name.endswith(BUFFERS):
                 continue
-            canonical = name if name.startswith("transformer.") or name == _HEAD else f"transformer.{name}"
+            canonical = name if name.startswith("transformer.") or name == HEAD else f"transformer.{name}"
             if canonical in self.shapes:
-                raise CheckpointDamaged(f"{file.parent} holds the tensor {name!r} twice")
+                raise CheckpointDamaged(f"{file.parent} holds the tensor {name!r:.80} twice")
             self.shapes[canonical] = shape[::-1] if self._is_transposed(canonical) else shape
-            self._where[canonical] = handle, name
+            self.reads[canonical] = read
+
+    def leave_out_unused(self) -> list[str]:
+        """Drop what is beside the network, the heads of other tasks, and return their names."""
+        short = {name: name.removeprefix("transformer.") for name in sorted(self.shapes)}
+        unused = [name for name in short if short[name].split(".")[0] not in _NETWORK]
+        for name in unused:
+            del self.shapes[name]
+        return [f"{short[name]!r:.80}" for name in unused]
 
     def read(self, name: str) -> torch.Tensor:
-        handle, stored_name = self._where[name]
-        tensor: torch.Tensor = handle.get_tensor(stored_name)
+        tensor = self.reads[name]()
         return tensor.t().contiguous() if self._is_transposed(name) else tensor
 
     def _is_transposed(self, name: str) -> bool:
         return self._conv1d and name.endswith(_TRANSPOSED)
 
 
-def _entries(file: Path) -> Iterator[tuple[Any, str, Shape]]:
+def _entries(file: Path) -> Iterator[Entry]:
     import safetensors
 
     try:
         # never closed by hand: whoever reads a tensor keeps the mapping alive
         handle: Any = safetensors.safe_open(file, framework="pt", device="cpu")
-        entries = [(handle, name, tuple(handle.get_slice(name).get_shape())) for name in handle.keys()]  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise CheckpointDamaged(f"{file} is missing") from error
+        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
         raise CheckpointDamaged(f"{file} is truncated or is not a safetensors file") from error
-    yield from entries
+    for name, shape in shapes.items():
+        yield name, shape, functools.partial(handle.get_tensor, name)

@@ -48,6 +48,7 @@ class Engine:
 
     def __init__(self, choice: Choice, buckets: Buckets, report: Report, tokenizer: TokenizerChoice = None) -> None:
         self._arch = choice.model.architecture
+        self._end_tokens = choice.model.end_tokens
         self._buckets = buckets
         self._report = report
         self.tokenizer: Tokenizer | None = None
@@ -118,7 +119,7 @@ class Engine:
             prompts: strings or lists of token ids, several or one; an empty one starts from the model's start token.
             max_new_tokens: at most so many new tokens each; 0 gives the prompts back.
             stop: end before any of these strings appears in the new text.
-            num_samples: continuations of each prompt.
+            num_samples: continuations of each prompt; each ends at the model's end token, if its folder names one.
             plain_text: `<|endoftext|>` in a prompt is ordinary text.
             sampling: temperature, top_k, top_p, seed, rng; see `Sampling`. The report names a seed that was chosen.
 
@@ -245,6 +246,7 @@ class Engine:
         """Yield each row as it gains a token; the rows of one batch go together, the batches one after another."""
         if max_new_tokens == 0:
             return
+        ends = () if sampling.ignore_eos else self._end_tokens
         generator = torch.Generator().manual_seed(sampling.seed % 2**64)
         for batch in batches:
             active = batch
@@ -252,7 +254,7 @@ class Engine:
                 with self._timed():
                     logits = self._dispatcher.run([row.ids for row in active], buckets)  # (N, V)
                     tokens = self._draw(logits, active, sampling, generator)
-                    pieces = [row.accept(t, max_new_tokens) for row, t in zip(active, tokens, strict=True)]
+                    pieces = [row.accept(t, max_new_tokens, ends) for row, t in zip(active, tokens, strict=True)]
                     self._report.new_tokens += len(active)
                 yield from zip(active, pieces, strict=True)
                 active = [row for row in active if not row.done]

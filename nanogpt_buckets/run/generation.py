@@ -64,7 +64,7 @@ class Generation:
     Args:
         text: prompt and new text; None without a tokenizer.
         new_text: the new text, cut before a stop string; None without a tokenizer.
-        token_ids: prompt and new ids, those of a stop string included.
+        token_ids: prompt and new ids, those of a stop string and an end token included.
         prompt_tokens: how many of them are the prompt's.
         new_tokens: how many are new.
         finish_reason: "length" or "stop".
@@ -110,24 +110,26 @@ class Row:
         self.sample = sample
         self.text = text
         self.n_prompt = len(ids)
-        self.done = False
+        self.done = self.stopped = False
 
     @property
     def new_tokens(self) -> int:
         """How many ids are new."""
         return len(self.ids) - self.n_prompt
 
-    def accept(self, token: int, max_new_tokens: int) -> str | None:
-        """Append a token and return the text it makes certain."""
+    def accept(self, token: int, max_new_tokens: int, ends: tuple[int, ...] = ()) -> str | None:
+        """Append a token and return the text it makes certain; none is made by `ends`, after which nothing follows."""
         self.ids.append(token)
-        last = self.new_tokens >= max_new_tokens
-        piece = None if self.text is None else self.text.feed(token, last=last)
-        self.done = last or (self.text is not None and self.text.stopped)
+        ended = token in ends
+        last = ended or self.new_tokens >= max_new_tokens
+        piece = None if self.text is None else self.text.feed(None if ended else token, last=last)
+        self.stopped = ended or (self.text is not None and self.text.stopped)
+        self.done = last or self.stopped
         return piece
 
     def generation(self) -> Generation:
         """Return what has become of the sequence."""
         new_text = None if self.text is None else self.text.text
         text = None if self.text is None else self.text.prompt_text + self.text.text
-        reason = "stop" if self.text is not None and self.text.stopped else "length"
+        reason = "stop" if self.stopped else "length"
         return Generation(text, new_text, self.ids, self.n_prompt, self.new_tokens, reason)

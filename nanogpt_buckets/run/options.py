@@ -29,6 +29,7 @@ class Sampling:
         seed: of all draws; one is chosen where none is given.
         rng: "per-row" draws by (seed, prompt, sample, step) alone, whatever the batch, bucket or vocabulary padding;
             "nanogpt" uses one torch generator and gives nanoGPT's own text.
+        ignore_eos: write on after the model's end token, if it has one.
 
     Raises:
         UsageError: a value is out of range.
@@ -39,6 +40,7 @@ class Sampling:
     top_p: float | None = None
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     rng: str = "per-row"
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         temperature, seed = real_number(self.temperature), whole_number(self.seed)
@@ -56,6 +58,8 @@ class Sampling:
             raise UsageError(f"the seed is too large; it must be below 2 to the power of {_SEED_BITS}")
         if self.rng not in RNGS:
             raise UsageError(f"rng {shown(self.rng)} is unknown", hint=f"generators: {', '.join(RNGS)}")
+        if not isinstance(self.ignore_eos, bool):
+            raise UsageError(f"ignore_eos is {shown(self.ignore_eos)}; it must be True or False")
         plain = {"temperature": temperature, "seed": seed, "top_k": top_k or None}
         for name, value in (plain | {"top_p": None if self.top_p is None else top_p}).items():
             object.__setattr__(self, name, value)
@@ -69,6 +73,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float | None
     seed: int | None
     rng: str
+    ignore_eos: bool
 
 
 def sampling_of(options: SamplingOptions) -> Sampling:

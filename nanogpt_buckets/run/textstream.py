@@ -78,14 +78,14 @@ class TextStream:
         self.text = ""
         self.stopped = False
 
-    def feed(self, token: int, *, last: bool) -> str:
+    def feed(self, token: int | None, *, last: bool) -> str:
         """Take one token and return the text that is now certain.
 
         Args:
-            token: the new id.
+            token: the new id; None for one that makes no text.
             last: no token follows, so nothing is held back any more.
         """
-        new = self._decoder.feed(token) + (self._decoder.flush() if last else "")
+        new = self._decoder.feed(*([] if token is None else [token])) + (self._decoder.flush() if last else "")
         self._held += new
         self._states = [_advance(*stop, state, new) for stop, state in zip(self._stops, self._states, strict=True)]
         seen = [stop for (stop, _), state in zip(self._stops, self._states, strict=True) if state == len(stop)]

@@ -105,12 +105,12 @@ MODELS = {
     "another program's": wrong(not_a_nanogpt, code=1, said="it has no model", hint="nothing of it was used"),
     "Llama": wrong(folder(model_type="llama"), code=1, said="'llama'", hint="only GPT-2"),
     "field not supported": wrong(
-        folder(**GPT2, activation_function="mish"), code=1, said="activation_function", hint="gelu_new"
+        folder(**GPT2, activation_function="prelu"), code=1, said="activation_function", hint="gelu_new"
     ),
     "half a head": wrong(folder(**{**GPT2, "n_head": 3}), code=1, said="not a multiple of its n_head 3", hint="gpt2"),
     "folder without config": wrong(empty_folder, code=1, said="empty", hint="config.json"),
     "config no JSON": wrong(
-        lambda d: str(Path(in_file("config.json", b"{")(d)).parent), code=1, said="is not JSON", hint="nothing of it"
+        lambda d: str(Path(in_file("config.json", b"{")(d)).parent), code=1, said="not plain JSON", hint="nothing of it"
     ),
 }
 

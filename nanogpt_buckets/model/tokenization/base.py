@@ -101,8 +101,3 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 def well_formed(text: str) -> str:
     """Return text without lone surrogates, which have no UTF-8: each becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def printable(text: str) -> str:
-    """Return text that a terminal can be shown: what is not printable becomes an escape, and the end is cut."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:300])

@@ -15,7 +15,7 @@ from typing import Any
 
 from nanogpt_buckets import files
 from nanogpt_buckets.errors import CorruptEntry, TokenizerError, UnknownCharacter
-from nanogpt_buckets.model.tokenization.base import ByteTable, Tokenizer, printable, well_formed
+from nanogpt_buckets.model.tokenization.base import ByteTable, Tokenizer, well_formed
 
 # All of Unicode takes 20 MB, the largest alphabet of a data set a hundredth of that.
 _META_MAX_BYTES = 8 * 1024 * 1024
@@ -93,7 +93,7 @@ class _PlainUnpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(content))
 
     def find_class(self, module: str, name: str) -> Any:
-        raise TokenizerError(f"asks for the Python object {printable(f'{module}.{name}')}, which no meta.pkl needs")
+        raise TokenizerError(f"asks for the Python object {module:.99}.{name:.99}, which no meta.pkl needs")
 
     def persistent_load(self, pid: Any) -> Any:
         raise TokenizerError("asks for an outside object, which no meta.pkl needs")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_buckets.errors import BucketsError, TokenizerError
-from nanogpt_buckets.model.tokenization.base import ByteTable, Tokenizer, printable, well_formed
+from nanogpt_buckets.model.tokenization.base import ByteTable, Tokenizer, well_formed
 from nanogpt_buckets.model.tokenization.gpt2 import symbols_to_bytes
 
 # The largest that are published have 35 MB.
@@ -80,7 +80,7 @@ def _checked_names(path: Path) -> set[str]:
         long = status.st_size > _MAX_BYTES and name.startswith(_OPENED)  # there may be a text it was trained on
         if long or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             what = f"longer than {_MAX_BYTES} bytes" if long else "no regular file"
-            raise TokenizerError(f"{printable(name)} in {path} is {what}", hint=_HINT)
+            raise TokenizerError(f"{name} in {path} is {what}", hint=_HINT)
     return set(about)
 
 
@@ -99,7 +99,7 @@ def _using(path: Path) -> Iterator[None]:
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust; no Exception
                 raise
-            reason = printable((str(error).strip().splitlines() or [type(error).__name__])[0]).rstrip(".:,")
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".:,")
             raise TokenizerError(f"the tokenizer in {path} cannot be read: {reason}", hint=_HINT) from None
         finally:
             logging.set_verbosity(level)
@@ -124,7 +124,7 @@ def _decoders(path: Path, loaded: Any) -> set[str]:
     for part in parts:
         pattern = part.get("pattern", {"String": " "})
         if part["type"] not in _STEADY or part.get("stop") or len(pattern.get("String", "")) != 1:
-            odd = f"the decoder {printable(json.dumps(part))}, under which later tokens may change earlier text"
+            odd = f"the decoder {json.dumps(part):.300}, under which later tokens may change earlier text"
             raise TokenizerError(f"the tokenizer in {path} has {odd}", hint=_HINT)
     return {part["type"] for part in parts}
 
