@@ -94,6 +94,7 @@ class Compiled(Source):
 
     def open(self, bucket: Bucket) -> Executable:
         """Load the first entry that can be, best first."""
+        self.weights  # noqa: B018  what this node cannot prepare is no entry's fault
         refused: CacheError | None = None
         for answer in self.usable.get(bucket, ()):
             assert answer.manifest is not None
@@ -108,7 +109,7 @@ class Compiled(Source):
         raise refused
 
     def _load(self, bucket: Bucket, manifest: Manifest) -> Executable:
-        weights = self.weights  # converted on a node that meets them first, which is none of this bucket's time
+        weights = self.weights
         start = time.perf_counter()
         artifact = read_artifact(self.choice.store, manifest)
         interface = step_named(bucket.step).interface(self.choice.model.architecture, bucket)
