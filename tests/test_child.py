@@ -159,8 +159,10 @@ def test_warnings_are_no_errors_to_a_child(module, tmp_path, monkeypatch):
 # --- work folders -----------------------------------------------------------------------------------------------------
 
 PARENT = """
-import sys
+import signal
 from nanogpt_buckets import child
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore these
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with child.work_folder() as folder:
     child.run("handler", {}, workdir=folder, on_event=lambda event: print(event["pid"], flush=True))
 """
