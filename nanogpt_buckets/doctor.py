@@ -1,7 +1,8 @@
 """What works on this machine and what is wrong: versions, processor, backend, compiler, and the two directories.
 
 Every finding is a fact with a verdict; what is wrong comes with the way out. Changes nothing, except that it may find
-out where this node's own directory is. Knows nothing of models, nor of how findings are shown.
+out where this node's own directory is. Knows nothing of models, of any one backend, nor of how findings
+are shown.
 """
 
 from __future__ import annotations
@@ -9,25 +10,21 @@ from __future__ import annotations
 import os
 import platform
 import stat
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 
 from nanogpt_buckets import backends, node, settings
 from nanogpt_buckets.backends import host, memfile
-from nanogpt_buckets.backends.neuron import device, sdk
 from nanogpt_buckets.errors import BucketsError
+from nanogpt_buckets.findings import Finding, Verdict
 from nanogpt_buckets.mounts import Mount, mount_of
 from nanogpt_buckets.node import prune, sources
 from nanogpt_buckets.store.answer import Status
 from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.trust import check_all
-from nanogpt_buckets.versions import installed
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken", "safetensors")
 _VARIABLES = (
@@ -37,36 +34,6 @@ _VARIABLES = (
 # A few buckets of the largest model; a compiler's working directory.
 _LOW_BYTES = 200_000_000
 _LOW_FILES = 1000
-_CHILD_TIMEOUT_S = 120
-# What backends/inductor.py needs of torch to load a bucket.
-_LOADER = "from torch._C._aoti import AOTIModelContainerRunnerCpu"
-
-
-class Verdict(StrEnum):
-    """OK, something that will limit you, or something that will fail."""
-
-    OK = "ok"
-    WARNING = "warning"
-    PROBLEM = "problem"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fact.
-
-    Args:
-        topic: what it is about, for example "cache".
-        name: which fact, for example "owner".
-        value: in words.
-        verdict: what it means.
-        hint: what to do about it, or what it means, if that is not plain.
-    """
-
-    topic: str
-    name: str
-    value: str
-    verdict: Verdict = Verdict.OK
-    hint: str = ""
 
 
 def examine(cache_dir: Path) -> list[Finding]:
@@ -135,7 +102,8 @@ def _processor() -> str:
 
 
 def _backend() -> Iterator[Finding]:
-    yield from _neuron()
+    for name in backends.BACKENDS:
+        yield from backends.backend_for(name).findings()
     if Path("/dev/nvidiactl").exists():
         yield Finding("backend", "cuda", "a GPU is here; this release runs on the CPU")
     chosen = backends.backend_for()
@@ -149,77 +117,12 @@ def _backend() -> Iterator[Finding]:
     levels = [*host.levels_here(), host.NATIVE]
     also = f"; this CPU can run {', '.join(levels)}" if target in levels else ""
     yield Finding("backend", "target", f"{target}{also}")
-    yield _loader()
     compiler = chosen.compiler()
     if compiler is None:
         hint = f"{chosen.install}; buckets that are built already run without"
         yield Finding("backend", "compiler", f"no {chosen.needs} found", Verdict.WARNING, hint)
     else:
         yield Finding("backend", "compiler", ", ".join(f"{name} {text}" for name, text in sorted(compiler.items())))
-
-
-def _neuron() -> Iterator[Finding]:
-    """Say what is here of Neuron; without a device a lack is a fact, with one it is a problem."""
-    found = device.find()
-    yield _neuron_device(found)
-    if found is not None and not device.has_driver():
-        hint = "install aws-neuronx-dkms, then reboot"
-        yield Finding("neuron", "driver", "the kernel has none loaded", Verdict.PROBLEM, hint)
-    yield _neuron_packages(wanted=found is not None)
-    for name in ("NEURON_CC_FLAGS", "NEURON_COMPILE_CACHE_URL"):
-        if name in os.environ:
-            yield Finding(
-                "neuron", name, "set, and not used here", Verdict.WARNING, "flags are given by --compiler-args"
-            )
-    yield Finding("neuron", "proof", "N1: passes a test double of torch_neuronx; it has never run on a device")
-
-
-def _neuron_device(found: device.Device | None) -> Finding:
-    if found is None:
-        return Finding("neuron", "device", "none")
-    chips = f"{found.chips} chip{'s' if found.chips > 1 else ''}"
-    text = f"{found.instance or 'of unknown kind'}, {chips}, {found.cores} cores"
-    memory = device.core_bytes(found.target)
-    text += f" with {memory / 1e9:.1f} GB for buckets each" if memory else ""
-    if not found.readable:
-        return Finding(
-            "neuron", "device", text, Verdict.PROBLEM, "it cannot be opened; in a container: --device /dev/neuron0"
-        )
-    return Finding("neuron", "device", text)
-
-
-def _neuron_packages(*, wanted: bool) -> Finding:
-    try:
-        version = sdk.require()
-    except BucketsError as error:
-        verdict = Verdict.PROBLEM if wanted else Verdict.OK
-        return Finding("neuron", "packages", error.message, verdict, error.hint or "")
-    compiler = installed("neuronx-cc")
-    row = sdk.pairing(version, compiler)
-    text = f"torch-neuronx {version}, neuronx-cc {compiler or 'not installed'}"
-    if row is None:
-        return Finding("neuron", "packages", f"{text}: of no SDK known here", Verdict.WARNING, sdk.INSTALL)
-    text += f"; SDK {row.sdk}, Python {row.python}"
-    if compiler is not None and not compiler.startswith(row.neuronx_cc):
-        hint = (
-            f"SDK {row.sdk} has neuronx-cc {row.neuronx_cc[-1]}: pip install --extra-index-url {sdk.INDEX} neuronx-cc=="
-        )
-        return Finding("neuron", "packages", text, Verdict.WARNING, hint + row.neuronx_cc[-1])
-    return Finding("neuron", "packages", text)
-
-
-def _loader() -> Finding:
-    """Try, in a child, whether torch can be imported and has what loads compiled buckets."""
-    command = [sys.executable, "-c", _LOADER]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("backend", "loader", str(error), Verdict.PROBLEM, "is this machine overloaded?")
-    if done.returncode == 0:
-        return Finding("backend", "loader", "torch can be imported and loads compiled buckets")
-    said = done.stderr.strip().splitlines()
-    why = said[-1] if said else f"ended with code {done.returncode}"
-    return Finding("backend", "loader", f"torch cannot be used: {why}", Verdict.PROBLEM, "reinstall torch")
 
 
 def _cache(path: Path) -> Iterator[Finding]:

@@ -222,6 +222,7 @@ def test_one_byte_of_any_hashed_file_moves_the_digest_and_of_no_other(copy):
 # Imported while compiling, and shaping no code: each has its reason.
 SHAPES_NOTHING = {
     "__init__", "errors", "values", "versions", "mounts", "settings", "files", "owners", "child",  # not the graph
+    "findings", "backends/neuron/findings",  # what doctor says
     "key", "contract",  # names and checks
     "node/__init__", "node/failures", "node/prune", "node/records", "node/sources",  # where loading keeps a library
     "model/__init__", "model/architecture",  # sizes and switches, which are in the key as data

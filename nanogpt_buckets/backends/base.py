@@ -6,7 +6,7 @@ Knows nothing of any one compiler or step, nor of where artifacts are stored. Im
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.contract import Contract, Executable, Interface, check_weights
 from nanogpt_buckets.errors import CorruptEntry
+from nanogpt_buckets.findings import Finding
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
 
@@ -196,6 +197,10 @@ class Backend(ABC):
     def child_bytes(self, arch: Architecture) -> int:
         """Return the host memory one compilation may need: imports and compiler, and the gate's copies of weights."""
         return 1_300_000_000 + 3 * 4 * arch.n_params
+
+    def findings(self) -> Iterator[Finding]:
+        """Say, for `doctor`, what is here of this backend and what is wrong with it."""
+        return iter(())
 
     def child_environment(self, request: BuildRequest) -> dict[str, str]:
         """Return what a compiling child needs in its environment from its start."""

@@ -10,7 +10,8 @@ import click
 from nanogpt_buckets import settings
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import Directory, output_options
-from nanogpt_buckets.doctor import Verdict, examine
+from nanogpt_buckets.doctor import examine
+from nanogpt_buckets.findings import Verdict
 
 
 @click.command()

@@ -12,8 +12,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +25,15 @@ from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
 from nanogpt_buckets.contract import Contract, dtype_name
 from nanogpt_buckets.errors import BackendUnavailable
+from nanogpt_buckets.findings import Finding, Verdict
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.versions import version_tuple
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+# What load.py needs of torch, and how long importing it may take.
+_LOADER, _CHILD_TIMEOUT_S = "from torch._C._aoti import AOTIModelContainerRunnerCpu", 120
 
 
 class InductorBackend(Backend):
@@ -106,6 +111,10 @@ class InductorBackend(Backend):
 
         return open_library(artifact.blobs["library"], weights)
 
+    def findings(self) -> Iterator[Finding]:
+        """Say whether torch can load what was compiled."""
+        yield _loader()
+
 
 def _weights_of(graph: nn.Module) -> tuple[Contract, ...]:
     from nanogpt_buckets.steps.graph import canonical_name
@@ -151,3 +160,17 @@ def _cxx_identity(command: tuple[str, ...]) -> str | None:
     if answers[0].returncode != 0 or not version_lines or not options:
         return None
     return f"{version_lines[0].strip()}, options {sha256(options).hexdigest()[:8]}"
+
+
+def _loader() -> Finding:
+    """Try, in a child, whether torch can be imported and has what loads compiled buckets."""
+    command = [sys.executable, "-c", _LOADER]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("backend", "loader", str(error), Verdict.PROBLEM, "is this machine overloaded?")
+    if done.returncode == 0:
+        return Finding("backend", "loader", "torch can be imported and loads compiled buckets")
+    said = done.stderr.strip().splitlines()
+    why = said[-1] if said else f"ended with code {done.returncode}"
+    return Finding("backend", "loader", f"torch cannot be used: {why}", Verdict.PROBLEM, "reinstall torch")

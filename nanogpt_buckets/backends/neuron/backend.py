@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
-from nanogpt_buckets.backends.neuron import arguments, device, flags, library, sdk
+from nanogpt_buckets.backends.neuron import arguments, device, findings, flags, library, sdk
 from nanogpt_buckets.errors import BackendUnavailable, UsageError
+from nanogpt_buckets.findings import Finding
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.values import shown, whole_number
@@ -101,6 +102,10 @@ class NeuronBackend(Backend):
     def child_bytes(self, arch: Architecture) -> int:
         """Return the host memory one compilation may need."""
         return _CHILD_BYTES + _CHILD_WEIGHT_COPIES * 4 * arch.n_params
+
+    def findings(self) -> Iterator[Finding]:
+        """Say what is here of Neuron."""
+        return findings.findings()
 
     def child_environment(self, request: BuildRequest) -> dict[str, str]:
         """Return what a compiling child needs in its environment before it imports a Neuron library."""

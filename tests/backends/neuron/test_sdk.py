@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_buckets import doctor, errors
+from nanogpt_buckets import errors
 from nanogpt_buckets.backends import neuron
-from nanogpt_buckets.backends.neuron import device, sdk
+from nanogpt_buckets.backends.neuron import device, findings, sdk
 
 DOUBLE = Path(__file__).parents[2] / "neuron_double"
 
@@ -79,14 +79,14 @@ def test_doctor_names_the_sdk_that_is_installed_or_the_command_that_mends_it(
 ):
     monkeypatch.setattr(device, "ROOT", tmp_path)
     plug_in(tmp_path, "trn1.2xlarge")
-    for module in (sdk, doctor):
+    for module in (sdk, findings):
         monkeypatch.setattr(module, "installed", ({"torch": "2.9.0"} | installed).get)
     monkeypatch.setenv("NEURON_CC_FLAGS", "-O1")
 
-    found = {finding.name: finding for finding in doctor._neuron()}
+    found = {finding.name: finding for finding in findings.findings()}
     assert (found["packages"].verdict, said in found["packages"].value) == (verdict, True), found["packages"]
     assert hint in found["packages"].hint
     assert "--compiler-args" in found["NEURON_CC_FLAGS"].hint
     assert "driver" not in found
     (tmp_path / "proc" / "devices").write_text("")
-    assert "aws-neuronx-dkms" in {finding.name: finding for finding in doctor._neuron()}["driver"].hint
+    assert "aws-neuronx-dkms" in {finding.name: finding for finding in findings.findings()}["driver"].hint

@@ -1,0 +1,33 @@
+"""What looking at a machine finds: facts, each with a verdict. Plain data; knows nothing of who looks at what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Verdict(StrEnum):
+    """OK, something that will limit you, or something that will fail."""
+
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact.
+
+    Args:
+        topic: what it is about, for example "cache".
+        name: which fact, for example "owner".
+        value: in words.
+        verdict: what it means.
+        hint: what to do about it, or what it means, if that is not plain.
+    """
+
+    topic: str
+    name: str
+    value: str
+    verdict: Verdict = Verdict.OK
+    hint: str = ""
