@@ -36,7 +36,7 @@ class WholeNumbers(click.ParamType[tuple[int, ...]]):
             return value
         numbers = []
         for text in str(value).split(","):
-            if re.fullmatch(r"\s*0*[1-9][0-9]{0,17}\s*", text) is None:
+            if re.fullmatch(r"\s*0*[1-9][0-9]{0,999}\s*", text) is None:
                 self.fail(
                     f"{shown(text.strip())} is not a positive whole number; write for example 32,64,128", param, ctx
                 )

@@ -113,7 +113,7 @@ def test_a_newer_format_is_left_alone_inside_and_beside_this_one(cli, cache):
         manifest.write_bytes(canonical_json({"sha256": digest, "body": body}) + b"\n")
     before = files(cache)
 
-    said(cli(*CACHED, cache=cache), 7, "has format 2, and this release reads 1", "pip install --upgrade")
+    said(cli(*CACHED, cache=cache), 7, "is a newer release's: it has format 2", "pip install --upgrade")
     assert cli("cache", "verify", cache=cache).returncode == 0
     assert cli("cache", "prune", "--older-than=0s", "-y", cache=cache).returncode == 0
     assert cli("status", "--model=demo", "--seq=16", cache=cache).returncode == 1

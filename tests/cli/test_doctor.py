@@ -199,7 +199,7 @@ def test_a_private_directory_that_is_not_private_is_a_problem(facts, monkeypatch
     code, found = facts()
 
     assert (code, found["node trust"]["verdict"]) == (1, "problem")
-    assert "written by others" in found["node trust"]["value"]
+    assert "can be written by everyone" in found["node trust"]["value"]
 
 
 def test_prepared_weights_are_counted_and_what_is_of_no_use(facts):

@@ -14,7 +14,8 @@ import pytest
 
 from nanogpt_buckets import builder
 from nanogpt_buckets.cli import main
-from nanogpt_buckets.errors import CompileFailed
+from nanogpt_buckets.errors import CompileFailed, ModelNotFound
+from nanogpt_buckets.model import checkpoint
 
 CODES = {0, 1, 2, 3, 4, 5, 6, 7, 130}
 CASES, CHUNKS = 3000, 6
@@ -124,9 +125,12 @@ def test_no_command_line_is_a_bug(chunk, tmp_path, monkeypatch, capsys):
     def compiles_nothing(*_):
         raise CompileFailed("this test compiles nothing")
 
+    def no_network(*_):
+        raise ModelNotFound("this test downloads nothing")
+
     monkeypatch.setattr(builder, "compile_bucket", compiles_nothing)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # gpt2's weights are asked for, and not waited for
+    monkeypatch.setattr(checkpoint, "_gpt2_file", no_network)
     monkeypatch.chdir(tmp_path)
     chance, options = random.Random(chunk), options_of(files(tmp_path))
     wrong = []
