@@ -71,12 +71,14 @@ class Selection:
 
     def best(self, bucket: Bucket) -> Answer:
         """Answer a loader: the best intact entry of this bucket that runs here, or why there is none."""
-        checked = [self.store.check(answer) for answer in self.ranked.get(bucket, [])]
-        refused = [*checked, *self.unreadable]
-        warm = next((answer for answer in checked if answer.status is Status.WARM), None)
-        if warm is not None or refused:
-            return warm or refused[0]
-        return Answer(Status.ABSENT, "", why=self._why_absent(bucket))
+        refused: list[Answer] = []
+        for answer in self.ranked.get(bucket, []):
+            checked = self.store.check(answer)  # reads every byte, so no more of them than need be
+            if checked.status is Status.WARM:
+                return checked
+            refused.append(checked)
+        refused += self.unreadable
+        return refused[0] if refused else Answer(Status.ABSENT, "", why=self._why_absent(bucket))
 
     def own(self, bucket: Bucket) -> Answer:
         """Answer a builder: is this bucket here under its own key, every byte in order, whether or not it runs here?

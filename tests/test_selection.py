@@ -141,3 +141,14 @@ def test_a_store_is_read_once_however_many_buckets_are_asked_for(choose, monkeyp
         selection.best(Bucket(1, length))
 
     assert len(calls) == 2  # the family, and all entries to see what is alike
+
+
+def test_no_more_entries_of_a_bucket_are_read_than_until_one_is_in_order(choose, monkeypatch):
+    damage(choose(), publish(choose(target="best"), B16, "first"))
+    intact = publish(choose(target="good"), B16, "second")
+    publish(choose(target="any"), B16, "third")
+    selection, read, real = Selection(choose()), [], LocalStore.read_blob
+    monkeypatch.setattr(LocalStore, "read_blob", lambda self, blob: read.append(blob.sha256) or real(self, blob))
+
+    assert selection.best(B16).key == intact.key
+    assert len(read) == 2
