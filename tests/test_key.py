@@ -231,7 +231,7 @@ SHAPES_NOTHING = {
     "backends/__init__", "backends/base", "backends/host", "backends/worker", "backends/memfile",
     "backends/inductor/__init__", "backends/inductor/backend", "backends/inductor/load",
     "backends/neuron/__init__", "backends/neuron/arguments", "backends/neuron/backend", "backends/neuron/device",
-    "backends/neuron/flags", "backends/neuron/library", "backends/neuron/sdk",  # asked whether a device is here
+    "backends/neuron/flags", "backends/neuron/package", "backends/neuron/sdk",  # asked whether a device is here
 }  # fmt: skip
 
 COMPILE = """

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
-from nanogpt_buckets.backends.neuron import arguments, device, findings, flags, library, sdk
+from nanogpt_buckets.backends.neuron import arguments, device, findings, flags, package, sdk
 from nanogpt_buckets.errors import BackendUnavailable, UsageError
 from nanogpt_buckets.findings import Finding
 from nanogpt_buckets.model.architecture import Architecture
@@ -184,11 +184,11 @@ def _trace(graph: nn.Module, inputs: tuple[Tensor, ...], words: list[str], workd
         try:
             return trace(graph, inputs, words, place, on_device=on_device)
         except RuntimeError as error:
-            if on_device and library.UNAVAILABLE in str(error):
+            if on_device and package.UNAVAILABLE in str(error):
                 on_device = False
-            elif library.UNAVAILABLE in str(error):
-                raise library.not_initialised() from error
-            elif failed or library.compiler_status(error) != library.COMPILER_ERROR:
-                raise library.compile_failed(error) from error
+            elif package.UNAVAILABLE in str(error):
+                raise package.not_initialised() from error
+            elif failed or package.compiler_status(error) != package.COMPILER_ERROR:
+                raise package.compile_failed(error) from error
             else:
                 failed = True

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt_buckets.backends.neuron.library import library, quiet
+from nanogpt_buckets.backends.neuron.package import package, quiet
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
@@ -47,7 +47,7 @@ def trace(
     """
     import torch
 
-    torch_neuronx = library()
+    torch_neuronx = package()
     # what is traced need not take a core here: the gate loads what was saved
     idle = getattr(torch_neuronx.contexts, "disable_nrt_load", nullcontext)
     buffer = io.BytesIO()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets.backends.base import Opened
-from nanogpt_buckets.backends.neuron.library import UNAVAILABLE, last_line, library, not_initialised, quiet
+from nanogpt_buckets.backends.neuron.package import UNAVAILABLE, last_line, not_initialised, package, quiet
 from nanogpt_buckets.errors import BackendUnavailable, DeviceError, IncompatibleEntry
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _load(content: bytes, core: int, cores: int) -> Any:
     # before the library wakes the runtime: without a word it would take every core of the machine
     if not {"NEURON_RT_VISIBLE_CORES", "NEURON_RT_NUM_CORES"} & os.environ.keys():
         os.environ["NEURON_RT_NUM_CORES"] = str(cores)
-    torch_neuronx = library()
+    torch_neuronx = package()
     place = getattr(torch_neuronx, "neuron_cores_context", None) or torch_neuronx.experimental.neuron_cores_context
     try:
         with _placing, place(start_nc=core, nc_count=1), quiet():

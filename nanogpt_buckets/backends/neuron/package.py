@@ -22,7 +22,7 @@ COMPILER_ERROR = 70
 _KILLED = -9
 
 
-def library() -> Any:
+def package() -> Any:
     """Import torch_neuronx, the one with trace.
 
     Raises:

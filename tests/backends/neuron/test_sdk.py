@@ -46,9 +46,9 @@ def test_the_pairing_of_installed_versions_is_found():
 @pytest.mark.parametrize(("variant", "said"), [("native", "has no trace"), ("placeholder", "WRONG PACKAGE")])
 def test_the_wrong_package_under_the_right_name_is_found_out_at_import(variant, said):
     code = (
-        "from nanogpt_buckets.backends.neuron.library import library\n"
+        "from nanogpt_buckets.backends.neuron.package import package\n"
         "from nanogpt_buckets.errors import BackendUnavailable\n"
-        "try:\n    library()\nexcept BackendUnavailable as error:\n    print(error.message, '|', error.hint)\n"
+        "try:\n    package()\nexcept BackendUnavailable as error:\n    print(error.message, '|', error.hint)\n"
     )
     path = os.pathsep.join([str(DOUBLE / variant), str(Path(neuron.__file__).parents[3])])
     run = subprocess.run(
