@@ -31,7 +31,7 @@ from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.node import failures
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.selection import Selection
-from nanogpt_buckets.store.answer import Status
+from nanogpt_buckets.store.entry import Miss, Status, Verified
 from nanogpt_buckets.store.manifest import Blob, Manifest
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def build_missing(
         rows = _Builder(choice, executor, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)
     except KeyboardInterrupt:
         selection = Selection(choice)
-        finished = [bucket for bucket in plan if selection.own(bucket).status is Status.WARM]
+        finished = [bucket for bucket in plan if isinstance(selection.own(bucket), Verified)]
         if finished:
             remember_plan(choice, Plan(finished))
         raise
@@ -163,20 +163,20 @@ class _Builder:
                 hint=backend.install,
             )
         if missing:
-            self._store.prepare()  # a directory that cannot be written is said before minutes of compiling
+            self._store.directory.prepare()  # a directory that cannot be written is said before minutes of compiling
             count = jobs or default_jobs(self._choice.compiler, self._choice.model.architecture, len(missing))
             rows |= self._build_all(missing, count)
         return tuple(rows[bucket] for bucket in plan)
 
     def _hit(self, bucket: Bucket, waited_s: float = 0.0) -> BuildRow | None:
-        answer = self._selection.own(bucket)
-        if answer.status in (Status.UNTRUSTED, Status.TRANSIENT, Status.INCOMPATIBLE):
-            self._store.require(answer)
-        if answer.status is not Status.WARM or answer.manifest is None:
+        found = self._selection.own(bucket)
+        if isinstance(found, Miss):
+            if found.status not in (Status.ABSENT, Status.CORRUPT):
+                raise self._store.error(found)
             self._tell(bucket, "waiting")
             return None
         self._tell(bucket, "hit")
-        return BuildRow(bucket, "hit", answer.key, waited_s, sum(blob.size for blob in answer.manifest.blobs))
+        return BuildRow(bucket, "hit", found.manifest.key, waited_s, found.manifest.size)
 
     def _build_all(self, missing: list[Bucket], jobs: int) -> dict[Bucket, BuildRow]:
         rows = {}
@@ -201,7 +201,7 @@ class _Builder:
         assert parts is not None
         name = key.digest(parts)
         try:
-            with self._store.locked(name, _LOCK_TIMEOUT_S, self._waiting(bucket)):
+            with self._store.directory.locked(name, _LOCK_TIMEOUT_S, self._waiting(bucket)):
                 adopted = self._hit(bucket, time.monotonic() - start)
                 if adopted is not None:
                     return adopted
@@ -218,8 +218,7 @@ class _Builder:
             )
         failures.forget(name)
         self._tell(bucket, "compiled")
-        size = sum(blob.size for blob in manifest.blobs)
-        return BuildRow(bucket, "compiled", name, time.monotonic() - start, size)
+        return BuildRow(bucket, "compiled", name, time.monotonic() - start, manifest.size)
 
     def _waiting(self, bucket: Bucket) -> Callable[[], bool]:
         """Return what is asked, while another process compiles the same bucket, whether to go on waiting."""

@@ -21,7 +21,7 @@ from nanogpt_buckets.errors import PlanError, UsageError
 from nanogpt_buckets.model.checkpoint import Model, open_model
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.steps import step_named
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.values import shown
 
 EAGER = "eager"
@@ -59,7 +59,7 @@ class Choice:
     model: Model
     backend: Backend | None
     dtype: str
-    store: LocalStore
+    store: Store
     target: str | None = None
 
     @property
@@ -235,4 +235,4 @@ def choose(
     else:
         chosen = backends.backend_for(backend, target, compiler_args=compiler_args, cores=cores)
         chosen.target(target)  # refuse an impossible target before anything else is done
-    return Choice(open_model(model), chosen, dtype, LocalStore(settings.cache_dir(cache_dir)), target)
+    return Choice(open_model(model), chosen, dtype, Store(settings.cache_dir(cache_dir)), target)

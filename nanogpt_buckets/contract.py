@@ -16,6 +16,9 @@ from nanogpt_buckets.errors import CorruptEntry, DeviceError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# In a gate's record: why a bucket was published unchecked; whoever loads it first checks it.
+DEFERRED = "deferred"
+
 
 @dataclass(frozen=True)
 class Contract:

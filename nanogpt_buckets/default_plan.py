@@ -10,6 +10,7 @@ import logging
 from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.errors import CacheError, UsageError
 from nanogpt_buckets.plan.bucket import Plan
+from nanogpt_buckets.store.entry import manifest_of
 from nanogpt_buckets.store.plans import Plans, SavedPlan
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,6 @@ def remember_plan(choice: Choice, plan: Plan) -> None:
 
 def _replaced(choice: Choice, family: str) -> bool:
     """Whether the choice's family stands where another did before: alike but for versions, source and weights."""
-    manifests = [answer.manifest for answer in choice.store.family(family) if answer.manifest is not None]
-    theirs = manifests[0].parts["family"] if manifests else {}
+    manifest = next(filter(None, map(manifest_of, choice.store.family(family))), None)
+    theirs = manifest.parts["family"] if manifest else {}
     return all(theirs.get(name, mine) == mine for name, mine in choice.family_parts.items() if name not in _CHANGING)

@@ -22,8 +22,8 @@ from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.findings import Finding, Verdict
 from nanogpt_buckets.mounts import Mount, mount_of
 from nanogpt_buckets.node import prune, sources
-from nanogpt_buckets.store.answer import Status
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.entry import Miss, Status
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.trust import check_all
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken", "safetensors")
@@ -131,19 +131,19 @@ def _cache(path: Path) -> Iterator[Finding]:
         check_all(path)
         if path.is_dir():
             yield Finding("cache", "trust", "only you or root can write it")
-            yield _content(LocalStore(path))
+            yield _content(Store(path))
         else:
             yield Finding("cache", "content", "there is no cache here yet")
     except BucketsError as error:
         yield Finding("cache", "trust", error.message, Verdict.PROBLEM, error.hint or "")
 
 
-def _content(store: LocalStore) -> Finding:
+def _content(store: Store) -> Finding:
     """Count entries and bytes; manifests are read, blobs are not."""
-    states = [store.glance(answer).status for _, answer in store.entries()]
+    found = [store.glance(entry) for entry in store.entries()]
     size = sum(path.stat().st_size for path in store.blob_paths() if path.exists())
-    damaged = states.count(Status.CORRUPT)
-    text = f"{len(states)} entries, {size / 1e6:.1f} MB of compiled code"
+    damaged = sum(isinstance(entry, Miss) and entry.status is Status.CORRUPT for entry in found)
+    text = f"{len(found)} entries, {size / 1e6:.1f} MB of compiled code"
     if damaged:
         hint = "nanogpt-buckets cache verify names them; the next build replaces them"
         return Finding("cache", "content", f"{text}, {damaged} damaged", Verdict.PROBLEM, hint)

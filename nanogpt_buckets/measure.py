@@ -19,10 +19,10 @@ from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.run.loader import read_artifact
+from nanogpt_buckets.run.loader import artifact_of
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import step_named
-from nanogpt_buckets.store.answer import Answer
+from nanogpt_buckets.store.manifest import Manifest
 
 _LOADS = 5
 
@@ -89,7 +89,7 @@ def measure(
     Raises:
         CacheError: none of the entries can be loaded.
     """
-    executable, answer, load_ms = _load(selection, bucket, weights)
+    executable, manifest, load_ms = _load(selection, bucket, weights)
     arch, step_kind = selection.choice.model.architecture, step_named(bucket.step)
     eager = step_kind.eager(arch, bucket, weights)
     generator = torch.Generator().manual_seed(0)
@@ -107,8 +107,8 @@ def measure(
     step, baseline = _spread(step_ms), _spread(eager_ms)
     return Figures(
         bucket=bucket,
-        key=answer.key,
-        bytes=sum(blob.size for blob in answer.manifest.blobs) if answer.manifest else 0,
+        key=manifest.key,
+        bytes=manifest.size,
         load_ms=load_ms,
         step_ms=step,
         eager_ms=baseline,
@@ -119,21 +119,20 @@ def measure(
     )
 
 
-def _load(selection: Selection, bucket: Bucket, weights: Mapping[str, Tensor]) -> tuple[Executable, Answer, Spread]:
+def _load(selection: Selection, bucket: Bucket, weights: Mapping[str, Tensor]) -> tuple[Executable, Manifest, Spread]:
     """Load the first entry that can be, several times over."""
     choice: Choice = selection.choice
     interface = step_named(bucket.step).interface(choice.model.architecture, bucket)
     refused: CacheError | None = None
-    for answer in selection.usable[bucket]:
-        assert answer.manifest is not None
+    for manifest in selection.usable[bucket]:
         try:
             times = []
             for _ in range(_LOADS):
                 start = time.perf_counter()
-                artifact = read_artifact(selection.store, answer.manifest)
+                artifact = artifact_of(selection.store.read(manifest))
                 executable = choice.compiler.load(artifact, interface, weights)
                 times.append(1000 * (time.perf_counter() - start))
-            return executable, answer, _spread(times)
+            return executable, manifest, _spread(times)
         except CacheError as error:
             refused = refused or error
     assert refused is not None

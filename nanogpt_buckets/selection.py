@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanogpt_buckets import key
@@ -18,8 +18,9 @@ from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.errors import CacheError, CacheMiss
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.plan.ladder import rung_for
-from nanogpt_buckets.store.answer import ERRORS, Answer, Status
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.entry import Found, Miss, Status, Verified, manifest_of
+from nanogpt_buckets.store.manifest import Manifest
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.versions import version_tuple
 
 # Why a bucket is absent, unless one for another toolchain is here.
@@ -37,50 +38,50 @@ class Selection:
     choice: Choice
 
     @property
-    def store(self) -> LocalStore:
+    def store(self) -> Store:
         """Where entries are."""
         return self.choice.store
 
     @functools.cached_property
-    def _answers(self) -> list[Answer]:
+    def _entries(self) -> list[Found]:
         return self.store.family(self.choice.family)
 
     @functools.cached_property
-    def ranked(self) -> Mapping[Bucket, list[Answer]]:
+    def ranked(self) -> Mapping[Bucket, list[Found]]:
         """Every readable entry of each bucket, best first; those that do not run here say why."""
-        found: dict[Bucket, list[Answer]] = {}
-        for answer in self._answers:
-            manifest = answer.manifest
+        found: dict[Bucket, list[Found]] = {}
+        for entry in self._entries:
+            manifest = manifest_of(entry)
             if manifest is None or manifest.parts["family"] != self.choice.family_parts or manifest.bucket is None:
                 continue
             if self.choice.only_target not in (None, manifest.parts["target"]):
                 continue
-            found.setdefault(manifest.bucket, []).append(self._fit(answer))
-        return {bucket: sorted(answers, key=self._preference) for bucket, answers in found.items()}
+            found.setdefault(manifest.bucket, []).append(self._fit(manifest) if entry is manifest else entry)
+        return {bucket: sorted(entries, key=self._preference) for bucket, entries in found.items()}
 
     @functools.cached_property
-    def usable(self) -> Mapping[Bucket, list[Answer]]:
+    def usable(self) -> Mapping[Bucket, list[Manifest]]:
         """For each bucket the entries that say they run here, best first. Blobs are not read yet."""
-        warm = {b: [a for a in answers if a.status is Status.WARM] for b, answers in self.ranked.items()}
-        return {bucket: answers for bucket, answers in warm.items() if answers}
+        listed = {b: [entry for entry in found if isinstance(entry, Manifest)] for b, found in self.ranked.items()}
+        return {bucket: manifests for bucket, manifests in listed.items() if manifests}
 
     @functools.cached_property
-    def unreadable(self) -> list[Answer]:
+    def unreadable(self) -> list[Miss]:
         """Entries of the family of which nobody knows what bucket they are."""
-        return [Answer(a.status, "", why=a.why, hint=a.hint) for a in self._answers if a.manifest is None]
+        return [replace(m, key="") for m in self._entries if isinstance(m, Miss) and m.manifest is None]
 
-    def best(self, bucket: Bucket) -> Answer:
+    def best(self, bucket: Bucket) -> Verified | Miss:
         """Answer a loader: the best intact entry of this bucket that runs here, or why there is none."""
-        refused: list[Answer] = []
-        for answer in self.ranked.get(bucket, []):
-            checked = self.store.check(answer)  # reads every byte, so no more of them than need be
-            if checked.status is Status.WARM:
+        refused: list[Miss] = []
+        for entry in self.ranked.get(bucket, []):
+            checked = self.store.check(entry)  # reads every byte, so no more of them than need be
+            if isinstance(checked, Verified):
                 return checked
             refused.append(checked)
         refused += self.unreadable
-        return refused[0] if refused else Answer(Status.ABSENT, "", why=self._why_absent(bucket))
+        return refused[0] if refused else Miss(Status.ABSENT, why=self._why_absent(bucket))
 
-    def own(self, bucket: Bucket) -> Answer:
+    def own(self, bucket: Bucket) -> Verified | Miss:
         """Answer a builder: is this bucket here under its own key, every byte in order, whether or not it runs here?
 
         Without a compiler no key can be named; then any entry that runs here counts. Reads the store anew.
@@ -90,31 +91,28 @@ class Selection:
             return self.best(bucket)
         return self.store.check(self.store.look(self.choice.family, key.digest(parts), parts))
 
-    def reasons(self) -> list[Answer]:
+    def reasons(self) -> list[Miss]:
         """Return every entry of the family that cannot be used, whatever its bucket, then what others differ in."""
-        lacking = [answer for answers in self.ranked.values() for answer in answers if answer.status is not Status.WARM]
-        others = [Answer(Status.ABSENT, "", why=self._why_absent(bucket)) for bucket in sorted(self._alike)]
+        lacking = [entry for found in self.ranked.values() for entry in found if isinstance(entry, Miss)]
+        others = [Miss(Status.ABSENT, why=self._why_absent(bucket)) for bucket in sorted(self._alike)]
         return [*lacking, *self.unreadable, *others]
 
-    def _fit(self, answer: Answer) -> Answer:
-        assert answer.manifest is not None
-        if answer.status is not Status.WARM:
-            return answer
-        lack = self.choice.compiler.unmet(answer.manifest.requires)
+    def _fit(self, manifest: Manifest) -> Found:
+        lack = self.choice.compiler.unmet(manifest.requires)
         if lack is None:
-            return answer
+            return manifest
         # building it once more for the target that was named would be a hit
         hint = "run it where that is, or leave --target out" if self.choice.only_target else None
-        return Answer(Status.INCOMPATIBLE, answer.key, answer.manifest, lack, hint)
+        return Miss(Status.INCOMPATIBLE, manifest.family, manifest.key, lack, hint, manifest)
 
-    def _preference(self, answer: Answer) -> tuple[Any, ...]:
+    def _preference(self, entry: Found) -> tuple[Any, ...]:
         """Order entries: runs here, own compiler, most specialised target, newest compiler, then key."""
-        assert answer.manifest is not None
-        parts, backend = answer.manifest.parts, self.choice.compiler
+        manifest = manifest_of(entry)
+        assert manifest is not None
+        parts, backend = manifest.parts, self.choice.compiler
         own_compiler = parts["compiler"] == self._own_compiler
         newest = [tuple(-n for n in version_tuple(text)) for text in sorted(parts["compiler"].values())]
-        runs_here = answer.status is Status.WARM
-        return (not runs_here, not own_compiler, backend.rank(parts["target"]), newest, answer.key)
+        return (isinstance(entry, Miss), not own_compiler, backend.rank(parts["target"]), newest, manifest.key)
 
     @functools.cached_property
     def _own_compiler(self) -> dict[str, str] | None:
@@ -133,8 +131,7 @@ class Selection:
         """How entries of other families or targets, of the same architecture, differ from what is wanted."""
         found: dict[Bucket, list[list[str]]] = {}
         wanted = self.choice.only_target
-        for _, answer in self.store.entries():
-            manifest = answer.manifest
+        for manifest in map(manifest_of, self.store.entries()):
             if manifest is None or manifest.bucket is None:
                 continue
             theirs = manifest.parts["family"]
@@ -160,9 +157,10 @@ def explain_miss(choice: Choice, selection: Selection, what: str, lacking: list[
     rung = [Bucket(1, rung_for(need, choice.model.architecture.block_size))] if need else []
     command = choice.build_command(lacking or rung)
     message = f"{what} for model {choice.model.name} in {selection.store.root}"
-    answers = [selection.best(bucket) for bucket in lacking] if lacking else selection.reasons()
-    for answer in answers:
-        if answer.status in ERRORS:
-            return ERRORS[answer.status](f"{message}: {answer.why}", hint=answer.hint or command)
-    alike = [answer.why for answer in answers if answer.why != NOT_BUILT]
+    found = [selection.best(bucket) for bucket in lacking] if lacking else selection.reasons()
+    misses = [miss for miss in found if isinstance(miss, Miss)]
+    for miss in misses:
+        if miss.status is not Status.ABSENT:
+            return miss.status.error(f"{message}: {miss.why}", hint=miss.hint or command)
+    alike = [miss.why for miss in misses if miss.why != NOT_BUILT]
     return CacheMiss(f"{message}: {alike[0]}" if alike else message, hint=command)

@@ -14,8 +14,8 @@ from nanogpt_buckets.errors import IncompatibleEntry, TransientError
 from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
-from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import Blob, Manifest
+from nanogpt_buckets.store.store import Store
 
 
 class Fake(Backend):
@@ -61,7 +61,7 @@ class Fake(Backend):
 
 def choice_of(model, root, *, compiler="1.0", target=None, dtype="float32") -> Choice:
     opened = open_model(model)
-    return Choice(opened, Fake(opened.architecture, compiler), dtype, LocalStore(Path(root)), target)
+    return Choice(opened, Fake(opened.architecture, compiler), dtype, Store(Path(root)), target)
 
 
 def publish(choice: Choice, bucket: Bucket, word: str = "code", *, gate=None, **requires) -> Manifest:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.store import Store
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_steps"
 PEERS = {"eager", "transformers"}
@@ -80,9 +80,9 @@ def test_the_machine_is_named(document):
 
 def test_every_bucket_is_there_with_the_bytes_that_the_store_holds(document, cache):
     stored = {}
-    for _, answer in LocalStore(cache).entries():
-        blobs = [cache / "v1" / "blobs" / blob.sha256[:2] / blob.sha256 for blob in answer.manifest.blobs]
-        stored[answer.manifest.parts["bucket"]["seq_len"]] = sum(blob.stat().st_size for blob in blobs)
+    for manifest in Store(cache).entries():
+        blobs = [cache / "v1" / "blobs" / blob.sha256[:2] / blob.sha256 for blob in manifest.blobs]
+        stored[manifest.parts["bucket"]["seq_len"]] = sum(blob.stat().st_size for blob in blobs)
 
     assert stored.keys() == {16, 32}
     assert {row["seq_len"]: row["bytes"] for row in document["buckets"]} == stored

@@ -17,7 +17,7 @@ from nanogpt_buckets.plan.bucket import Bucket as B
 from nanogpt_buckets.run.sampling import Sampling, candidates, uniform
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import gate
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.verify import verify
 
 LADDER = Plan.grid(batch=[1, 3], seq=[16, 33, 100])
@@ -365,7 +365,7 @@ def test_damaged_entries_are_passed_over_or_built_again(odd_folder, odd_cache, t
     with Engine.load(odd_folder, plan=[B(1, 16)], cache_dir=cache, on_miss="build", lazy=True) as engine:
         engine.generate([prompt(3)], max_new_tokens=2)
         assert set(engine.report().buckets) == {B(1, 16)}
-    assert verify(LocalStore(cache)).problems == ()
+    assert verify(Store(cache)).problems == ()
 
 
 # --- misses -----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from fake import choice_of, damage, publish
 from nanogpt_buckets.errors import CacheMiss, CorruptEntry, IncompatibleEntry, TransientError
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.selection import NOT_BUILT, Selection, explain_miss
-from nanogpt_buckets.store.answer import Status, answer_for
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.entry import Miss, Status, Verified, manifest_of
+from nanogpt_buckets.store.store import Store
 
 B16, B32 = Bucket(1, 16), Bucket(1, 32)
 
@@ -26,7 +26,7 @@ def test_a_loader_takes_its_own_compiler_then_the_most_specialised_target_then_t
 
     ranked = Selection(choose()).ranked[B16]
 
-    order = [(answer.manifest.parts["compiler"]["fakec"], answer.manifest.parts["target"]) for answer in ranked]
+    order = [(m.parts["compiler"]["fakec"], m.parts["target"]) for m in map(manifest_of, ranked)]
     assert order == [("1.0", "good"), ("1.0", "any"), ("10.0", "best"), ("2.0", "best"), ("2.0", "any")]
 
 
@@ -35,7 +35,7 @@ def test_what_lacks_something_here_comes_last_and_says_what(choose):
     other = publish(choose(compiler="0.1", target="any"), B16)
     selection = Selection(choose())
 
-    assert selection.best(B16).key == other.key
+    assert selection.best(B16).manifest == other
     assert [answer.why for answer in selection.reasons() if answer.status is Status.INCOMPATIBLE] == [
         "needs a better machine"
     ]
@@ -45,7 +45,7 @@ def test_what_a_builder_has_made_for_another_machine_is_its_own(choose):
     mine = publish(choose(target="best"), B16, lacks="needs a better machine")
     selection = Selection(choose(target="best"))
 
-    assert (selection.own(B16).status, selection.own(B16).key) == (Status.WARM, mine.key)
+    assert selection.own(B16).manifest == mine
     assert selection.best(B16).status is Status.INCOMPATIBLE
     assert "leave --target out" in selection.best(B16).hint
 
@@ -54,19 +54,19 @@ def test_a_builders_own_key_is_exact_and_a_loaders_is_not(choose):
     publish(choose(compiler="2.0"), B16)
 
     assert Selection(choose()).own(B16).status is Status.ABSENT
-    assert Selection(choose()).best(B16).status is Status.WARM
+    assert isinstance(Selection(choose()).best(B16), Verified)
 
 
 def test_without_a_compiler_whatever_runs_is_a_builders_own(choose):
     made = publish(choose(compiler="2.0"), B16)
 
-    assert Selection(choose(compiler=None)).own(B16).key == made.key
+    assert Selection(choose(compiler=None)).own(B16).manifest == made
 
 
 def test_a_target_that_is_named_is_the_only_one(choose):
     publish(choose(target="good"), B16)
 
-    assert Selection(choose(target="good")).best(B16).status is Status.WARM
+    assert isinstance(Selection(choose(target="good")).best(B16), Verified)
     assert Selection(choose(target="best")).best(B16).why == f"{NOT_BUILT}; there is one with target: good, not best"
 
 
@@ -78,12 +78,12 @@ def test_what_is_alike_says_what_it_differs_in(choose):
 
 
 def unreadable(choice, manifest, monkeypatch):
-    answer = answer_for(manifest.key, OSError(5, "Input/output error"))
-    monkeypatch.setattr(LocalStore, "look", lambda self, *a, **k: answer)
+    answer = Miss.of(OSError(5, "Input/output error"), manifest.family, manifest.key)
+    monkeypatch.setattr(Store, "look", lambda self, *a, **k: answer)
 
 
 def scribble(choice, manifest, monkeypatch):
-    path = choice.store.entry_path(manifest.family, manifest.key)
+    path = choice.store.entry_path(manifest)
     path.chmod(0o644)
     path.write_bytes(b"{}")
 
@@ -133,8 +133,8 @@ def test_a_store_is_read_once_however_many_buckets_are_asked_for(choose, monkeyp
     publish(choice, B16)
     calls = []
     for name in ("family", "entries"):
-        real = getattr(LocalStore, name)
-        monkeypatch.setattr(LocalStore, name, lambda self, *a, real=real: calls.append(1) or real(self, *a))
+        real = getattr(Store, name)
+        monkeypatch.setattr(Store, name, lambda self, *a, real=real: calls.append(1) or real(self, *a))
     selection = Selection(choice)
 
     for length in range(1, 101):
@@ -147,8 +147,8 @@ def test_no_more_entries_of_a_bucket_are_read_than_until_one_is_in_order(choose,
     damage(choose(), publish(choose(target="best"), B16, "first"))
     intact = publish(choose(target="good"), B16, "second")
     publish(choose(target="any"), B16, "third")
-    selection, read, real = Selection(choose()), [], LocalStore.read_blob
-    monkeypatch.setattr(LocalStore, "read_blob", lambda self, blob: read.append(blob.sha256) or real(self, blob))
+    selection, read, real = Selection(choose()), [], Store.read_blob
+    monkeypatch.setattr(Store, "read_blob", lambda self, blob: read.append(blob.sha256) or real(self, blob))
 
-    assert selection.best(B16).key == intact.key
+    assert selection.best(B16).manifest == intact
     assert len(read) == 2

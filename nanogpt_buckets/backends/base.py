@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = ("float32", "bfloat16")
-# In a gate's record: why a bucket was published unchecked; whoever loads it first checks it.
-DEFERRED = "deferred"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt_buckets import child, key
 from nanogpt_buckets.backends import backend_for
-from nanogpt_buckets.backends.base import DEFERRED, Artifact, Backend, BuildRequest
+from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest
+from nanogpt_buckets.contract import DEFERRED
 from nanogpt_buckets.errors import BackendUnavailable, CompileFailed
 from nanogpt_buckets.steps import step_named
 

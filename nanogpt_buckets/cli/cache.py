@@ -18,10 +18,10 @@ from nanogpt_buckets.cli.options import Command, Size, TimeSpan, cache_dir_optio
 from nanogpt_buckets.errors import BucketsError, CacheError, CorruptEntry, UsageError
 from nanogpt_buckets.node import prune as node_prune
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.store.answer import Answer, Status
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.entry import Found, Miss, Verified, manifest_of
 from nanogpt_buckets.store.plans import Plans
 from nanogpt_buckets.store.prune import Deletion, delete, plan_prune, plan_removal
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.verify import verify as verify_store
 
 # What an entry is called that is in order as far as was looked.
@@ -54,7 +54,7 @@ def ls(cache_dir: Path | None, as_json: bool) -> None:
     """
     store = _open(cache_dir)
     pins = Plans(store).pins().buckets
-    rows = [_row(store, family, store.glance(answer), answer, pins) for family, answer in store.entries()]
+    rows = [_row(store, entry, store.glance(entry), pins) for entry in store.entries()]
     if as_json:
         output.document(rows)
         return
@@ -80,18 +80,17 @@ def show(key: str, cache_dir: Path | None, as_json: bool) -> None:
     Example: nanogpt-buckets cache show 02e44f249430
     """
     store = _open(cache_dir)
-    family, answer = store.find(key)
-    described = _described(store, family, answer)
+    described = _described(store, store.find(key))
     if as_json:
         output.document(described)
     else:
         output.table(("FIELD", "VALUE"), list(_lines(described)))
 
 
-def _described(store: LocalStore, family: str, answer: Answer) -> dict[str, Any]:
-    manifest = answer.manifest
-    known = _row(store, family, store.check(answer), answer, Plans(store).pins().buckets) | {"family": family}
-    known["path"] = str(store.entry_path(family, answer.key))
+def _described(store: Store, entry: Found) -> dict[str, Any]:
+    manifest = manifest_of(entry)
+    known = _row(store, entry, store.check(entry), Plans(store).pins().buckets)
+    known |= {"family": entry.family, "path": str(store.entry_path(entry))}
     if manifest is None:
         return known
     blobs = [{"role": b.role, "bytes": b.size, "path": str(store.blob_path(b.sha256))} for b in manifest.blobs]
@@ -120,33 +119,34 @@ def _lines(value: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, st
 
 
 def _row(
-    store: LocalStore, family: str, looked: Answer, answer: Answer, pins: Mapping[tuple[str, Bucket], list[str]]
+    store: Store, entry: Found, looked: Found | Verified, pins: Mapping[tuple[str, Bucket], list[str]]
 ) -> dict[str, Any]:
     """Describe an entry: what looking at its blobs gave, and what its manifest says."""
-    state = _STORED if looked.status is Status.WARM else looked.status.value
-    row: dict[str, Any] = {"key": answer.key, "state": state, "why": looked.why, "bytes": 0, "plans": []}
+    state, why = (looked.status.value, looked.why) if isinstance(looked, Miss) else (_STORED, "")
+    row: dict[str, Any] = {"key": entry.key, "state": state, "why": why, "bytes": 0, "plans": []}
     blank = dict.fromkeys(("bucket", "backend", "target", "dtype", "model", "torch", "note", "unchecked"), "")
-    row |= blank | {"contains_weights": False, "last_used": _last_used(store.entry_path(family, answer.key))}
-    if answer.manifest is None:
+    row |= blank | {"contains_weights": False, "last_used": _last_used(store.entry_path(entry))}
+    manifest = manifest_of(entry)
+    if manifest is None:
         return row
-    parts = answer.manifest.parts
+    parts = manifest.parts
     named = parts["family"]
     arch = named.get("architecture", {})
-    if answer.manifest.bucket is not None:
-        row["plans"] = pins.get((family, answer.manifest.bucket), [])
-    notes = ["weights inside"] if answer.manifest.contains_weights else []
-    notes += ["not checked on a device yet"] if answer.manifest.unchecked else []
+    if manifest.bucket is not None:
+        row["plans"] = pins.get((manifest.family, manifest.bucket), [])
+    notes = ["weights inside"] if manifest.contains_weights else []
+    notes += ["not checked on a device yet"] if manifest.unchecked else []
     return row | {
         "note": "; ".join(notes),
-        "unchecked": answer.manifest.unchecked or "",
-        "bucket": str(answer.manifest.bucket or "unknown"),
+        "unchecked": manifest.unchecked or "",
+        "bucket": str(manifest.bucket or "unknown"),
         "backend": named.get("backend", ""),
         "target": parts.get("target", ""),
         "dtype": named.get("dtype", ""),
         "model": " ".join(f"{arch.get(name, '?')}{unit}" for name, unit in _SHAPE.items()),
         "torch": named.get("runtime", {}).get("torch", ""),
-        "bytes": sum(blob.size for blob in answer.manifest.blobs),
-        "contains_weights": answer.manifest.contains_weights,
+        "bytes": manifest.size,
+        "contains_weights": manifest.contains_weights,
     }
 
 
@@ -253,11 +253,11 @@ def prune(
     return _carry_out(store, deletion, dry_run, yes, as_json)
 
 
-def _open(cache_dir: Path | None) -> LocalStore:
-    return LocalStore(settings.cache_dir(cache_dir))
+def _open(cache_dir: Path | None) -> Store:
+    return Store(settings.cache_dir(cache_dir))
 
 
-def _carry_out(store: LocalStore, deletion: Deletion, dry_run: bool, yes: bool, as_json: bool) -> int:
+def _carry_out(store: Store, deletion: Deletion, dry_run: bool, yes: bool, as_json: bool) -> int:
     """Show what would go, ask, and do it."""
     if not as_json and deletion.files:
         names = ((file.what, file.name[:12], output.size(file.bytes), file.why) for file in deletion.files)
@@ -279,7 +279,7 @@ def _carry_out(store: LocalStore, deletion: Deletion, dry_run: bool, yes: bool, 
     return 1 if wanted and not agreed else 0
 
 
-def _delete(store: LocalStore, deletion: Deletion) -> int:
+def _delete(store: Store, deletion: Deletion) -> int:
     with output.progress("deleting", len(deletion.files)) as advance:
         return delete(store, deletion, on_file=lambda file: advance(1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ from nanogpt_buckets.default_plan import default_plan
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.selection import Selection, explain_miss
-from nanogpt_buckets.store.answer import Answer, Status
+from nanogpt_buckets.store.entry import Miss, Status
 
 
 @click.command()
@@ -45,26 +46,29 @@ def status(
             f"nothing is built or planned for model {choice.model.name} in {choice.store.root}",
             hint=f"give --seq or --plan, or {choice.build_command()}",
         )
-    answers = {bucket: selection.best(bucket) for bucket in plan.check(choice.model.architecture.block_size)}
-    warm = sum(answer.status is Status.WARM for answer in answers.values())
+    rows, misses = [], {}
+    for bucket in plan.check(choice.model.architecture.block_size):
+        found = selection.best(bucket)  # not kept: it may hold the bytes of a library
+        if isinstance(found, Miss):
+            misses[bucket] = found
+            rows.append((bucket, found.status.value, found.key, found.why))
+        else:
+            rows.append((bucket, "warm", found.manifest.key, ""))
+    warm = len(rows) - len(misses)
     if as_json:
-        rows = [
-            {"bucket": bucket.to_json(), "state": answer.status.value, "key": answer.key, "why": answer.why}
-            for bucket, answer in answers.items()
-        ]
+        buckets = [{"bucket": b.to_json(), "state": state, "key": key, "why": why} for b, state, key, why in rows]
         document = {"model": choice.model.name, "backend": choice.backend_name, "family": choice.family}
-        output.document({**document, "warm": warm, "total": len(answers), "buckets": rows})
+        output.document({**document, "warm": warm, "total": len(rows), "buckets": buckets})
     else:
-        rows_for_people = [(str(bucket), a.status.value, a.key[:12], a.why) for bucket, a in answers.items()]
-        output.table(("BUCKET", "STATE", "KEY", "WHY"), rows_for_people)
-        output.say(f"{warm} of {len(answers)} buckets warm for {choice.model.name} on {choice.backend_name}")
-        _advise(choice, answers)
-    return 0 if warm == len(answers) else 1
+        output.table(("BUCKET", "STATE", "KEY", "WHY"), [(str(b), state, key[:12], why) for b, state, key, why in rows])
+        output.say(f"{warm} of {len(rows)} buckets warm for {choice.model.name} on {choice.backend_name}")
+        _advise(choice, misses)
+    return 1 if misses else 0
 
 
-def _advise(choice: Choice, answers: dict[Bucket, Answer]) -> None:
+def _advise(choice: Choice, misses: Mapping[Bucket, Miss]) -> None:
     """Say what would mend what is not warm."""
-    hints = {answer.hint for answer in answers.values() if answer.hint}
-    lacking = [b for b, answer in answers.items() if answer.status in (Status.ABSENT, Status.CORRUPT)]
+    hints = {miss.hint for miss in misses.values() if miss.hint}
+    lacking = [b for b, miss in misses.items() if miss.status in (Status.ABSENT, Status.CORRUPT)]
     for hint in sorted(hints) or ([choice.build_command(lacking)] if lacking else []):
         output.say(f"hint: {hint}")

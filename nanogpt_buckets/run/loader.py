@@ -21,8 +21,7 @@ from nanogpt_buckets.node.records import MARK_HEAD, MARKS
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import step_named
-from nanogpt_buckets.store.answer import Answer
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.entry import Verified
 from nanogpt_buckets.store.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ class Compiled(Source):
         self.selection = Selection(self.choice)
 
     @property
-    def usable(self) -> Mapping[Bucket, list[Answer]]:
+    def usable(self) -> Mapping[Bucket, list[Manifest]]:
         """For each bucket the entries that say they run here, best first."""
         return self.selection.usable
 
@@ -96,12 +95,11 @@ class Compiled(Source):
         """Load the first entry that can be, best first."""
         self.weights  # noqa: B018  what this node cannot prepare is no entry's fault
         refused: CacheError | None = None
-        for answer in self.usable.get(bucket, ()):
-            assert answer.manifest is not None
+        for manifest in self.usable.get(bucket, ()):
             try:
-                return self._load(bucket, answer.manifest)
+                return self._load(bucket, manifest)
             except CacheError as error:
-                log.warning("bucket %s, entry %s: %s", bucket, answer.key[:12], error.message)
+                log.warning("bucket %s, entry %s: %s", bucket, manifest.key[:12], error.message)
                 refused = error
         assert refused is not None, f"{bucket} has no entry"
         if isinstance(refused, CorruptEntry):
@@ -111,21 +109,21 @@ class Compiled(Source):
     def _load(self, bucket: Bucket, manifest: Manifest) -> Executable:
         weights = self.weights
         start = time.perf_counter()
-        artifact = read_artifact(self.choice.store, manifest)
+        artifact = artifact_of(self.choice.store.read(manifest))
         interface = step_named(bucket.step).interface(self.choice.model.architecture, bucket)
         executable = None
         try:
             executable = self.choice.compiler.load(artifact, interface, weights.tensors)
             milliseconds = 1000 * (time.perf_counter() - start)
-            size = sum(len(content) for content in artifact.blobs.values())
-            log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", bucket, manifest.key[:12], size, milliseconds)
+            what = (bucket, manifest.key[:12], manifest.size, milliseconds)
+            log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", *what)
             self._check_once(executable, bucket, manifest)
         except (CorruptEntry, GateFailed) as error:  # though every byte is in order
             if executable is not None:
                 executable.close()
             self.choice.store.reject(manifest, error.message)
             raise CorruptEntry(f"{error.message}; the entry is rejected") from error
-        self.choice.store.mark_used(manifest.family, manifest.key)
+        self.choice.store.mark_used(manifest)
         return executable
 
     def _check_once(self, executable: Executable, bucket: Bucket, manifest: Manifest) -> None:
@@ -147,17 +145,9 @@ class Compiled(Source):
         MARKS.keep(mark, {"gate": gate.VERSION})
 
 
-def read_artifact(store: LocalStore, manifest: Manifest) -> Artifact:
-    """Read and verify an entry's blobs.
-
-    Raises:
-        CorruptEntry: a blob is missing or its bytes are not what its name says.
-        TransientError: it could not be read this time.
-    """
-    return Artifact(
-        blobs={blob.role: store.read_blob(blob) for blob in manifest.blobs},
-        **{name: getattr(manifest, name) for name in FACTS},
-    )
+def artifact_of(entry: Verified) -> Artifact:
+    """Return what a backend loads: exactly the bytes that were verified."""
+    return Artifact(blobs=dict(entry.blobs), **{name: getattr(entry.manifest, name) for name in FACTS})
 
 
 class Loader:

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from nanogpt_buckets import key as keys
-from nanogpt_buckets.backends.base import DEFERRED
-from nanogpt_buckets.contract import Contract
+from nanogpt_buckets.contract import DEFERRED, Contract
 from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry, PlanError
 from nanogpt_buckets.plan.bucket import STEPS, Bucket
 
@@ -76,6 +75,11 @@ class Manifest:
     contains_weights: bool
     stats: dict[str, int]
     gate: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Of all blobs together, in bytes."""
+        return sum(blob.size for blob in self.blobs)
 
     @property
     def unchecked(self) -> str | None:

@@ -10,15 +10,12 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from nanogpt_buckets import key
 from nanogpt_buckets.errors import CacheError, CorruptEntry, IncompatibleEntry, PlanError, UsageError
-from nanogpt_buckets.files import list_names
 from nanogpt_buckets.plan.bucket import Bucket, Plan
-from nanogpt_buckets.store.local import LocalStore
 from nanogpt_buckets.store.manifest import MAX_BYTES, parse
-from nanogpt_buckets.store.trust import check_location, read
+from nanogpt_buckets.store.store import Store
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,149}")
 _FAMILY = re.compile(r"[0-9a-f]{64}")
@@ -63,9 +60,8 @@ class Plans:
         store: where they are.
     """
 
-    def __init__(self, store: LocalStore) -> None:
-        self._store = store
-        self._directory = store.tree.v1 / "plans"
+    def __init__(self, store: Store) -> None:
+        self._directory = store.directory
 
     def names(self) -> list[str]:
         """Return the names of all plans, sorted.
@@ -73,8 +69,7 @@ class Plans:
         Raises:
             CacheError: they cannot be listed, or others could have written the store.
         """
-        check_location(self._store.root)
-        found = list_names(self._directory)
+        found = self._directory.names("plans")
         names = [name.removesuffix(".json") for name in found if name.endswith(".json")]
         return [name for name in names if _NAME.fullmatch(name)]
 
@@ -85,16 +80,16 @@ class Plans:
             UsageError: the name is not a plain word.
             CacheError: it is damaged, a newer release's, or cannot be read or believed; the kind says which.
         """
-        path = self._path(name)
+        where = f"plan {name} in {self._directory.root}"
         try:
-            document = parse(read(self._store.root, path, limit=MAX_BYTES), "it")
+            document = parse(self._directory.get(_file(name), limit=MAX_BYTES), "it")
             return SavedPlan(Plan.from_json(document), frozenset(document.get("families", ())))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (PlanError, CorruptEntry) as error:
-            raise CorruptEntry(f"plan {name} in {self._store.root} is damaged: {error.message}") from error
+            raise CorruptEntry(f"{where} is damaged: {error.message}") from error
         except IncompatibleEntry as error:
-            raise IncompatibleEntry(f"plan {name} in {self._store.root}: {error.message}", hint=error.hint) from error
+            raise IncompatibleEntry(f"{where}: {error.message}", hint=error.hint) from error
 
     def change(self, name: str, function: Callable[[SavedPlan | None], SavedPlan | None]) -> None:
         """Read a plan, change it and write it, so that whoever does so meanwhile loses nothing.
@@ -108,18 +103,17 @@ class Plans:
             IncompatibleEntry: a newer release wrote it; it is left alone.
             CacheError: it cannot be written.
         """
-        path = self._path(name)
-        check_location(self._store.root)
-        with self._store.locked("plans", _LOCK_TIMEOUT_S) as alone:
+        taken = self._directory.path(_file(name))
+        with self._directory.locked("plans", _LOCK_TIMEOUT_S) as alone:
             for _ in range(_ATTEMPTS):
                 try:
                     before = self.load(name)
                 except CorruptEntry:
                     before = None
                 wanted = function(before)
-                if wanted == before and (before is not None or not path.exists()):
+                if wanted == before and (before is not None or not taken.exists()):
                     return
-                self._write(path, name, wanted)
+                self._write(name, wanted)
                 if alone:
                     return
 
@@ -146,27 +140,25 @@ class Plans:
 
     def _text(self, name: str) -> str:
         with contextlib.suppress(OSError, CacheError):
-            return read(self._store.root, self._path(name), limit=MAX_BYTES).decode("utf-8", "replace")
+            return self._directory.get(_file(name), limit=MAX_BYTES).decode("utf-8", "replace")
         return ""
 
-    def _write(self, path: Path, name: str, wanted: SavedPlan | None) -> None:
-        with self._store.tree.writing():
-            self._store.tree.prepare()
-            if wanted is None:
-                path.unlink(missing_ok=True)
-                return
-            document = wanted.buckets.to_json(model=name, source="build", families=wanted.families)
-            data = key.canonical_json(document) + b"\n"
-            if len(data) > MAX_BYTES:
-                raise UsageError(f"plan {name} would be larger than {MAX_BYTES} bytes", hint="use fewer buckets")
-            self._store.tree.put(path, data, 0o666, replace=True)
+    def _write(self, name: str, wanted: SavedPlan | None) -> None:
+        if wanted is None:
+            self._directory.delete(_file(name))
+            return
+        document = wanted.buckets.to_json(model=name, source="build", families=wanted.families)
+        data = key.canonical_json(document) + b"\n"
+        if len(data) > MAX_BYTES:
+            raise UsageError(f"plan {name} would be larger than {MAX_BYTES} bytes", hint="use fewer buckets")
+        self._directory.put(_file(name), data, replace=True)
 
-    def _path(self, name: str) -> Path:
-        if _NAME.fullmatch(name) is None:
-            raise UsageError(
-                f"plan name {name!r} is not a plain word", hint="use letters, digits, dots, dashes and underscores"
-            )
-        return self._directory / f"{name}.json"
+
+def _file(name: str) -> str:
+    if _NAME.fullmatch(name) is None:
+        hint = "use letters, digits, dots, dashes and underscores"
+        raise UsageError(f"plan name {name!r} is not a plain word", hint=hint)
+    return f"plans/{name}.json"
 
 
 def without(saved: SavedPlan | None, gone: Iterable[Bucket]) -> SavedPlan | None:

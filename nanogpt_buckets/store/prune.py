@@ -16,10 +16,10 @@ from importlib import metadata
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.files import Doomed, doom, remove
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.store.answer import Answer, Status
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.entry import Found, Miss, Status, manifest_of
 from nanogpt_buckets.store.manifest import Manifest
 from nanogpt_buckets.store.plans import Plans, without
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.trust import check_location
 from nanogpt_buckets.versions import version_tuple
 
@@ -54,7 +54,7 @@ class Deletion:
         return sum(file.what == "entry" for file in self.files)
 
 
-def plan_removal(store: LocalStore, prefixes: Iterable[str]) -> Deletion:
+def plan_removal(store: Store, prefixes: Iterable[str]) -> Deletion:
     """Plan to delete the entries whose keys begin so, and the blobs that they alone name.
 
     Raises:
@@ -65,19 +65,14 @@ def plan_removal(store: LocalStore, prefixes: Iterable[str]) -> Deletion:
     check_location(store.root)
     found = [store.find(prefix) for prefix in prefixes]
     pins = Plans(store).pins()
-    unplanned = [
-        (name, pin[1])
-        for family, answer in found
-        if (pin := _pin(family, answer))
-        for name in pins.buckets.get(pin, ())
-    ]
+    unplanned = [(name, pin[1]) for entry in found if (pin := _pin(entry)) for name in pins.buckets.get(pin, ())]
     notes = [f"bucket {bucket} goes out of plan {name}" for name, bucket in unplanned]
-    chosen = {answer.key: "asked for" for _, answer in found}
+    chosen = {entry.key: "asked for" for entry in found}
     return replace(_deletion(store, list(store.entries()), chosen, notes), unplanned=tuple(unplanned))
 
 
 def plan_prune(
-    store: LocalStore,
+    store: Store,
     *,
     older_than_s: float | None = None,
     max_bytes: int | None = None,
@@ -109,32 +104,32 @@ def plan_prune(
     pins = Plans(store).pins()
     notes += pins.notes
     chosen = {}
-    for _, answer in entries:
-        checked = store.check(answer)
-        if checked.status is Status.CORRUPT:
-            chosen[answer.key] = f"damaged: {checked.why}"
+    for entry in entries:
+        checked = store.check(entry)
+        if isinstance(checked, Miss) and checked.status is Status.CORRUPT:
+            chosen[entry.key] = f"damaged: {checked.why}"
         on_entry()
-    readable = [(f, a, a.manifest) for f, a in entries if a.manifest is not None]
+    readable = [manifest for entry in entries if (manifest := manifest_of(entry)) is not None]
     if old_toolchains:
-        chosen |= {a.key: why for _, a, manifest in readable if (why := _outdated(manifest))}
+        chosen |= {manifest.key: why for manifest in readable if (why := _outdated(manifest))}
     if planned:
         pins.buckets.clear()  # what a newer release planned stays all the same
     # a bucket that is unknown here is a newer release's
-    free = [(f, a) for f, a, m in readable if m.bucket is not None and not pins.keep(f, m.bucket)]
-    used = {answer.key: store.entry_path(family, answer.key).stat().st_mtime for family, answer in free}
+    free = [m for m in readable if m.bucket is not None and not pins.keep(m.family, m.bucket)]
+    used = {manifest.key: store.entry_path(manifest).stat().st_mtime for manifest in free}
     if older_than_s is not None:
         limit = time.time() - older_than_s
         chosen |= {key: "not used for too long" for key, when in used.items() if when < limit and key not in chosen}
     if max_bytes is not None:
         candidates = sorted((key for key in used if key not in chosen), key=lambda key: (used[key], key))
-        left = _shrink([(a.key, manifest) for _, a, manifest in readable], candidates, chosen, max_bytes)
+        left = _shrink(readable, candidates, chosen, max_bytes)
         if left > max_bytes:
             what = "cannot be judged" if planned else "are in plans (--planned deletes those too) or cannot be judged"
             notes.append(f"{left / 1e6:.1f} MB {what}, and stay; asked for at most {max_bytes / 1e6:.1f} MB")
     return _deletion(store, entries, chosen, notes, all_unused=True)
 
 
-def delete(store: LocalStore, deletion: Deletion, on_file: Callable[[Doomed], None] | None = None) -> int:
+def delete(store: Store, deletion: Deletion, on_file: Callable[[Doomed], None] | None = None) -> int:
     """Do what was planned and return the bytes freed.
 
     Raises:
@@ -160,9 +155,9 @@ def delete(store: LocalStore, deletion: Deletion, on_file: Callable[[Doomed], No
     return freed
 
 
-def _pin(family: str, answer: Answer) -> tuple[str, Bucket] | None:
-    bucket = answer.manifest.bucket if answer.manifest is not None else None
-    return None if bucket is None else (family, bucket)
+def _pin(entry: Found) -> tuple[str, Bucket] | None:
+    manifest = manifest_of(entry)
+    return None if manifest is None or manifest.bucket is None else (entry.family, manifest.bucket)
 
 
 def _outdated(manifest: Manifest) -> str:
@@ -178,11 +173,11 @@ def _outdated(manifest: Manifest) -> str:
     return ""
 
 
-def _shrink(entries: list[tuple[str, Manifest]], candidates: list[str], chosen: dict[str, str], max_bytes: int) -> int:
+def _shrink(entries: list[Manifest], candidates: list[str], chosen: dict[str, str], max_bytes: int) -> int:
     """Add candidates to those chosen until the rest is small enough; return how large the rest then is."""
 
     def left() -> int:
-        blobs = {blob.sha256: blob.size for key, manifest in entries if key not in chosen for blob in manifest.blobs}
+        blobs = {blob.sha256: blob.size for entry in entries if entry.key not in chosen for blob in entry.blobs}
         return sum(blobs.values())
 
     for key in candidates:
@@ -193,20 +188,19 @@ def _shrink(entries: list[tuple[str, Manifest]], candidates: list[str], chosen: 
 
 
 def _deletion(
-    store: LocalStore,
-    entries: list[tuple[str, Answer]],
+    store: Store,
+    entries: list[Found],
     chosen: Mapping[str, str],
     notes: list[str],
     all_unused: bool = False,
 ) -> Deletion:
     """Put together the chosen entries, the blobs that they alone name and, if asked, all that nothing uses."""
-    doomed = [(family, answer) for family, answer in entries if answer.key in chosen]
-    kept = [answer for _, answer in entries if answer.key not in chosen]
-    files = [doom(store.entry_path(f, a.key), "entry", a.key, chosen[a.key]) for f, a in doomed]
-    files += [doom(store.mark_path(f, a.key), "leftover", a.key, "of a deleted entry") for f, a in doomed]
-    needed = {blob.sha256 for answer in kept for blob in (answer.manifest.blobs if answer.manifest else ())}
-    theirs = {blob.sha256 for _, answer in doomed for blob in (answer.manifest.blobs if answer.manifest else ())}
-    unreadable = [answer for answer in kept if answer.manifest is None]
+    doomed = [entry for entry in entries if entry.key in chosen]
+    kept = [entry for entry in entries if entry.key not in chosen]
+    files = [doom(store.entry_path(entry), "entry", entry.key, chosen[entry.key]) for entry in doomed]
+    files += [doom(store.mark_path(entry), "leftover", entry.key, "of a deleted entry") for entry in doomed]
+    needed, theirs = _blob_names(kept), _blob_names(doomed)
+    unreadable = [entry for entry in kept if manifest_of(entry) is None]
     if unreadable:
         notes = [
             *notes,
@@ -216,12 +210,19 @@ def _deletion(
         files += _blobs(store, needed, theirs, all_unused)
     if all_unused:
         old = time.time() - _STALE_S
-        left = (doom(path, "leftover", path.name, "left by a process that ended") for path in store.leftovers())
+        left = (
+            doom(path, "leftover", path.name, "left by a process that ended") for path in store.directory.leftovers()
+        )
         files += [file for file in left if file is not None and file.mtime_ns < old * 1e9]
     return Deletion(tuple(file for file in files if file is not None), tuple(notes))
 
 
-def _blobs(store: LocalStore, needed: set[str], theirs: set[str], all_unused: bool) -> Iterator[Doomed | None]:
+def _blob_names(entries: Iterable[Found]) -> set[str]:
+    manifests = filter(None, map(manifest_of, entries))
+    return {blob.sha256 for manifest in manifests for blob in manifest.blobs}
+
+
+def _blobs(store: Store, needed: set[str], theirs: set[str], all_unused: bool) -> Iterator[Doomed | None]:
     young = time.time() - _YOUNG_S
     for path in store.blob_paths():
         if path.name in theirs - needed:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from nanogpt_buckets.errors import CacheError, IncompatibleEntry
-from nanogpt_buckets.store.answer import Answer, Status
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.entry import Found, Miss, Status, manifest_of
 from nanogpt_buckets.store.manifest import Blob
 from nanogpt_buckets.store.plans import Plans
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.trust import check_location
 
 
@@ -31,7 +31,7 @@ class Verification:
     problems: tuple[Problem, ...]
 
 
-def verify(store: LocalStore, on_file: Callable[[int], None] | None = None) -> Verification:
+def verify(store: Store, on_file: Callable[[int], None] | None = None) -> Verification:
     """Read everything: each manifest with its blobs, and each blob whether or not a manifest names it.
 
     Args:
@@ -57,14 +57,14 @@ def verify(store: LocalStore, on_file: Callable[[int], None] | None = None) -> V
             problems.append(Problem(path.relative_to(store.root).as_posix(), str(error)))
         if on_file is not None:
             on_file(sizes.get(path.name, 0))
-    for family, answer in entries:
-        path = store.entry_path(family, answer.key).relative_to(store.root)
-        problems += [Problem(path.as_posix(), what) for what in _damage(answer, sizes)]
+    for entry in entries:
+        path = store.entry_path(entry).relative_to(store.root)
+        problems += [Problem(path.as_posix(), what) for what in _damage(entry, sizes)]
     problems += _damaged_plans(store)
     return Verification(len(entries), len(paths), sum(sizes.values()), tuple(problems))
 
 
-def _damaged_plans(store: LocalStore) -> Iterator[Problem]:
+def _damaged_plans(store: Store) -> Iterator[Problem]:
     plans = Plans(store)
     for name in plans.names():
         try:
@@ -75,9 +75,10 @@ def _damaged_plans(store: LocalStore) -> Iterator[Problem]:
             yield Problem(f"v1/plans/{name}.json", error.message)
 
 
-def _damage(answer: Answer, sizes: Mapping[str, int]) -> Iterator[str]:
-    if answer.status not in (Status.WARM, Status.INCOMPATIBLE):
-        yield answer.why
-    for blob in answer.manifest.blobs if answer.manifest else ():
+def _damage(entry: Found, sizes: Mapping[str, int]) -> Iterator[str]:
+    if isinstance(entry, Miss) and entry.status is not Status.INCOMPATIBLE:
+        yield entry.why
+    manifest = manifest_of(entry)
+    for blob in manifest.blobs if manifest else ():
         if sizes.get(blob.sha256) != blob.size:
             yield f"{blob.role} ({blob.sha256[:12]}) is missing or damaged"

@@ -23,7 +23,7 @@ from nanogpt_buckets.errors import CacheMiss, CorruptEntry
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import gate
-from nanogpt_buckets.store.answer import Status
+from nanogpt_buckets.store.entry import Status
 
 
 @pytest.fixture

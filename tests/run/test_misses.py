@@ -193,7 +193,7 @@ def test_where_nothing_can_be_built_and_nothing_fits_the_reason_is_raised(bucket
 def test_what_turns_out_damaged_is_built_again(buckets, builder, choice):
     damage(choice, publish(choice, B8, "other"))
     one = buckets([B8], on_miss="build")
-    path = choice.store.entry_path(choice.family, one._compiled.usable[B8][0].key)
+    path = choice.store.entry_path(one._compiled.usable[B8][0])
     path.unlink()  # as the real builder's publish replaces what is damaged
 
     assert one.cover([[5]], 0) == [B8]

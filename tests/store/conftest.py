@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from store_kit import make
 
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.store import Store
 
 
 @pytest.fixture
-def store(tmp_path) -> LocalStore:
-    return LocalStore(tmp_path / "cache")
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "cache")
 
 
 @pytest.fixture

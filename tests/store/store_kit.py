@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.plan.bucket import Bucket, Plan
-from nanogpt_buckets.store.answer import Status
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.entry import Found, Miss, Verified
 from nanogpt_buckets.store.manifest import Blob, Manifest
 from nanogpt_buckets.store.plans import Plans, SavedPlan
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.verify import verify
 
 REPOSITORY = Path(keys.__file__).parents[1]
@@ -37,20 +38,29 @@ exec(MAKE, _made)
 make = _made["make"]
 
 
-def manifest_path(store: LocalStore, manifest: Manifest) -> Path:
+def manifest_path(store: Store, manifest: Manifest) -> Path:
     return store.root / "v1/entries" / manifest.family / f"{manifest.key}.json"
 
 
-def blob_path(store: LocalStore, blob: Blob) -> Path:
+def blob_path(store: Store, blob: Blob) -> Path:
     return store.root / "v1/blobs" / blob.sha256[:2] / blob.sha256
 
 
-def save(store: LocalStore) -> None:
+def save(store: Store) -> None:
     Plans(store).change("p", lambda before: SavedPlan(Plan([Bucket(1, 8)])))
 
 
-def look(store: LocalStore, manifest: Manifest):
+def look(store: Store, manifest: Manifest):
     return store.check(store.look(manifest.family, manifest.key, manifest.parts))
+
+
+def word(found: Found | Verified) -> str:
+    """Return how far an entry is known to be in order, or the word for why it is not."""
+    return found.status if isinstance(found, Miss) else "verified" if isinstance(found, Verified) else "listed"
+
+
+def raise_(store: Store, miss: Miss) -> NoReturn:
+    raise store.error(miss)
 
 
 def spoil(path: Path, data: bytes) -> None:
@@ -58,16 +68,21 @@ def spoil(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def files(store: LocalStore) -> dict[str, bytes]:
+def files(store: Store) -> dict[str, bytes]:
     return {str(p.relative_to(store.root)): p.read_bytes() for p in store.root.rglob("*") if p.is_file()}
 
 
-def healed(store: LocalStore, manifest: Manifest, blobs: dict[str, bytes]) -> None:
+def healed_entry(store: Store, manifest: Manifest, blobs: dict[str, bytes]) -> None:
     """A new publish makes the entry whole, whatever was there."""
     winner = store.publish(manifest, blobs)
-    answer = look(store, manifest)
-    assert answer.status is Status.WARM
-    assert answer.manifest == winner
+    found = look(store, manifest)
+    assert isinstance(found, Verified)
+    assert found.manifest == winner
+
+
+def healed(store: Store, manifest: Manifest, blobs: dict[str, bytes]) -> None:
+    """So it does, and nothing else is damaged."""
+    healed_entry(store, manifest, blobs)
     assert verify(store).problems == ()
 
 
@@ -90,7 +105,7 @@ def as_nobody(code: str, *arguments: object) -> str:
     drop = """
 import grp, os, pwd, sys
 from pathlib import Path
-import nanogpt_buckets.store.local as local
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.errors import CacheError
 if os.geteuid() == 0:
     os.setgid(65534); os.setgroups([]); os.setuid(65534)

@@ -173,9 +173,9 @@ WRITE = """
 import sys, time
 from pathlib import Path
 from nanogpt_buckets.plan.bucket import Bucket, Plan
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.plans import Plans, SavedPlan
-plans, batch = Plans(LocalStore(Path(sys.argv[1]))), int(sys.argv[2])
+plans, batch = Plans(Store(Path(sys.argv[1]))), int(sys.argv[2])
 time.sleep(max(0, float(sys.argv[3]) - time.time()))
 for length in range(1, 21):
     def added(before):
@@ -200,7 +200,7 @@ def test_without_a_lock_what_another_wrote_over_ours_is_read_back_and_merged(sto
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", fail)
-    put, theirs = store.tree.put, [GOLDEN.replace(b'"seq_len":8', b'"seq_len":9')]
+    put, theirs = store.directory.put, [GOLDEN.replace(b'"seq_len":8', b'"seq_len":9')]
 
     def overwritten(*arguments, **options):
         done = put(*arguments, **options)
@@ -208,7 +208,7 @@ def test_without_a_lock_what_another_wrote_over_ours_is_read_back_and_merged(sto
             path.write_bytes(theirs.pop())
         return done
 
-    monkeypatch.setattr(store.tree, "put", overwritten)
+    monkeypatch.setattr(store.directory, "put", overwritten)
     plans.change("p", lambda before: SavedPlan(before.buckets | [Bucket(5, 5)], before.families))
     assert list(plans.load("p").buckets) == [Bucket(1, 9), Bucket(5, 5)]
 

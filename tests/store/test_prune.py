@@ -12,18 +12,19 @@ import pytest
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.errors import CacheError, UntrustedStore, UsageError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.entry import Miss, Status
 from nanogpt_buckets.store.manifest import Blob, Manifest
 from nanogpt_buckets.store.plans import Plans, SavedPlan
 from nanogpt_buckets.store.prune import delete, plan_prune, plan_removal
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.verify import verify
 
 DAY = 86400
 
 
 @pytest.fixture
-def store(tmp_path) -> LocalStore:
-    return LocalStore(tmp_path / "cache")
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "cache")
 
 
 def publish(store, seq_len, *, torch="2.13.0", content=None, days_unused=0.0) -> Manifest:
@@ -36,7 +37,7 @@ def publish(store, seq_len, *, torch="2.13.0", content=None, days_unused=0.0) ->
         requires={}, contains_weights=False, stats={}, gate={},
     )  # fmt: skip
     store.publish(manifest, {"library": data})
-    age(store.entry_path(manifest.family, manifest.key), days_unused)
+    age(store.entry_path(manifest), days_unused)
     return manifest
 
 
@@ -50,7 +51,7 @@ def keep(store, *manifests, name="demo") -> None:
 
 
 def left(store) -> set[str]:
-    return {answer.key for _, answer in store.entries()}
+    return {answer.key for answer in store.entries()}
 
 
 def names(deletion, what="entry") -> list[str]:
@@ -64,7 +65,7 @@ def test_a_plan_of_deletion_changes_nothing_and_says_what_it_frees(store):
     deletion = plan_removal(store, [entry.key[:8]])
 
     assert sorted(p for p in store.root.rglob("*")) == before
-    manifest_bytes = store.entry_path(entry.family, entry.key).stat().st_size
+    manifest_bytes = store.entry_path(entry).stat().st_size
     assert deletion.bytes == manifest_bytes + entry.blobs[0].size
     assert deletion.entries == 1
     assert delete(store, deletion) == deletion.bytes
@@ -139,7 +140,7 @@ def test_age_takes_what_was_neither_built_nor_loaded_and_no_plan_names(store):
 def test_a_load_makes_an_entry_young(store):
     entry = publish(store, 16, days_unused=40)
 
-    store.mark_used(entry.family, entry.key)
+    store.mark_used(entry)
 
     assert plan_prune(store, older_than_s=30 * DAY).files == ()
 
@@ -188,7 +189,7 @@ def test_old_toolchains_go_even_from_plans_and_newer_ones_stay(store):
 def test_damaged_entries_always_go_and_take_nothing_sound_along(store, damage):
     broken, sound = publish(store, 16), publish(store, 32)
     keep(store, broken)
-    blob, manifest = store.blob_path(broken.blobs[0].sha256), store.entry_path(broken.family, broken.key)
+    blob, manifest = store.blob_path(broken.blobs[0].sha256), store.entry_path(broken)
     if damage == "missing blob":
         blob.unlink()
     elif damage == "short blob":
@@ -208,7 +209,7 @@ def test_damaged_entries_always_go_and_take_nothing_sound_along(store, damage):
 
 def test_what_a_newer_release_wrote_keeps_every_blob(store):
     old = publish(store, 16, days_unused=40)
-    theirs = store.entry_path("f" * 64, "e" * 64)
+    theirs = store.entry_path(Miss(Status.ABSENT, "f" * 64, "e" * 64))
     body = {"format": 2, "anything": "new"}
     theirs.parent.mkdir(mode=0o700)
     digest = hashlib.sha256(keys.canonical_json(body)).hexdigest()
@@ -224,7 +225,7 @@ def test_what_a_newer_release_wrote_keeps_every_blob(store):
 def test_blobs_without_an_entry_go_once_no_builder_can_be_about_to_name_them(store):
     entry = publish(store, 16)
     blob = store.blob_path(entry.blobs[0].sha256)
-    store.entry_path(entry.family, entry.key).unlink()
+    store.entry_path(entry).unlink()
 
     assert plan_prune(store).files == ()
     age(blob, 0.1)
@@ -245,7 +246,7 @@ def test_what_is_used_after_the_plan_was_made_stays(store):
     entry = publish(store, 16, days_unused=40)
     deletion = plan_prune(store, older_than_s=30 * DAY)
 
-    store.mark_used(entry.family, entry.key)
+    store.mark_used(entry)
     delete(store, deletion)
 
     assert left(store) == {entry.key}

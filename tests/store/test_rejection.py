@@ -6,13 +6,13 @@ import hashlib
 import os
 
 import pytest
-from store_kit import as_nobody, files, healed, look, make, manifest_path, save
+from store_kit import as_nobody, files, healed, look, make, manifest_path, raise_, save, word
 
 from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry
-from nanogpt_buckets.store.answer import Status
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.entry import Status
 from nanogpt_buckets.store.manifest import encode, encode_mark, why_rejected
 from nanogpt_buckets.store.prune import delete, plan_prune, plan_removal
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.verify import verify
 
 NAME = hashlib.sha256(encode(make("one")[0])).hexdigest()
@@ -31,16 +31,16 @@ def entry(store):
 def test_what_is_rejected_is_no_hit_for_anybody_until_it_is_built_anew(store, entry):
     store.reject(entry, "logits differ")
 
-    for other in (store, LocalStore(store.root)):
+    for other in (store, Store(store.root)):
         answer = look(other, entry)
         assert (answer.status, answer.why, answer.manifest) == (Status.CORRUPT, "rejected: logits differ", entry)
         with pytest.raises(CorruptEntry, match="rejected: logits differ"):
-            other.require(answer)
+            raise_(other, answer)
     assert [problem.what for problem in verify(store).problems] == ["rejected: logits differ"]
-    assert store.mark_path(entry.family, entry.key).read_bytes() == GOLDEN
-    healed(LocalStore(store.root), *make("two"))
-    assert not store.mark_path(entry.family, entry.key).exists()
-    assert look(store, entry).status is Status.WARM
+    assert store.mark_path(entry).read_bytes() == GOLDEN
+    healed(Store(store.root), *make("two"))
+    assert not store.mark_path(entry).exists()
+    assert word(look(store, entry)) == "verified"
 
 
 def test_even_the_same_bytes_are_judged_anew_once_they_are_built_again(store, entry):
@@ -52,23 +52,23 @@ def test_a_mark_of_an_entry_that_was_replaced_says_nothing(store, entry):
     """A release that knows no marks deletes and builds, and leaves the mark."""
     store.reject(entry, "logits differ")
     manifest_path(store, entry).unlink()
-    LocalStore(store.root).publish(*make("two"))
-    store.mark_path(entry.family, entry.key).write_bytes(GOLDEN)
+    Store(store.root).publish(*make("two"))
+    store.mark_path(entry).write_bytes(GOLDEN)
 
-    assert look(store, entry).status is Status.WARM
+    assert word(look(store, entry)) == "verified"
 
 
 READ_ONLY = """
-store = local.LocalStore(Path(sys.argv[1]))
+store = Store(Path(sys.argv[1]))
 manifest, blobs = make("one")
 store.reject(manifest, "logits differ")
-for one in (store, local.LocalStore(store.root)):
-    print(one.check(one.look(manifest.family, manifest.key)).why)
+for one in (store, Store(store.root)):
+    print(getattr(one.look(manifest.family, manifest.key), "why", ""))
 """
 
 
 def test_where_the_store_cannot_be_written_the_process_remembers(open_path):
-    store = LocalStore(open_path / "cache")
+    store = Store(open_path / "cache")
     store.root.mkdir()
     store.root.chmod(0o755)
     store.publish(*make("one"))
@@ -82,7 +82,7 @@ def test_where_the_store_cannot_be_written_the_process_remembers(open_path):
 def test_any_reason_can_be_kept_and_none_reaches_a_terminal_raw(store, entry, why):
     store.reject(entry, why)
 
-    said = look(LocalStore(store.root), entry).why
+    said = look(Store(store.root), entry).why
     assert said.startswith("rejected: ")
     assert said.isprintable()
     assert len(said) < 600
@@ -90,7 +90,7 @@ def test_any_reason_can_be_kept_and_none_reaches_a_terminal_raw(store, entry, wh
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"format":true,"manifest":"a","why":"b"}', GOLDEN[:-9], b"\xff"])
 def test_a_damaged_mark_is_damage_and_is_healed(store, entry, data):
-    store.mark_path(entry.family, entry.key).write_bytes(data)
+    store.mark_path(entry).write_bytes(data)
 
     assert look(store, entry).status is Status.CORRUPT
     assert len(verify(store).problems) == 1
@@ -99,7 +99,7 @@ def test_a_damaged_mark_is_damage_and_is_healed(store, entry, data):
 
 @pytest.mark.parametrize("data", NEWER)
 def test_a_newer_releases_mark_is_left_alone_with_its_entry(store, entry, data):
-    path = store.mark_path(entry.family, entry.key)
+    path = store.mark_path(entry)
     path.write_bytes(data)
     for file in (path, manifest_path(store, entry)):
         os.utime(file, (1, 1))
@@ -135,4 +135,4 @@ def test_prune_takes_what_was_rejected_with_its_mark_even_if_it_is_planned(store
 def test_removal_takes_the_mark(store, entry):
     store.reject(entry, "x")
     delete(store, plan_removal(store, [entry.key]))
-    assert not store.mark_path(entry.family, entry.key).exists()
+    assert not store.mark_path(entry).exists()

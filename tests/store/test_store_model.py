@@ -10,11 +10,12 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from store_kit import word
 
 from nanogpt_buckets import key as keys
-from nanogpt_buckets.store.answer import Status
-from nanogpt_buckets.store.local import LocalStore
+from nanogpt_buckets.store.entry import Status, Verified
 from nanogpt_buckets.store.manifest import Blob, Manifest
+from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.verify import verify
 
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -39,7 +40,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp())
-        self.store = LocalStore(self.directory / "cache")
+        self.store = Store(self.directory / "cache")
         self.held: dict[str, Manifest] = {}
         self.damaged: set[str] = set()
         self.bad_blobs: set[str] = set()
@@ -47,11 +48,11 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         shutil.rmtree(self.directory)
 
-    def status(self, name: str) -> Status:
+    def word(self, name: str) -> str:
         if name not in self.held:
             return Status.ABSENT
         blobs = {blob.sha256 for blob in self.held[name].blobs}
-        return Status.CORRUPT if name in self.damaged or blobs & self.bad_blobs else Status.WARM
+        return Status.CORRUPT if name in self.damaged or blobs & self.bad_blobs else "verified"
 
     def entry_path(self, name: str) -> Path:
         manifest = make(name, [])[0]
@@ -61,7 +62,7 @@ class StoreMachine(RuleBasedStateMachine):
     def publish(self, name: str, contents: list[bytes]) -> None:
         manifest, blobs = make(name, contents)
         winner = self.store.publish(manifest, blobs)
-        if self.status(name) is Status.WARM:
+        if self.word(name) == "verified":
             assert winner == self.held[name]
             return
         assert winner == manifest
@@ -73,8 +74,8 @@ class StoreMachine(RuleBasedStateMachine):
     def look(self, name: str) -> None:
         manifest = make(name, [])[0]
         answer = self.store.check(self.store.look(manifest.family, manifest.key, manifest.parts))
-        assert answer.status is self.status(name)
-        assert answer.manifest == (self.held[name] if answer.status is Status.WARM else None)
+        assert word(answer) == self.word(name)
+        assert answer.manifest == (self.held[name] if isinstance(answer, Verified) else None)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), position=st.integers(0, 10**6), cut=st.booleans())
@@ -117,8 +118,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_listing_is_the_model(self) -> None:
-        found = {answer.key: self.store.check(answer).status for _, answer in self.store.entries()}
-        assert found == {make(name, [])[0].key: self.status(name) for name in self.held}
+        found = {entry.key: word(self.store.check(entry)) for entry in self.store.entries()}
+        assert found == {make(name, [])[0].key: self.word(name) for name in self.held}
 
     @invariant()
     def verify_finds_exactly_the_damage(self) -> None:
@@ -126,7 +127,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert result.entries == len(self.held)
         on_disk = {path.name: path.read_bytes() for path in (self.store.root / "v1/blobs").glob("*/*")}
         wrong_bytes = {name for name, data in on_disk.items() if hashlib.sha256(data).hexdigest() != name}
-        broken = {make(name, [])[0].key for name in self.held if self.status(name) is Status.CORRUPT}
+        broken = {make(name, [])[0].key for name in self.held if self.word(name) == Status.CORRUPT}
         assert {Path(problem.path).stem for problem in result.problems} == wrong_bytes | broken
 
     @invariant()

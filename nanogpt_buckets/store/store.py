@@ -1,0 +1,260 @@
+"""The store: entries under the names of what was compiled, their blobs under the digest of their content.
+
+Whatever a tier gives back is judged here, once: format, names, digests, whether it was rejected. Published is what has
+a manifest, so blobs come first and the manifest last. Knows nothing of compiling or loading, nor of what a plan means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nanogpt_buckets import key as keys
+from nanogpt_buckets import settings
+from nanogpt_buckets.errors import CacheError, CorruptEntry, UntrustedStore, UsageError
+from nanogpt_buckets.store.directory import Directory
+from nanogpt_buckets.store.entry import Found, Miss, Status, Verified, manifest_of
+from nanogpt_buckets.store.manifest import (
+    MAX_BYTES,
+    Blob,
+    Manifest,
+    decode,
+    encode,
+    encode_entry,
+    encode_mark,
+    is_digest,
+    require_digest,
+    why_rejected,
+)
+from nanogpt_buckets.store.tier import Tier
+
+_USED_EVERY_S = 60.0
+
+
+class Store:
+    """The entries in a cache directory.
+
+    Args:
+        root: the cache directory; made, private, when something is first published.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.directory = Directory(root)
+        self.tier: Tier = self.directory
+        self._rejected: dict[str, str] = {}  # digest of a manifest -> why, where the store could not be told
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def look(self, family: str, key: str, parts: Mapping[str, Any] | None = None) -> Found:
+        """Read one manifest, and no blob; one with other key parts than those that are given is corrupt."""
+        try:
+            data = self.tier.get(entry_name(family, key), limit=MAX_BYTES)
+            manifest = decode(data)
+            if (manifest.family, manifest.key) != (family, key):
+                raise CorruptEntry("the manifest belongs under another name")
+            if parts is not None and (lines := keys.difference(parts, manifest.parts)):
+                raise CorruptEntry(lines[0])
+            why = self._why_rejected(family, key, hashlib.sha256(data).hexdigest())
+        except (OSError, CacheError) as error:
+            return Miss.of(error, family, key)
+        return Miss(Status.CORRUPT, family, key, f"rejected: {why}", manifest=manifest) if why else manifest
+
+    def family(self, family: str) -> list[Found]:
+        """Look at every entry of one family, by key; one miss without a key if the store cannot be believed.
+
+        Raises:
+            TransientError: the directory cannot be listed this time.
+        """
+        try:
+            return self._look_at_all(family)
+        except UntrustedStore as error:
+            return [Miss.of(error, family)]
+
+    def entries(self) -> Iterator[Found]:
+        """Look at every entry."""
+        for family in filter(is_digest, self.tier.names("entries")):
+            yield from self._look_at_all(family)
+
+    def find(self, prefix: str) -> Found:
+        """Return what is known of the one entry whose key begins so.
+
+        Raises:
+            UsageError: the beginning is no hex digits, or several keys begin so.
+            CacheError: none does.
+        """
+        if re.fullmatch(r"[0-9a-f]{1,64}", prefix) is None:
+            raise UsageError(f"{prefix!r} is not the beginning of a key", hint="nanogpt-buckets cache ls")
+        found = [entry for entry in self.entries() if entry.key.startswith(prefix)]
+        if not found:
+            place = settings.cache_dir_option(self.root)
+            raise CacheError(f"no entry of {self.root} begins with {prefix}", hint=f"nanogpt-buckets cache ls{place}")
+        if len(found) > 1:
+            longer = ", ".join(entry.key[: len(prefix) + 8] for entry in found)
+            raise UsageError(f"{len(found)} entries begin with {prefix}", hint=f"give more of one of: {longer}")
+        return found[0]
+
+    def glance(self, found: Found) -> Found:
+        """Look whether the blobs of an entry are there and have the right size; no byte of them is read."""
+        for blob in found.blobs if isinstance(found, Manifest) else ():
+            size = self.tier.size(blob_name(blob.sha256))
+            if size != blob.size:
+                what = "is missing" if size is None else f"has {size} bytes, not {blob.size}"
+                return Miss(Status.CORRUPT, found.family, found.key, f"{blob.role} ({blob.sha256[:12]}) {what}")
+        return found
+
+    def check(self, found: Found) -> Verified | Miss:
+        """Read and verify every blob of an entry."""
+        if isinstance(found, Miss):
+            return found
+        try:
+            return self.read(found)
+        except CacheError as error:
+            return Miss.of(error, found.family, found.key)
+
+    def read(self, manifest: Manifest) -> Verified:
+        """Read every blob of an entry; raises as `read_blob`."""
+        return Verified(manifest, {blob.role: self.read_blob(blob) for blob in manifest.blobs})
+
+    def read_blob(self, blob: Blob) -> bytes:
+        """Read a blob once and return exactly the bytes that were hashed.
+
+        Raises:
+            CorruptEntry: it is missing, or is not what its name says.
+            TransientError: it cannot be read this time.
+            UntrustedStore: others could have written the store.
+        """
+        try:
+            data = self.tier.get(blob_name(blob.sha256), size=blob.size)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorruptEntry(f"{blob.role} ({blob.sha256[:12]}) is missing from the cache") from error
+        if hashlib.sha256(data).hexdigest() != blob.sha256:
+            raise CorruptEntry(f"{blob.role} ({blob.sha256[:12]}) is not what its name says")
+        return data
+
+    def error(self, miss: Miss) -> CacheError:
+        """Return a miss as the error that it is."""
+        entry = f"entry {miss.key[:12]} in {self.root} is {miss.status}: {miss.why or 'it is missing'}"
+        names_the_place = miss.status in (Status.UNTRUSTED, Status.TRANSIENT)
+        return miss.status.error(miss.why if names_the_place else entry, hint=miss.hint)
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def publish(self, manifest: Manifest, blobs: Mapping[str, bytes]) -> Manifest:
+        """Store an entry, or adopt the one that another process stored first; return what is in the store now.
+
+        Raises:
+            ValueError: the blobs by role are not the manifest's, or it could not be read back.
+            IncompatibleEntry: a newer release has stored something under this key; it is left alone.
+            UntrustedStore: others could have written the store.
+            CacheError: it cannot be written; a TransientError if trying again may help.
+        """
+        data = encode_entry(manifest, blobs)
+        stored = self._stored(manifest)
+        if isinstance(stored, Verified):
+            return stored.manifest
+        for blob in manifest.blobs:
+            self._put_blob(blob, blobs[blob.role])
+        corrupt = stored.status is Status.CORRUPT
+        replaced = self._damaged_blobs(manifest) if corrupt else []
+        name = entry_name(manifest.family, manifest.key)
+        if not self.tier.put(name, data, replace=corrupt):
+            # Another process was first. If what it left is damaged already, ours replaces it.
+            stored = self._stored(manifest)
+            if isinstance(stored, Verified):
+                return stored.manifest
+            self.tier.put(name, data, replace=True)
+        for left in (*replaced, mark_name(manifest.family, manifest.key)):
+            with contextlib.suppress(CacheError):
+                self.tier.delete(left)
+        self._rejected.pop(hashlib.sha256(data).hexdigest(), None)
+        return manifest
+
+    def reject(self, manifest: Manifest, why: str) -> None:
+        """Record that an entry as it is now does not compute what it should, here if not in the store; never fails."""
+        name = hashlib.sha256(encode(manifest)).hexdigest()
+        self._rejected[name] = why
+        with contextlib.suppress(OSError, CacheError):
+            self.tier.put(mark_name(manifest.family, manifest.key), encode_mark(name, why), replace=True)
+
+    def mark_used(self, manifest: Manifest) -> None:
+        """Note on an entry that it was loaded, at most once a minute, if the store can be written; never fails."""
+        self.directory.touch(entry_name(manifest.family, manifest.key), _USED_EVERY_S)
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def entry_path(self, found: Found) -> Path:
+        """Return where an entry's manifest is."""
+        return self.directory.path(entry_name(found.family, found.key))
+
+    def mark_path(self, found: Found) -> Path:
+        """Return where the mark of a rejected entry is, if there is one."""
+        return self.directory.path(mark_name(found.family, found.key))
+
+    def blob_path(self, sha256: str) -> Path:
+        """Return where a blob is."""
+        return self.directory.path(blob_name(sha256))
+
+    def blob_paths(self) -> list[Path]:
+        """Return the path of every blob, whether or not a manifest names it."""
+        found = ((p, name) for p in self.directory.names("blobs") for name in self.directory.names(f"blobs/{p}"))
+        return [self.blob_path(name) for prefix, name in found if is_digest(name) and name.startswith(prefix)]
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _look_at_all(self, family: str) -> list[Found]:
+        names = self.tier.names(f"entries/{require_digest(family)}")
+        found = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+        entries = [self.look(family, key) for key in found if is_digest(key)]
+        return [entry for entry in entries if isinstance(entry, Manifest) or entry.status is not Status.ABSENT]
+
+    def _why_rejected(self, family: str, key: str, manifest: str) -> str | None:
+        why = None
+        with contextlib.suppress(FileNotFoundError):
+            why = why_rejected(self.tier.get(mark_name(family, key), limit=MAX_BYTES), manifest)
+        return why or self._rejected.get(manifest)
+
+    def _stored(self, manifest: Manifest) -> Verified | Miss:
+        """Return what is under this key: complete, ABSENT or CORRUPT; raise for all others."""
+        found = self.check(self.look(manifest.family, manifest.key, manifest.parts))
+        if isinstance(found, Miss) and found.status not in (Status.ABSENT, Status.CORRUPT):
+            raise self.error(found)
+        return found
+
+    def _damaged_blobs(self, manifest: Manifest) -> list[str]:
+        """Return the blobs of the entry about to be replaced that are not what their name says: of use to nobody."""
+        before = manifest_of(self.look(manifest.family, manifest.key))
+        damaged = []
+        for blob in before.blobs if before else ():
+            try:
+                self.read_blob(blob)
+            except CorruptEntry:
+                damaged.append(blob_name(blob.sha256))
+        return damaged
+
+    def _put_blob(self, blob: Blob, data: bytes) -> None:
+        name = blob_name(blob.sha256)
+        try:
+            self.read_blob(blob)
+            self.directory.touch(name)  # young again: whoever is pruning will leave it
+        except CorruptEntry:
+            self.tier.put(name, data, replace=True)
+
+
+def entry_name(family: str, key: str) -> str:
+    """Return the name of a key's manifest."""
+    return f"entries/{require_digest(family)}/{require_digest(key)}.json"
+
+
+def mark_name(family: str, key: str) -> str:
+    """Return the name of the mark that a key's entry was rejected."""
+    return f"entries/{require_digest(family)}/{require_digest(key)}.rejected"
+
+
+def blob_name(sha256: str) -> str:
+    """Return the name of a blob."""
+    return f"blobs/{require_digest(sha256)[:2]}/{sha256}"

@@ -1,0 +1,27 @@
+"""A tier: bytes by name, and five verbs. It is never believed: whoever reads compares digests.
+
+A name is a relative path such as "blobs/cd/cd35…". Knows nothing of manifests or blobs.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Tier(Protocol):
+    """Where a store's bytes are. A `CacheError` of each verb says by its kind what was wrong."""
+
+    def get(self, name: str, *, size: int | None = None, limit: int | None = None) -> bytes:
+        """Return what has a name, which must be `size` or at most `limit` bytes; FileNotFoundError if nothing has."""
+
+    def size(self, name: str) -> int | None:
+        """Return how many bytes have a name, without reading them; None if that is unknown or there are none."""
+
+    def names(self, folder: str) -> list[str]:
+        """Return what is directly below a folder, sorted, each without the folder; nothing if there is none."""
+
+    def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
+        """Give bytes a name in one step; return False, and change nothing, if it is taken and not to be replaced."""
+
+    def delete(self, name: str) -> None:
+        """Take a name away, if it is there."""
