@@ -93,18 +93,18 @@ class Choice:
 
     @functools.cached_property
     def family_parts(self) -> dict[str, Any]:
-        """The named parts of the family."""
+        """The named parts of the family: what a machine that only loads can know."""
         backend = self.compiler
-        return key.family_parts(
-            architecture=self.model.architecture.to_json(),
-            dtype=self.dtype,
-            backend=backend.name,
-            runtime=backend.runtime(),
-            source=key.source_digest(*key.GRAPH_SOURCES, *backend.sources),
-            lowering=backend.lowering(),
-            flags=backend.flags(),
-            weights=self.model.weights(self.dtype).digest if backend.inlines_weights else None,
-        )
+        return {
+            "architecture": self.model.architecture.to_json(),
+            "backend": backend.name,
+            "dtype": self.dtype,
+            "flags": backend.flags(),
+            "lowering": dict(backend.lowering()),
+            "runtime": dict(backend.runtime()),  # libraries that must match to load at all
+            "source": key.source_digest(*key.GRAPH_SOURCES, *backend.sources),
+            "weights": self.model.weights(self.dtype).digest if backend.inlines_weights else None,
+        }
 
     @functools.cached_property
     def family(self) -> str:
@@ -112,14 +112,20 @@ class Choice:
         return key.digest(self.family_parts)
 
     def key_parts(self, bucket: Bucket) -> dict[str, Any] | None:
-        """Return the parts of the key this machine would build under, or None if it has no compiler."""
+        """Return the parts of the key this machine would build under, or None if it has no compiler.
+
+        To the family they add what only a compiling machine knows.
+        """
         versions = self.compiler.compiler()
         if versions is None:
             return None
-        step = step_source(bucket.step)
-        return key.key_parts(
-            self.family_parts, bucket=bucket.to_json(), step=step, target=self.build_target, compiler=versions
-        )
+        return {
+            "family": self.family_parts,
+            "bucket": bucket.to_json(),
+            "step": key.source_digest(step_named(bucket.step).source),
+            "target": self.build_target,
+            "compiler": dict(versions),
+        }
 
     @functools.cached_property
     def plan_names(self) -> tuple[str, ...]:
@@ -146,10 +152,10 @@ class Choice:
         Raises:
             PlanError: with the largest part of the plan that does.
         """
-        limit = self._most_buckets()
-        if limit is None or len(plan) <= limit:
+        if self.fits(plan):
             return
-        needed, capacity = len(plan) * self._bucket_bytes(), self.compiler.capacity(self.build_target) or 0
+        capacity = self.compiler.capacity(self.build_target) or 0
+        needed, limit = len(plan) * self._bucket_bytes, capacity // self._bucket_bytes
         # the longest reach every prompt; those between save time only
         kept = sorted(plan, key=lambda bucket: (bucket.seq_len, bucket.batch_size))[len(plan) - limit :]
         raise PlanError(
@@ -160,17 +166,13 @@ class Choice:
 
     def fits(self, plan: Plan) -> bool:
         """Whether the buckets of a plan fit into the memory of the device they are built for."""
-        limit = self._most_buckets()
-        return limit is None or len(plan) <= limit
-
-    def _bucket_bytes(self) -> int:
-        return self.model.architecture.n_params * (4 if self.dtype == "float32" else 2)
-
-    def _most_buckets(self) -> int | None:
-        """Return how many buckets fit on a device, or None where weights are not in them."""
         backend = self.compiler
         capacity = backend.capacity(self.build_target) if backend.inlines_weights else None
-        return None if capacity is None else capacity // self._bucket_bytes()
+        return capacity is None or len(plan) * self._bucket_bytes <= capacity
+
+    @property
+    def _bucket_bytes(self) -> int:
+        return self.model.architecture.n_params * (4 if self.dtype == "float32" else 2)
 
     def build_command(self, buckets: Iterable[Bucket] = ()) -> str:
         """Return the command that builds these buckets, or the default ladder if there are none, for a hint.
@@ -187,25 +189,13 @@ class Choice:
             ("" if rows == [1] else f" --batch {','.join(map(str, rows))}") + f" --seq {','.join(map(str, own))}"
             for own, rows in batches.items()
         ]
-        start, end = f"nanogpt-buckets build{self._model_option()}", self._options()
-        return " && ".join(f"{start}{grid}{end}" for grid in grids or [""])
-
-    def _model_option(self) -> str:
         name = self.model.name if self.model.path is None else shlex.quote(str(self.model.path))
-        return f" --model {name}"
-
-    def _options(self) -> str:
-        dtype = "" if self.dtype == "float32" else f" --dtype {self.dtype}"
-        target = "" if self.target is None else f" --target {self.target}"
-        given = self.backend.compiler_args if self.backend is not None else ()
-        line = shlex.quote(" ".join(given)) if any(given) else ""
-        flags = f" --compiler-args={line}" if line else ""
-        return f"{dtype}{target}{flags}{settings.cache_dir_option(self.store.root)}"
-
-
-def step_source(step: str) -> str:
-    """Return the digest of the file that defines a step's graph."""
-    return key.source_digest(step_named(step).source)
+        options = "" if self.dtype == "float32" else f" --dtype {self.dtype}"
+        options += "" if self.target is None else f" --target {self.target}"
+        given = " ".join(self.backend.compiler_args if self.backend is not None else ())
+        options += f" --compiler-args={shlex.quote(given)}" if given else ""
+        options += settings.cache_dir_option(self.store.root)
+        return " && ".join(f"nanogpt-buckets build --model {name}{grid}{options}" for grid in grids or [""])
 
 
 def choose(

@@ -1,7 +1,6 @@
 """Names of compiled things: named parts -> canonical JSON -> sha256, and the difference of two keys in words.
 
-Two names are made. The *family* is what a machine that only loads can know; the *key* adds what only a compiling
-machine knows. Knows nothing of how a part is found out (backends do) nor of where entries are stored.
+Knows nothing of which parts there are (`Choice` does), how one is found out (backends do) or where entries are stored.
 
 Source: named key parts after jax's cache_key.py (Apache-2.0); canonical JSON instead of its running hash.
 """
@@ -63,55 +62,6 @@ def source_digest(*names: str) -> str:
         content = (_PACKAGE / name).read_bytes()
         hasher.update(f"{name} {len(content)}\n".encode() + content)
     return hasher.hexdigest()
-
-
-def family_parts(
-    *,
-    architecture: Parts,
-    dtype: str,
-    backend: str,
-    runtime: Parts,
-    source: str,
-    lowering: Parts,
-    flags: list[str],
-    weights: str | None,
-) -> dict[str, Any]:
-    """Name what a machine that only loads knows.
-
-    Args:
-        architecture: `Architecture.to_json()`.
-        dtype: "float32" or "bfloat16".
-        backend: "inductor", ...
-        runtime: library versions that must match to load at all.
-        source: `source_digest` of what every bucket of the family is made with.
-        lowering: how the graph is written for this backend.
-        flags: canonical compiler flags chosen by the user.
-        weights: digest of the weights where they are compiled in, else None.
-    """
-    return {
-        "architecture": dict(architecture),
-        "backend": backend,
-        "dtype": dtype,
-        "flags": list(flags),
-        "lowering": dict(lowering),
-        "runtime": dict(runtime),
-        "source": source,
-        "weights": weights,
-    }
-
-
-def key_parts(family: Parts, *, bucket: Parts, step: str, target: str, compiler: Parts) -> dict[str, Any]:
-    """Add to a family what names one compiled entry.
-
-    Args:
-        family: `family_parts(...)`.
-        bucket: step, batch_size and seq_len.
-        step: `source_digest` of the step's own file.
-        target: the instruction-set level or device compiled for.
-        compiler: versions of everything that turns the graph into code.
-    """
-    parts = {"family": dict(family), "bucket": dict(bucket), "step": step}
-    return parts | {"target": target, "compiler": dict(compiler)}
 
 
 def difference(wanted: Parts, found: Parts) -> list[str]:
