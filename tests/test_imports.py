@@ -43,7 +43,6 @@ NO_TORCH = (
     "steps/__init__",
     "steps/step",
     "steps/recompute",
-    "run/coverage",
     "run/loader",
     "run/misses",
     "run/options",

@@ -13,10 +13,8 @@ import fcntl
 import hashlib
 import os
 import threading
-import uuid
 
 from nanogpt_buckets import node
-from nanogpt_buckets.files import unlink, write_new
 from nanogpt_buckets.node.prune import LIBRARIES
 
 _paths: dict[str, str] = {}
@@ -63,11 +61,5 @@ def _sealed_memory(content: bytes, digest: str) -> str | None:
 
 def _private_file(content: bytes, digest: str) -> str:
     path = node.folder(LIBRARIES, make=True) / f"{digest}.so"
-    staged = path.with_name(f"tmp-{uuid.uuid4().hex}")
-    with node.writing():
-        try:
-            write_new(staged, content, 0o400)
-            staged.replace(path)
-        finally:
-            unlink(staged)
+    node.put(path, content, 0o400)
     return str(path)

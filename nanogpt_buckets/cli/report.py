@@ -9,7 +9,7 @@ import click
 
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import output_options
-from nanogpt_buckets.node import last_run
+from nanogpt_buckets.run.report import load_last_run
 
 
 @click.command()
@@ -21,7 +21,7 @@ def report(as_json: bool) -> None:
 
     Example: nanogpt-buckets report
     """
-    run = last_run.load()
+    run = load_last_run()
     if as_json:
         output.document(run)
         return

@@ -8,7 +8,7 @@ Its only layout:
     canary/<weights>-<blobs>.json    that a compiled bucket agreed with eager for these weights (run/loader.py)
     failures/<key>.json              what failed to compile within the last hour (failures.py)
     libraries/<sha256>.so            private copies of libraries, where there are no sealed anonymous files
-    last-run.json                    counters of the last run (last_run.py)
+    last-run.json                    counters of the last run (run/report.py)
     tmp-*, */tmp-*                   being written; a leftover after a day
 
 Everything JSON is a record with a format number (records.py); prune.py says what of all this is of no use. Others must
@@ -23,11 +23,12 @@ import os
 import stat
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt_buckets.errors import BucketsError, CacheError, UntrustedStore
-from nanogpt_buckets.files import list_names
+from nanogpt_buckets.files import list_names, remove, unlink, write_new
 from nanogpt_buckets.mounts import mount_of
 from nanogpt_buckets.owners import check_way, others
 from nanogpt_buckets.settings import LOCAL_DIR_VARIABLE, expanded, user_cache
@@ -39,10 +40,7 @@ def directory() -> Path:
     """Return where this node's directory is. It need not exist, and is not checked.
 
     NANOGPT_BUCKETS_LOCAL_DIR, else the user's cache directory, else, where that is on a network file system, a
-    directory of this user's under the temporary directory.
-
-    Raises:
-        UsageError: it is below the home of nobody who is known.
+    directory of this user's under the temporary directory. A UsageError if it is below the home of nobody known.
     """
     named = os.environ.get(LOCAL_DIR_VARIABLE)
     chosen = expanded(named or user_cache() / "local", LOCAL_DIR_VARIABLE)
@@ -51,11 +49,7 @@ def directory() -> Path:
 
 
 def folder(name: str = "", *, make: bool = False) -> Path:
-    """Return a folder of this node's directory, or itself, once it is known that nobody else can write there.
-
-    Args:
-        name: for example "weights".
-        make: make it, for this user only, if it is not there.
+    """Return a folder of this node's directory, or itself, made if asked, once known to be nobody else's to write.
 
     Raises:
         UntrustedStore: others can write it or put another in its place, or it is somebody else's.
@@ -70,7 +64,12 @@ def folder(name: str = "", *, make: bool = False) -> Path:
     try:
         check_way(root, _ELSEWHERE)
         for place in (root, path):
-            _check(place)
+            found = place.stat()
+            if not stat.S_ISDIR(found.st_mode):
+                raise CacheError(f"{place} cannot be written: it is not a directory", hint=_ELSEWHERE)
+            if why := others(found):
+                hint = f"delete it, for all in it can be made again, or {_ELSEWHERE}"
+                raise UntrustedStore(f"{place} {why}, so what is in it may be somebody else's", hint=hint)
     except (FileNotFoundError, NotADirectoryError):
         pass  # nobody has written what is not there
     except OSError as error:
@@ -98,17 +97,21 @@ def writing() -> Iterator[None]:
         raise CacheError(f"{directory()} cannot be written: {error.strerror or error}", hint=hint) from error
 
 
+def put(path: Path, content: bytes, mode: int) -> None:
+    """Write a file of some folder aside, and put it in the place of what is there."""
+    staged = path.with_name(f"tmp-{uuid.uuid4().hex}")
+    with writing():
+        try:
+            write_new(staged, content, mode)
+            if path.is_dir():
+                remove(path)
+            staged.replace(path)
+        finally:
+            unlink(staged)
+
+
 def is_stale(path: Path) -> bool:
     """Whether something is older than anything that is being prepared or staged."""
     with contextlib.suppress(OSError):
         return path.lstat().st_mtime < time.time() - 24 * 3600
     return False
-
-
-def _check(place: Path) -> None:
-    found = place.stat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise CacheError(f"{place} cannot be written: it is not a directory", hint=_ELSEWHERE)
-    if why := others(found):
-        hint = f"delete it, for all in it can be made again, or {_ELSEWHERE}"
-        raise UntrustedStore(f"{place} {why}, so what is in it may be somebody else's", hint=hint)

@@ -1,8 +1,7 @@
 """What this node failed to compile lately, so that a run need not wait minutes to fail the same way again.
 
-Records are this node's, never shared: a failure says as much about the machine as about the bucket. They expire, and
-an explicit build does not ask for them. Only what will happen again is recorded: a compiler's own error and a failed
-check, never a killed child or a full disk. Knows nothing of compiling.
+Never shared: a failure says as much about the machine as about the bucket. An explicit build does not ask for it. Only
+what will happen again is recorded: a compiler's own error and a failed check, never a killed child or a full disk.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 from nanogpt_buckets import node
 from nanogpt_buckets.errors import BucketsError, CorruptEntry, IncompatibleEntry
-from nanogpt_buckets.files import read_file, remove, unlink, write_new
+from nanogpt_buckets.files import read_file, unlink
 from nanogpt_buckets.owners import others
 
 log = logging.getLogger(__name__)
@@ -31,9 +29,7 @@ Record = dict[str, Any]
 class Kind:
     """One kind of record; every method but `keep` raises a CacheError where its folder cannot be believed.
 
-    Args:
-        folder: where its records are.
-        format: the number this release writes, and the only one it reads; raise it with any change of what is in it.
+    `format` is what this release writes, and all that it reads; raise it with any change of what is in a record.
     """
 
     folder: str
@@ -56,17 +52,8 @@ class Kind:
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Put a record in the place of what is there, unless that is of a newer format."""
         path = node.folder(self.folder, make=True) / f"{name}.json"
-        if self._looked(path)[1]:
-            return
-        staged = path.with_name(f"tmp-{uuid.uuid4().hex}")
-        with node.writing():
-            try:
-                write_new(staged, json.dumps(self._document(record)).encode("ascii"), 0o600)
-                if path.is_dir():
-                    remove(path)
-                os.replace(staged, path)
-            finally:
-                unlink(staged)
+        if not self._looked(path)[1]:
+            node.put(path, json.dumps(self._document(record)).encode("ascii"), 0o600)
 
     def keep(self, name: str, record: Mapping[str, Any]) -> None:
         """Write a record if that is possible; never fails."""

@@ -6,7 +6,7 @@ Knows nothing of what is built already, of cost, or of files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,7 @@ _MOST_TOKENS = 2**31 - 1
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """One static (batch_size, seq_len) shape that a step is compiled for.
-
-    Args:
-        batch_size: rows (B).
-        seq_len: tokens in a row (S).
-        step: "recompute".
+    """One static shape that a step is compiled for: batch_size rows (B) of seq_len tokens (S).
 
     Raises:
         PlanError: a size is not a positive whole number, the bucket holds too many tokens, or the step is unknown.
@@ -75,9 +70,8 @@ class Plan(Sequence[Bucket]):
     def __init__(self, buckets: Iterable[Bucket]) -> None:
         given = list(buckets) if isinstance(buckets, Iterable) else [buckets]
         if odd := [item for item in given if not isinstance(item, Bucket)]:
-            raise PlanError(
-                f"{shown(odd[0])} is not a Bucket", hint="Plan.grid(batch=[1], seq=[32, 64]) makes a plan of sizes"
-            )
+            hint = "Plan.grid(batch=[1], seq=[32, 64]) makes a plan of sizes"
+            raise PlanError(f"{shown(odd[0])} is not a Bucket", hint=hint)
         ordered = tuple(sorted(set(given)))
         if not ordered:
             raise PlanError("a plan needs at least one bucket", hint="for example --seq 32,64,128")
@@ -88,24 +82,17 @@ class Plan(Sequence[Bucket]):
         """Return every pair of a batch size and a sequence length."""
         for name, sizes in (("batch", batch), ("seq", seq)):
             if not isinstance(sizes, Iterable):
-                raise PlanError(
-                    f"{name} is {shown(sizes)}; it must be a list of whole numbers", hint="for example seq=[32, 64]"
-                )
+                hint = "for example seq=[32, 64]"
+                raise PlanError(f"{name} is {shown(sizes)}; it must be a list of whole numbers", hint=hint)
         lengths = list(seq)
         return cls(Bucket(batch_size, seq_len) for batch_size in batch for seq_len in lengths)
 
     def check(self, block_size: int) -> Plan:
-        """Return self if a model with this block_size can have every bucket.
-
-        Raises:
-            PlanError: a bucket is longer than the model's positions reach.
-        """
+        """Return self; a PlanError if a bucket is longer than the positions of a model with this block_size reach."""
         longest = max(bucket.seq_len for bucket in self.buckets)
         if longest > block_size:
-            raise PlanError(
-                f"seq_len {longest} is longer than the model's block_size {block_size}",
-                hint="the longest bucket that can be of use is block_size; contexts are cropped to it",
-            )
+            hint = "the longest bucket that can be of use is block_size; contexts are cropped to it"
+            raise PlanError(f"seq_len {longest} is longer than the model's block_size {block_size}", hint=hint)
         return self
 
     def __or__(self, other: Iterable[Bucket]) -> Plan:
@@ -114,19 +101,13 @@ class Plan(Sequence[Bucket]):
     def __len__(self) -> int:
         return len(self.buckets)
 
-    def __iter__(self) -> Iterator[Bucket]:
-        return iter(self.buckets)
-
     def __getitem__(self, index: Any) -> Any:
         return self.buckets[index]
 
     def to_json(self, *, model: str, source: str, families: Iterable[str] = ()) -> dict[str, Any]:
-        """Return the content of a plan file.
+        """Return the content of a plan file: for which model, and what made it, such as "build".
 
-        Args:
-            model: name of the model the plan is for.
-            source: who made it, for example "build".
-            families: those whose entries of these buckets are in use, and so are not to be pruned.
+        Entries that these families have of the buckets are in use, and so are not to be pruned.
         """
         buckets = [bucket.to_json() for bucket in self.buckets]
         return {"format": 1, "model": model, "buckets": buckets, "source": source, "families": sorted(families)}

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 
 def default_ladder(block_size: int) -> list[int]:
-    """Return block_size/8, /4, /2 and block_size itself.
-
-    Any ladder is most of the win over one maximum length; each further rung costs a compile and saves less.
-    """
+    """Return block_size/8, /4, /2 and block_size itself: each further rung costs a compile and saves less."""
     return sorted({max(1, block_size // divisor) for divisor in (8, 4, 2, 1)})
 
 

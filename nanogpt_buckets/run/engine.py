@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Unpack, cast
+from contextlib import contextmanager, nullcontext
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -22,16 +23,14 @@ from nanogpt_buckets.contract import refuse_forked
 from nanogpt_buckets.errors import TokenizerError, UsageError
 from nanogpt_buckets.model.tokenization.base import Tokenizer
 from nanogpt_buckets.model.tokenization.choice import TokenizerChoice, tokenizer_for
-from nanogpt_buckets.node import last_run
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.run.dispatch import Dispatcher
-from nanogpt_buckets.run.generation import Generation, Prompt, Row, Token, as_prompts, token_ids
+from nanogpt_buckets.run.generation import Generation, Prompt, Row, Token, as_prompts, stop_strings, token_ids
 from nanogpt_buckets.run.loader import Compiled, Uncompiled
 from nanogpt_buckets.run.misses import Buckets
-from nanogpt_buckets.run.options import Sampling, SamplingOptions, sampling_of
-from nanogpt_buckets.run.report import Report
+from nanogpt_buckets.run.options import Sampling, SamplingOptions
+from nanogpt_buckets.run.report import Report, save_last_run
 from nanogpt_buckets.run.sampling import draw_nanogpt, draw_per_row, mask_undecodable
-from nanogpt_buckets.run.textstream import TextStream, stop_strings
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.values import shown, whole_number
 
@@ -59,8 +58,9 @@ class Engine:
                 raise
             self._no_tokenizer = error  # token ids work all the same
         cores = 1 if choice.backend is None else choice.backend.cores
-        self._dispatcher = Dispatcher(buckets.executable, choice.cost, self._arch.block_size, report, at_once=cores)
+        self._dispatcher = Dispatcher(buckets.executable, choice.cost, self._arch.block_size, report, cores)
         self._lock = threading.RLock()
+        self._closed = False
 
     @classmethod
     def load(
@@ -93,10 +93,10 @@ class Engine:
             BucketsError: the model, its tokenizer or the cache cannot be used.
         """
         choice = choose(model, **options)
-        source = Uncompiled(choice) if choice.backend is None else Compiled(choice)
+        loader = Uncompiled(choice) if choice.backend is None else Compiled(choice)
         report = Report(choice.backend_name, choice.model.name)
         on_miss = "promote" if cached_only and on_miss == "build" else on_miss
-        buckets = Buckets(source, plan, report, on_miss=on_miss, on_progress=on_progress)
+        buckets = Buckets(loader, plan, report, on_miss, on_progress)
         engine = cls(choice, buckets, report, tokenizer)
         if not lazy:
             with engine._alone():
@@ -113,7 +113,7 @@ class Engine:
         plain_text: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> list[Generation]:
-        """Continue each prompt.
+        """Continue each prompt; returns prompt by prompt, its samples in order.
 
         Args:
             prompts: strings or lists of token ids, several or one; an empty one starts from the model's start token.
@@ -123,9 +123,6 @@ class Engine:
             plain_text: `<|endoftext|>` in a prompt is ordinary text.
             sampling: temperature, top_k, top_p, seed, rng; see `Sampling`. The report names a seed that was chosen.
 
-        Returns:
-            Prompt by prompt, its samples in order.
-
         Raises:
             UsageError: an argument is out of range.
             CacheMiss: no bucket that is built reaches the longest context, and none may be compiled.
@@ -133,17 +130,8 @@ class Engine:
         how = self._sampling(sampling)
         num_samples = _check_count("num_samples", num_samples, 1)
         max_new_tokens = _check_count("max_new_tokens", max_new_tokens, 0)
-        many = as_prompts(prompts)
-        stops = stop_strings(stop)
-        rows = [
-            self._row(prompt, index, sample, stops, plain_text)
-            for index, prompt in enumerate(many)
-            for sample in range(num_samples)
-        ]
-        # nanoGPT draws sample after sample from one generator
-        batches = [[row] for row in rows] if how.rng == "nanogpt" else [rows]
-        buckets = self._cover(batches, max_new_tokens)
-        for _ in self._steps(batches, how, max_new_tokens, buckets):
+        rows = self._rows(as_prompts(prompts), num_samples, stop, plain_text)
+        for _ in self._steps(rows, how, max_new_tokens):
             pass
         return [row.generation() for row in rows]
 
@@ -162,20 +150,12 @@ class Engine:
         """
         how = self._sampling(sampling)
         max_new_tokens = _check_count("max_new_tokens", max_new_tokens, 0)
-        row = self._row(prompt, 0, 0, stop_strings(stop), plain_text)
-        buckets = self._cover([[row]], max_new_tokens)
-        return (
-            Token(row.ids[-1], piece, row.new_tokens - 1)
-            for row, piece in self._steps([[row]], how, max_new_tokens, buckets)
-        )
+        steps = self._steps(self._rows([prompt], 1, stop, plain_text), how, max_new_tokens)
+        return (Token(row.ids[-1], piece, row.new_tokens - 1) for row, piece in steps)
 
     def logits(self, prompts: Prompt | Iterable[Prompt]) -> Tensor:
-        """Return the logits that follow each prompt; one string, or one list of token ids, is one prompt.
-
-        Returns:
-            float32 (N, V); an empty list gives (0, V).
-        """
-        rows = [self._row(prompt, index, 0, (), False) for index, prompt in enumerate(as_prompts(prompts))]
+        """Return the logits float32 (N, V) that follow N prompts; one string, or one list of token ids, is one."""
+        rows = self._rows(as_prompts(prompts), 1, None, False)
         if not rows:
             return torch.empty(0, self._arch.vocab_size, dtype=torch.float32, device="cpu")
         buckets = self._cover([rows], 1)
@@ -196,8 +176,9 @@ class Engine:
     def close(self) -> None:
         """Let go of buckets and weights and keep the counters as this node's last run; the engine is then of no use."""
         with self._lock:
-            if self._report.steps and not self._buckets.closed:
-                last_run.save(self._report.to_json())
+            if self._report.steps and not self._closed:
+                save_last_run(self._report)
+            self._closed = True
             self._buckets.close()
 
     def __enter__(self) -> Engine:
@@ -209,28 +190,27 @@ class Engine:
     # --- one call -------------------------------------------------------------------------------------------------
 
     def _sampling(self, options: SamplingOptions) -> Sampling:
-        sampling = sampling_of(options)
+        given: dict[str, Any] = {name: value for name, value in options.items() if (name, value) != ("seed", None)}
+        sampling = Sampling(**given)
         self._report.seed = sampling.seed
         return sampling
 
-    def _row(self, prompt: Prompt, index: int, sample: int, stops: tuple[str, ...], plain_text: bool) -> Row:
-        ids = self._encode(prompt, plain_text)
-        if stops and self.tokenizer is None:
-            raise TokenizerError(f"stop strings need a tokenizer: {self._no_tokenizer}")
-        text = None if self.tokenizer is None else TextStream(self.tokenizer, ids, stops)
-        if not ids:
-            start = self.tokenizer.start_token if self.tokenizer is not None else None
-            if start is None:
-                raise UsageError("the prompt is empty and this model has no start token", hint="give a prompt")
-            ids = [start]
-        return Row(ids, index, sample, text)
-
-    def _encode(self, prompt: Prompt, plain_text: bool) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
+    def _rows(
+        self, prompts: list[Prompt], num_samples: int, stop: str | Sequence[str] | None, plain_text: bool
+    ) -> list[Row]:
+        rows: list[Row] = []
+        stops = stop_strings(stop)
+        for index, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                ids = token_ids(prompt, self._arch.vocab_size)
+            elif self.tokenizer is None:
                 raise self._no_tokenizer.with_traceback(None)
-            return self.tokenizer.encode(prompt, plain_text=plain_text)
-        return token_ids(prompt, self._arch.vocab_size)
+            else:
+                ids = self.tokenizer.encode(prompt, plain_text=plain_text)
+            if stops and self.tokenizer is None:
+                raise TokenizerError(f"stop strings need a tokenizer: {self._no_tokenizer}")
+            rows += [Row(ids, index, sample, self.tokenizer, stops) for sample in range(num_samples)]
+        return rows
 
     def _cover(self, batches: list[list[Row]], max_new_tokens: int) -> list[Bucket]:
         """Settle, before the first step, which buckets will run; the last step sees one token less than the result."""
@@ -240,16 +220,19 @@ class Engine:
         with self._alone():
             return self._buckets.cover(lengths, max_new_tokens - 1)
 
-    def _steps(
+    def _steps(self, rows: list[Row], sampling: Sampling, max_new_tokens: int) -> Iterator[tuple[Row, str | None]]:
+        """Settle what will run, then return each row as it gains a token, with the text that this makes certain."""
+        # nanoGPT draws sample after sample from one generator
+        batches = [[row] for row in rows] if sampling.rng == "nanogpt" else [rows]
+        return self._run(batches, sampling, max_new_tokens, self._cover(batches, max_new_tokens))
+
+    def _run(
         self, batches: list[list[Row]], sampling: Sampling, max_new_tokens: int, buckets: list[Bucket]
     ) -> Iterator[tuple[Row, str | None]]:
-        """Yield each row as it gains a token; the rows of one batch go together, the batches one after another."""
-        if max_new_tokens == 0:
-            return
+        """Run the rows of one batch together, the batches one after another."""
         ends = () if sampling.ignore_eos else self._end_tokens
         generator = torch.Generator().manual_seed(sampling.seed % 2**64)
-        for batch in batches:
-            active = batch
+        for active in batches if max_new_tokens else []:
             while active:
                 with self._timed():
                     logits = self._dispatcher.run([row.ids for row in active], buckets)  # (N, V)
@@ -269,19 +252,28 @@ class Engine:
             for row, row_logits in zip(rows, logits, strict=True)
         ]
 
-    def _timed(self) -> AbstractContextManager[None]:
-        return self._report.timed(self._alone())
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Be `_alone` and count the time, the wait excluded."""
+        with self._alone():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._report.seconds += time.perf_counter() - start
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the lock, on the CPU whatever default device the host program has set.
 
         Raises:
-            UsageError: the process is a fork of one that ran buckets; it is not even let near the lock.
+            UsageError: the engine is closed, or the process a fork of one that ran buckets, not even let near the lock.
         """
         refuse_forked()
         elsewhere = torch.get_default_device().type != "cpu"
         with self._lock, torch.device("cpu") if elsewhere else nullcontext():
+            if self._closed:
+                raise UsageError("this engine is closed", hint="load another with Engine.load")
             yield
 
 
@@ -312,16 +304,15 @@ def generate(
     Raises:
         TokenizerError: the model has no tokenizer, so there is no text to return.
     """
-    names = SamplingOptions.__annotations__
-    how = cast(SamplingOptions, {name: value for name, value in options.items() if name in names})
-    what = cast(Options, {name: value for name, value in options.items() if name not in names})
+    what: dict[str, Any] = {**options}
+    how = {name: what.pop(name) for name in SamplingOptions.__annotations__ if name in what}
     with Engine.load(
         model, plan=plan, tokenizer=tokenizer, on_miss="build", cached_only=cached_only, lazy=True, **what
     ) as engine:
         if engine.tokenizer is None:
             raise engine._no_tokenizer.with_traceback(None)
         many = isinstance(prompt, list) and all(isinstance(item, str) for item in prompt)
-        prompts = cast(Iterable[Prompt], prompt) if many else [cast(Prompt, prompt)]
+        prompts: Any = prompt if many else [prompt]
         generations = engine.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, plain_text=plain_text, **how)
     texts = [generation.text or "" for generation in generations]
     return texts if many else texts[0]

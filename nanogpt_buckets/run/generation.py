@@ -1,27 +1,28 @@
 """One sequence on its way from a prompt to text: its ids, the text they make, and when it is done.
 
-Knows nothing of buckets, logits or how tokens are chosen.
+Text is shown at once, in whole characters, and nothing of a stop string. Knows nothing of buckets, logits or how tokens
+are chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+import functools
+import itertools
+from array import array
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from nanogpt_buckets.errors import UsageError
-from nanogpt_buckets.run.textstream import TextStream
+from nanogpt_buckets.model.tokenization.base import StreamDecoder, Tokenizer, well_formed
 from nanogpt_buckets.values import shown, whole_number
 
 Prompt = str | Iterable[int]
+_MAX_STOPS = 1000
 
 
 def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """Return a list of prompts; one string, or token ids in any iterable, is one prompt. Iterators are read once.
-
-    Raises:
-        UsageError: it is none of these.
-    """
+    """Return a list of prompts; one string, or token ids in any iterable, is one prompt. Iterators are read once."""
     if isinstance(prompts, str):
         return [prompts]
     several = _listed(prompts)
@@ -33,9 +34,8 @@ def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
 def _listed(items: object) -> list[Any]:
     """Return the items of a list, an iterator, a tensor or an array; bytes, mappings and sets are none of them."""
     if isinstance(items, bytes | bytearray | memoryview | Mapping | Set) or not isinstance(items, Iterable):
-        raise UsageError(
-            f"{shown(items)} is no prompt", hint="give a string, a list of token ids, or a list of these; decode bytes"
-        )
+        hint = "give a string, a list of token ids, or a list of these; decode bytes"
+        raise UsageError(f"{shown(items)} is no prompt", hint=hint)
     listed = items.tolist() if hasattr(items, "tolist") else list(items)
     if not isinstance(listed, list):
         raise UsageError(f"{shown(items)} is no prompt", hint="token ids come in a list")
@@ -43,11 +43,7 @@ def _listed(items: object) -> list[Any]:
 
 
 def token_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
-    """Return token ids as plain numbers.
-
-    Raises:
-        UsageError: one is no whole number, or out of range.
-    """
+    """Return token ids as plain numbers; a UsageError if one is no whole number, or out of range."""
     ids = []
     for token in _listed(prompt):
         number = whole_number(token)
@@ -55,6 +51,20 @@ def token_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
             raise UsageError(f"token id {shown(token)} is not a whole number from 0 to {vocab_size - 1}")
         ids.append(number)
     return ids
+
+
+def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Return stop strings as a tuple; a UsageError if one is empty or no text, or they are more than a thousand."""
+    if not isinstance(stop, str | Iterable | None) or isinstance(stop, bytes | bytearray):
+        hint = 'for example stop="\\n\\n"'
+        raise UsageError(f"stop is {shown(stop)}; it must be a string or a list of strings", hint=hint)
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(itertools.islice(stop, _MAX_STOPS + 1))
+    if len(stops) > _MAX_STOPS:
+        raise UsageError(f"there are more than {_MAX_STOPS} stop strings")
+    for text in stops:
+        if not isinstance(text, str) or not text or text != well_formed(text):
+            raise UsageError(f"stop string {shown(text)} cannot be matched", hint="use one or more non-empty strings")
+    return stops
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,6 @@ class Generation:
         text: prompt and new text; None without a tokenizer.
         new_text: the new text, cut before a stop string; None without a tokenizer.
         token_ids: prompt and new ids, those of a stop string and an end token included.
-        prompt_tokens: how many of them are the prompt's.
-        new_tokens: how many are new.
         finish_reason: "length" or "stop".
     """
 
@@ -80,13 +88,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Token:
-    """One streamed token.
+    """One streamed token; its index is 0 for the first new one.
 
-    Args:
-        id: the token.
-        text: what it makes certain of the text; may be empty, or hold characters begun before. Joined over a stream
-            this is the new text exactly.
-        index: 0 for the first new token.
+    `text` is what it makes certain of the text: it may be empty, or hold characters begun before. Joined over a stream
+    this is the new text exactly.
     """
 
     id: int
@@ -94,22 +99,83 @@ class Token:
     index: int
 
 
-class Row:
-    """One sequence on its way.
+def _advance(stop: str, borders: array[int], state: int, text: str) -> int:
+    """Return how long a beginning of a stop string the text now ends with: all of it, once that was seen (KMP)."""
+    for character in text:
+        while state and stop[state] != character:
+            state = borders[state]
+        state += stop[state] == character
+        if state == len(stop):
+            break
+    return state
 
-    Args:
-        ids: the prompt's; new ones are appended.
-        prompt: index of the prompt.
-        sample: index of the sample of that prompt.
-        text: what makes text of new ids; None without a tokenizer.
+
+@functools.lru_cache(maxsize=4)  # one for all rows of a call
+def _borders(stops: tuple[str, ...]) -> list[array[int]]:
+    """Return, by stop string and length of its beginning, which shorter beginning that one ends with."""
+    tables = [array("q", [0, 0]) for _ in stops]
+    for stop, borders in zip(stops, tables, strict=True):
+        for character in stop[1:-1]:
+            borders.append(_advance(stop, borders, borders[-1], character))
+    return tables
+
+
+class TextStream:
+    """The text of one row's new tokens, as it grows; it ends before the first of `stops`.
+
+    Text is held back while it could still become a stop string or part of a character, which the prompt may have begun.
+    The pieces returned, joined, are exactly `text`.
     """
 
-    def __init__(self, ids: list[int], prompt: int, sample: int, text: TextStream | None) -> None:
-        self.ids = ids
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: tuple[str, ...]) -> None:
+        self._decoder = StreamDecoder(tokenizer)
+        self.prompt_text = self._decoder.feed(*prompt_ids)
+        self._stops = list(zip(stops, _borders(stops), strict=True))
+        self._states = [0] * len(stops)
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def feed(self, token: int | None, *, last: bool) -> str:
+        """Take one token, None for one that makes no text, and return the text that is now certain.
+
+        Nothing is held back any more after the `last`.
+        """
+        new = self._decoder.feed(*([] if token is None else [token])) + (self._decoder.flush() if last else "")
+        self._held += new
+        self._states = [_advance(*stop, state, new) for stop, state in zip(self._stops, self._states, strict=True)]
+        seen = [stop for (stop, _), state in zip(self._stops, self._states, strict=True) if state == len(stop)]
+        self.stopped = bool(seen)
+        if seen:
+            return self._release(min(map(self._held.find, seen)))
+        return self._release(len(self._held) - (0 if last else max(self._states, default=0)))
+
+    def _release(self, count: int) -> str:
+        piece, self._held = self._held[:count], self._held[count:]
+        self.text += piece
+        return piece
+
+
+class Row:
+    """One sequence on its way, sample number `sample` of prompt number `prompt`; without a tokenizer it has no text.
+
+    New tokens are appended to `ids`. An empty prompt becomes the tokenizer's start token, whose text is not shown.
+
+    Raises:
+        UsageError: the prompt is empty and there is no start token.
+    """
+
+    def __init__(
+        self, ids: list[int], prompt: int, sample: int, tokenizer: Tokenizer | None, stops: tuple[str, ...]
+    ) -> None:
+        start = None if ids or tokenizer is None else tokenizer.start_token
+        if not ids and start is None:
+            raise UsageError("the prompt is empty and this model has no start token", hint="give a prompt")
+        self.ids = [*ids] if start is None else [start]
         self.prompt = prompt
         self.sample = sample
-        self.text = text
-        self.n_prompt = len(ids)
+        self.text = None if tokenizer is None else TextStream(tokenizer, ids, stops)
+        self.n_prompt = len(self.ids)
         self.done = self.stopped = False
 
     @property

@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable
 
 from nanogpt_buckets.backends.base import FACTS, Artifact
 from nanogpt_buckets.choice import Choice
@@ -27,15 +27,21 @@ from nanogpt_buckets.store.manifest import Manifest
 log = logging.getLogger(__name__)
 
 
-class Source(ABC):
-    """Where executables come from.
-
-    Args:
-        choice: model, backend, dtype.
-    """
+class Loader(ABC):
+    """The executables of a choice that are `loaded`, and why others were `refused`."""
 
     def __init__(self, choice: Choice) -> None:
         self.choice = choice
+        self.loaded: dict[Bucket, Executable] = {}
+        self.refused: dict[Bucket, CacheError] = {}
+
+    @abstractmethod
+    def has(self, bucket: Bucket) -> bool:
+        """Whether a bucket can be tried."""
+
+    @abstractmethod
+    def open(self, bucket: Bucket) -> Executable:
+        """Return what runs a bucket; a CacheError if none of its entries can be used."""
 
     @functools.cached_property
     def weights(self) -> Weights:
@@ -45,20 +51,36 @@ class Source(ABC):
         log.info("mapped weights %s, %.1f ms", weights.digest[:12], 1000 * (time.perf_counter() - start))
         return weights
 
-    @abstractmethod
-    def has(self, bucket: Bucket) -> bool:
-        """Whether a bucket can be tried."""
+    def available(self, buckets: Iterable[Bucket]) -> list[Bucket]:
+        """Return those of some buckets that are loaded or may be tried."""
+        return [b for b in buckets if b in self.loaded or (self.has(b) and b not in self.refused)]
 
-    @abstractmethod
-    def open(self, bucket: Bucket) -> Executable:
-        """Return what runs a bucket.
+    def load(self, bucket: Bucket) -> bool:
+        """Load a bucket; False if it cannot be. It is not tried again, unless the reason may pass."""
+        if bucket in self.loaded:
+            return True
+        try:
+            self.loaded[bucket] = self.open(bucket)
+        except CacheError as error:
+            self.refused[bucket] = error
+            return False
+        return True
 
-        Raises:
-            CacheError: none of its entries can be used.
-        """
+    def forgive(self, built: Container[Bucket] = ()) -> None:
+        """Let buckets be tried again: those that were built anew, and all whose reason may have passed."""
+        for bucket, error in list(self.refused.items()):
+            if bucket in built or isinstance(error, TransientError):
+                del self.refused[bucket]
+
+    def close(self) -> None:
+        """Close every executable and let go of the weights."""
+        for executable in self.loaded.values():
+            executable.close()
+        self.loaded.clear()
+        self.__dict__.pop("weights", None)
 
 
-class Uncompiled(Source):
+class Uncompiled(Loader):
     """Every bucket, run as the plain step."""
 
     def has(self, bucket: Bucket) -> bool:
@@ -67,35 +89,25 @@ class Uncompiled(Source):
 
     def open(self, bucket: Bucket) -> Executable:
         """Return the step uncompiled."""
-        arch = self.choice.model.architecture
-        return step_named(bucket.step).eager(arch, bucket, self.weights.tensors)
+        return step_named(bucket.step).eager(self.choice.model.architecture, bucket, self.weights.tensors)
 
 
-class Compiled(Source):
+class Compiled(Loader):
     """The entries of the choice's store, as they were when it was last read."""
 
     def __init__(self, choice: Choice) -> None:
         super().__init__(choice)
         self.selection = Selection(choice)
 
-    def read_again(self) -> None:
-        """Look at the store anew: something has been built, or may have been."""
-        self.selection = Selection(self.choice)
-
-    @property
-    def usable(self) -> Mapping[Bucket, list[Manifest]]:
-        """For each bucket the entries that say they run here, best first."""
-        return self.selection.usable
-
     def has(self, bucket: Bucket) -> bool:
         """Whether there is an entry that says it runs here."""
-        return bucket in self.usable
+        return bucket in self.selection.usable
 
     def open(self, bucket: Bucket) -> Executable:
         """Load the first entry that can be, best first."""
         self.weights  # noqa: B018  what this node cannot prepare is no entry's fault
         refused: CacheError | None = None
-        for manifest in self.usable.get(bucket, ()):
+        for manifest in self.selection.usable.get(bucket, ()):
             try:
                 return self._load(bucket, manifest)
             except CacheError as error:
@@ -107,8 +119,7 @@ class Compiled(Source):
         raise refused
 
     def _load(self, bucket: Bucket, manifest: Manifest) -> Executable:
-        weights = self.weights
-        start = time.perf_counter()
+        weights, start = self.weights, time.perf_counter()
         artifact = artifact_of(self.choice.store.read(manifest))
         interface = step_named(bucket.step).interface(self.choice.model.architecture, bucket)
         executable = None
@@ -148,45 +159,3 @@ class Compiled(Source):
 def artifact_of(entry: Verified) -> Artifact:
     """Return what a backend loads: exactly the bytes that were verified."""
     return Artifact(blobs=dict(entry.blobs), **{name: getattr(entry.manifest, name) for name in FACTS})
-
-
-class Loader:
-    """Executables that are loaded, and what is known of those that could not be.
-
-    Args:
-        source: where they come from.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.loaded: dict[Bucket, Executable] = {}
-        self.refused: dict[Bucket, CacheError] = {}
-
-    def available(self, buckets: Iterable[Bucket]) -> list[Bucket]:
-        """Return those of some buckets that are loaded or may be tried."""
-        return [b for b in buckets if b in self.loaded or (self.source.has(b) and b not in self.refused)]
-
-    def load(self, bucket: Bucket) -> bool:
-        """Load a bucket; False if it cannot be. It is not tried again, unless the reason may pass."""
-        if bucket in self.loaded:
-            return True
-        try:
-            self.loaded[bucket] = self.source.open(bucket)
-        except CacheError as error:
-            self.refused[bucket] = error
-            return False
-        return True
-
-    def forgive(self, buckets: Iterable[Bucket] | None = None) -> None:
-        """Let buckets be tried again: those given, which were built anew, or all whose reason may have passed."""
-        if buckets is None:
-            buckets = [bucket for bucket, error in self.refused.items() if isinstance(error, TransientError)]
-        for bucket in buckets:
-            self.refused.pop(bucket, None)
-
-    def close(self) -> None:
-        """Close every executable and let go of the weights."""
-        for executable in self.loaded.values():
-            executable.close()
-        self.loaded.clear()
-        self.source.__dict__.pop("weights", None)

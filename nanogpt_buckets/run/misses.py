@@ -12,20 +12,13 @@ from collections.abc import Callable, Iterable
 from nanogpt_buckets.builder import Listener, build_missing
 from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.default_plan import default_plan, remember_plan
-from nanogpt_buckets.errors import (
-    BackendUnavailable,
-    BucketsError,
-    CacheError,
-    ChildFailed,
-    CompileFailed,
-    UsageError,
-)
+from nanogpt_buckets.errors import BackendUnavailable, BucketsError, CacheError, ChildFailed, CompileFailed, UsageError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
-from nanogpt_buckets.run.coverage import buckets_used, cheapest
-from nanogpt_buckets.run.loader import Compiled, Loader, Source
+from nanogpt_buckets.run.dispatch import buckets_used
+from nanogpt_buckets.run.loader import Compiled, Loader
 from nanogpt_buckets.run.report import Report
-from nanogpt_buckets.selection import explain_miss
+from nanogpt_buckets.selection import Selection, explain_miss
 from nanogpt_buckets.values import shown
 
 log = logging.getLogger(__name__)
@@ -33,17 +26,14 @@ log = logging.getLogger(__name__)
 ON_MISS = ("promote", "build")
 # What leaves a bucket unbuilt although nothing is wrong with the call.
 _UNBUILT = (BackendUnavailable, CompileFailed, ChildFailed, CacheError)
+# Says which of some buckets a call would use.
+_Call = Callable[[list[Bucket]], set[Bucket]]
 
 
 class Buckets:
-    """The buckets of one engine.
+    """The buckets of one engine; `Engine.load` has the arguments.
 
-    Args:
-        source: where executables come from.
-        plan: buckets to use; None for the model's default plan, and whatever else is built where that does not reach.
-        report: where hits, compilations and promotions are counted.
-        on_miss: "promote" runs the cheapest bucket at hand that fits and never compiles; "build" compiles first.
-        on_progress: told what becomes of each bucket that is compiled; see `build`.
+    Where a saved plan does not reach, whatever else is built runs. Hits, compilations and promotions are counted.
 
     Raises:
         UsageError: on_miss is unknown.
@@ -52,47 +42,29 @@ class Buckets:
     """
 
     def __init__(
-        self,
-        source: Source,
-        plan: Plan | Iterable[Bucket] | None,
-        report: Report,
-        *,
-        on_miss: str = "promote",
-        on_progress: Listener | None = None,
+        self, loader: Loader, plan: Iterable[Bucket] | None, report: Report, on_miss: str, on_progress: Listener | None
     ) -> None:
         if on_miss not in ON_MISS:
             raise UsageError(f"on_miss {shown(on_miss)} is unknown", hint=f"choices: {', '.join(ON_MISS)}")
-        self._choice = source.choice
-        self._block_size = source.choice.model.architecture.block_size
+        self._choice = loader.choice
+        self._block_size = loader.choice.model.architecture.block_size
         self._report = report
-        self._loader = Loader(source)
-        self._compiled = source if isinstance(source, Compiled) else None
+        self._loader = loader
+        self._compiled = loader if isinstance(loader, Compiled) else None
         self._builds = on_miss == "build" and self._compiled is not None
         self._on_progress = on_progress
         self._said: set[Bucket] = set()
         self._built_here: set[Bucket] = set()
         self._chosen = plan is not None
         self._plan = self._wanted(plan)
-        self.closed = False
         self._check_start()
 
     def executable(self, bucket: Bucket) -> Executable:
-        """Return what runs a bucket that `cover` returned.
-
-        Raises:
-            UsageError: the engine is closed.
-        """
-        self._require_open()
+        """Return what runs a bucket that `cover` returned."""
         return self._loader.loaded[bucket]
 
     def load_all(self) -> list[Bucket]:
-        """Load every bucket of the plan that is built and return those that could be loaded.
-
-        Raises:
-            UsageError: the engine is closed.
-            CacheError: some were built and not one could be loaded.
-        """
-        self._require_open()
+        """Load what is built of the plan and return what could be loaded; a CacheError if of some not one could be."""
         self._loader.forgive()
         for bucket in self._loader.available(self._plan):
             self._load(bucket)
@@ -101,26 +73,23 @@ class Buckets:
         return sorted(self._loader.loaded)
 
     def cover(self, batches: list[list[int]], more_tokens: int) -> list[Bucket]:
-        """Decide which buckets may run rows that grow by `more_tokens`; all of them are loaded.
-
-        Args:
-            batches: tokens of each row at its first step; rows of one batch go together.
-            more_tokens: how many tokens each row gains before its last step.
+        """Decide which buckets may run rows, as `buckets_used` takes them; all of them are loaded.
 
         Raises:
             CacheMiss: nothing that is built reaches the longest row, and nothing may be compiled.
             CompileFailed: it had to be compiled and could not be.
         """
-        self._require_open()
         self._loader.forgive()
-        call = functools.partial(self._used, batches, more_tokens)
-        need = min(max(max(lengths) for lengths in batches) + more_tokens, self._block_size)
+        cost, block_size = self._choice.cost, self._block_size
+        call = functools.partial(buckets_used, batches, more_tokens, cost=cost, block_size=block_size)
+        need = min(max(max(lengths) for lengths in batches) + more_tokens, block_size)
         if self._builds:
             self._build_for(call, need)
         while True:
             buckets = self._at_hand(need)
-            if cheapest(buckets, 1, need, self._choice.cost) is None:
-                raise self._refusal(need) or self._miss(f"no bucket that is built holds {need} tokens", need)
+            if not _reach(buckets, need):
+                refused = [error for bucket, error in self._loader.refused.items() if bucket.holds(1, need)]
+                raise refused[0] if refused else self._miss(f"no bucket that is built holds {need} tokens", need)
             used = call(buckets)
             if all([self._load(bucket) for bucket in sorted(used)]):
                 self._say_promotions(call, used)
@@ -129,33 +98,19 @@ class Buckets:
     def close(self) -> None:
         """Close every executable and let go of the weights."""
         self._loader.close()
-        self.closed = True
-
-    def _require_open(self) -> None:
-        if self.closed:
-            raise UsageError("this engine is closed", hint="load another with Engine.load")
 
     # --- what is wanted and what is there -----------------------------------------------------------------------------
 
-    def _wanted(self, plan: Plan | Iterable[Bucket] | None) -> list[Bucket]:
-        if plan is not None:
-            chosen = plan if isinstance(plan, Plan) else Plan(plan)
-        elif self._compiled is None:
-            chosen = Plan.grid(seq=default_ladder(self._block_size))
-        else:
-            saved = self._saved()
-            if saved is None:
-                return sorted(b for b in self._compiled.usable if b.seq_len <= self._block_size)
-            chosen = saved
+    def _wanted(self, plan: Iterable[Bucket] | None) -> list[Bucket]:
+        if plan is None and self._compiled is not None:
+            try:
+                plan = default_plan(self._choice)
+            except CacheError as error:  # no reason not to run what is built
+                log.warning("%s; using what is built", error.message)
+            if plan is None:
+                return sorted(b for b in self._compiled.selection.usable if b.seq_len <= self._block_size)
+        chosen = Plan.grid(seq=default_ladder(self._block_size)) if plan is None else Plan(plan)
         return list(chosen.check(self._block_size))
-
-    def _saved(self) -> Plan | None:
-        """Return the default plan; one that cannot be read is no reason not to run what is built."""
-        try:
-            return default_plan(self._choice)
-        except CacheError as error:
-            log.warning("%s; using what is built", error.message)
-            return None
 
     def _check_start(self) -> None:
         if self._compiled is None:
@@ -163,20 +118,15 @@ class Buckets:
         ready = self._loader.available(self._plan)
         if ready:
             self._choice.check_memory(Plan(ready))
-        elif not self._builds and (self._chosen or not self._compiled.usable):
+        elif not self._builds and (self._chosen or not self._compiled.selection.usable):
             raise self._miss("no bucket of the plan is built" if self._chosen else "no bucket is built")
 
     def _at_hand(self, need: int) -> list[Bucket]:
         """Return what may run: the plan's buckets, and any other that is built if those do not reach."""
         planned = self._loader.available(self._plan)
-        if self._chosen or self._compiled is None or cheapest(planned, 1, need, self._choice.cost) is not None:
+        if self._chosen or self._compiled is None or _reach(planned, need):
             return planned
-        return sorted({*planned, *self._loader.available(self._compiled.usable)})
-
-    def _used(self, batches: list[list[int]], more_tokens: int, buckets: list[Bucket]) -> set[Bucket]:
-        """Return the buckets that these batches would use."""
-        cost, block_size = self._choice.cost, self._block_size
-        return set().union(*(buckets_used(lengths, more_tokens, buckets, cost, block_size) for lengths in batches))
+        return sorted({*planned, *self._loader.available(self._compiled.selection.usable)})
 
     def _load(self, bucket: Bucket) -> bool:
         new = bucket not in self._loader.loaded
@@ -186,49 +136,46 @@ class Buckets:
 
     # --- misses -------------------------------------------------------------------------------------------------------
 
-    def _build_for(self, call: Callable[[list[Bucket]], set[Bucket]], need: int) -> None:
+    def _build_for(self, call: _Call, need: int) -> None:
         """Compile the buckets this run would use, and one that reaches its end if the plan has none.
 
         Where that cannot be done and what is built reaches, what is built runs.
         """
         assert self._compiled is not None
         wanted = self._plan
-        if cheapest(wanted, 1, need, self._choice.cost) is None:
+        if not _reach(wanted, need):
             wanted = sorted({*wanted, Bucket(1, rung_for(need, self._block_size))})
-        used = call(wanted)
-        missing = [b for b in sorted(used) if not self._compiled.has(b) or not self._load(b)]
+        missing = [b for b in sorted(call(wanted)) if not self._compiled.has(b) or not self._load(b)]
         if missing:
             try:
                 self._build(self._compiled, missing)
             except _UNBUILT as error:
-                if cheapest(self._at_hand(need), 1, need, self._choice.cost) is None:
+                if not _reach(self._at_hand(need), need):
                     raise
                 log.warning("%s; running what is built instead", error.message)
                 return
-        if set(wanted) != set(self._plan):
+        if wanted != self._plan:
             self._plan = wanted
             remember_plan(self._choice, Plan(wanted))
 
-    def _build(self, source: Compiled, missing: list[Bucket]) -> None:
-        source.weights  # noqa: B018  without them there is no use in compiling
+    def _build(self, compiled: Compiled, missing: list[Bucket]) -> None:
+        compiled.weights  # noqa: B018  without them there is no use in compiling
         log.warning("compiling for %s first: %s", self._choice.model.name, ", ".join(map(str, missing)))
-        rows = build_missing(self._choice, missing, on_progress=self._on_progress, retry=False).rows
-        source.read_again()
-        self._loader.forgive([row.bucket for row in rows if row.state != "failed"])
-        for row in rows:
+        built = build_missing(self._choice, missing, on_progress=self._on_progress, retry=False)
+        compiled.selection = Selection(self._choice)  # the store as it is now
+        compiled.forgive([row.bucket for row in built.rows if row.state != "failed"])
+        for row in built.rows:
             log.info("bucket %s: %s after %.0f s", row.bucket, row.state, row.seconds)
-            if row.state == "compiled":
-                self._built_here.add(row.bucket)
-                self._report.compiled += 1
-        for row in rows:
+        self._built_here |= {row.bucket for row in built.rows if row.state == "compiled"}
+        self._report.compiled += built.compiled
+        for row in built.rows:
             if row.state == "failed":
                 raise CompileFailed(f"bucket {row.bucket} could not be compiled: {row.why}", hint=row.hint)
 
-    def _say_promotions(self, call: Callable[[list[Bucket]], set[Bucket]], used: set[Bucket]) -> None:
+    def _say_promotions(self, call: _Call, used: set[Bucket]) -> None:
         """Say once for each planned bucket that it would have run, had it been built."""
-        lacking = {bucket for bucket in self._plan if bucket not in self._loader.loaded and bucket not in used}
-        every = sorted({*self._plan, *used})
-        missed = call(every) & lacking if lacking else set()
+        lacking = {bucket for bucket in self._plan if bucket not in self._loader.loaded}
+        missed = lacking & call(sorted({*self._plan, *used})) if lacking else set()
         self._report.promotions += bool(missed)
         for bucket in sorted(missed - self._said):
             state = "damaged" if bucket in self._loader.refused else "not built"
@@ -236,11 +183,12 @@ class Buckets:
             log.warning("bucket %s is %s; a larger one runs in its place (%s)", bucket, state, command)
         self._said |= missed
 
-    def _refusal(self, need: int) -> CacheError | None:
-        return next((error for bucket, error in self._loader.refused.items() if bucket.holds(1, need)), None)
-
     def _miss(self, what: str, need: int = 0) -> BucketsError:
         """Return the error of a miss; what is here and cannot be used gives it its kind and reason."""
         assert self._compiled is not None
         lacking = [b for b in self._plan if not self._compiled.has(b) and b.holds(1, need)]
         return explain_miss(self._choice, self._compiled.selection, what, lacking, need)
+
+
+def _reach(buckets: Iterable[Bucket], need: int) -> bool:
+    return any(bucket.holds(1, need) for bucket in buckets)

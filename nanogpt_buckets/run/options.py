@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.values import real_number, shown, whole_number
@@ -74,13 +74,3 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
     rng: str
     ignore_eos: bool
-
-
-def sampling_of(options: SamplingOptions) -> Sampling:
-    """Return what keyword arguments say.
-
-    Raises:
-        UsageError: a value is out of range.
-    """
-    given: dict[str, Any] = {name: value for name, value in options.items() if (name, value) != ("seed", None)}
-    return Sampling(**given)

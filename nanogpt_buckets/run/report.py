@@ -1,30 +1,27 @@
 """What a run did, in counters: which buckets ran, what was padding, what was cropped or promoted.
 
-Pure bookkeeping. Imports no torch.
+The last run's are kept in this node's directory, for `nanogpt-buckets report`. Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanogpt_buckets import node
+from nanogpt_buckets.errors import BucketsError
+from nanogpt_buckets.node.records import LAST_RUN
 from nanogpt_buckets.plan.bucket import Bucket
+
+_NAME = "last-run"
 
 
 @dataclass
 class BucketCount:
-    """How often one bucket ran and what was in it.
-
-    Args:
-        steps: executions.
-        rows: real rows; the rest of steps * batch_size was padding.
-        tokens: real tokens; the rest of steps * batch_size * seq_len was padding.
-        seconds: time spent inside the bucket, its input checks included.
-    """
+    """How often one bucket ran, the real rows and tokens in it, and the time inside it, its input checks included."""
 
     steps: int = 0
     rows: int = 0
@@ -37,12 +34,8 @@ class Report:
     """Counters of one engine since it was loaded.
 
     Args:
-        backend: which backend ran.
-        model: name of the model.
-        buckets: per bucket.
         hits: buckets loaded that had been built before.
         compiled: buckets compiled first, because they were missing.
-        new_tokens: tokens generated.
         switches: steps that ran in another bucket than the step before.
         crops: contexts cut to their last block_size tokens.
         promotions: calls that ran longer buckets than planned because one was not built.
@@ -82,16 +75,6 @@ class Report:
             self.overlap_s += max(0.0, min(until, end) - start)
             until = max(until, end)
 
-    @contextmanager
-    def timed(self, lock: AbstractContextManager[Any]) -> Iterator[None]:
-        """Hold a lock for one step and add the time, the wait excluded."""
-        with lock:
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                self.seconds += time.perf_counter() - start
-
     @property
     def steps(self) -> int:
         """Executions of any bucket."""
@@ -127,15 +110,26 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON."""
         rows = [
-            {
-                **bucket.to_json(),
-                "steps": count.steps,
-                "rows": count.rows,
-                "real_tokens": count.tokens,
-                "seconds": count.seconds,
-            }
-            for bucket, count in sorted(self.buckets.items())
+            {**bucket.to_json(), "steps": c.steps, "rows": c.rows, "real_tokens": c.tokens, "seconds": c.seconds}
+            for bucket, c in sorted(self.buckets.items())
         ]
         names = ("backend", "model", "hits", "compiled", "new_tokens", "switches", "crops", "promotions", "seconds")
         derived = ("steps", "real_tokens", "padded_tokens", "waste", "tokens_per_s", "overhead_s")
         return {name: getattr(self, name) for name in (*names, *derived, "seed")} | {"buckets": rows}
+
+
+def save_last_run(report: Report) -> None:
+    """Keep a report in place of the one before, if this node's directory can be written; never fails."""
+    LAST_RUN.keep(_NAME, {**report.to_json(), "ended": int(time.time())})
+
+
+def load_last_run() -> dict[str, Any]:
+    """Return the JSON of the report that was kept last, and "ended", in seconds since 1970.
+
+    A BucketsError if no run has ended on this node yet; it is a CacheError if this cannot be read or believed.
+    """
+    try:
+        return LAST_RUN.read(_NAME)
+    except FileNotFoundError:
+        hint = 'nanogpt-buckets generate "ROMEO:" --model demo'
+        raise BucketsError(f"no run has been recorded in {node.directory()}", hint=hint) from None

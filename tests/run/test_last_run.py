@@ -10,7 +10,7 @@ import pytest
 
 from nanogpt_buckets import Bucket, Engine, Report, node
 from nanogpt_buckets.errors import BucketsError
-from nanogpt_buckets.node import last_run
+from nanogpt_buckets.run.report import load_last_run, save_last_run
 
 
 def report(tokens: int = 1) -> Report:
@@ -20,10 +20,10 @@ def report(tokens: int = 1) -> Report:
 
 
 def test_what_was_saved_is_loaded_with_the_time_it_ended():
-    last_run.save(report(1).to_json())
-    last_run.save(report(2).to_json())
+    save_last_run(report(1))
+    save_last_run(report(2))
 
-    run = last_run.load()
+    run = load_last_run()
 
     assert run.items() >= report(2).to_json().items()
     assert abs(run["ended"] - time.time()) < 60
@@ -32,25 +32,25 @@ def test_what_was_saved_is_loaded_with_the_time_it_ended():
 
 def test_before_the_first_run_the_way_to_one_is_named():
     with pytest.raises(BucketsError, match="no run has been recorded") as error:
-        last_run.load()
+        load_last_run()
 
     assert "generate" in error.value.hint
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"ended": 1}', "[" * 100_000, '{"steps": NaN}'])
 def test_a_damaged_file_is_said_in_one_sentence(content):
-    last_run.save(report().to_json())
+    save_last_run(report())
     (node.directory() / "last-run.json").write_text(content)
 
     with pytest.raises(BucketsError, match="cannot be read"):
-        last_run.load()
+        load_last_run()
 
 
 def test_a_place_that_cannot_be_written_fails_no_run(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NANOGPT_BUCKETS_LOCAL_DIR", str(tmp_path / "file"))
 
-    last_run.save(report().to_json())
+    save_last_run(report())
 
     assert Path(tmp_path / "file").read_text() == ""
 
@@ -59,18 +59,18 @@ def test_an_engine_leaves_its_counters_when_it_is_closed_and_only_then(demo_cach
     with Engine.load("demo", cache_dir=demo_cache) as engine:
         engine.generate("ROMEO:", max_new_tokens=12, seed=1)
         with pytest.raises(BucketsError):
-            last_run.load()
+            load_last_run()
         expected = engine.report().to_json()
 
-    assert {name: value for name, value in last_run.load().items() if name != "ended"} == json.loads(
+    assert {name: value for name, value in load_last_run().items() if name != "ended"} == json.loads(
         json.dumps(expected)
     )
     assert (expected["hits"], expected["compiled"], expected["steps"], expected["switches"]) == (2, 0, 12, 1)
 
 
 def test_an_engine_that_ran_nothing_leaves_the_report_before(demo_cache):
-    last_run.save(report().to_json())
+    save_last_run(report())
 
     Engine.load("demo", cache_dir=demo_cache).close()
 
-    assert last_run.load()["backend"] == "eager"
+    assert load_last_run()["backend"] == "eager"
