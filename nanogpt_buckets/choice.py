@@ -101,7 +101,7 @@ class Choice:
             backend=backend.name,
             runtime=backend.runtime(),
             source=key.source_digest(*key.GRAPH_SOURCES, *backend.sources),
-            lowering=backend.lowering(),
+            lowering=backend.lowering,
             flags=backend.flags(),
             weights=self.model.weights(self.dtype).digest if backend.inlines_weights else None,
         )

@@ -1,7 +1,7 @@
-"""The Inductor backend: what names its buckets, what they need, and the way to compiling and loading them.
+"""The Inductor backend: what names its buckets, what they need, the way to compiling them, and loading.
 
-Knows nothing of the store, of plans, or of the gate. Imports no torch. Not hashed into any key: what it says of a
-family is in the key as data.
+Knows nothing of the store, of plans, or of the gate. Imports torch only to load. Not hashed into any key: what it says
+of a family is in the key as data.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nanogpt_buckets import child
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
+from nanogpt_buckets.backends.memfile import library_path
 from nanogpt_buckets.contract import Contract, dtype_name
-from nanogpt_buckets.errors import BackendUnavailable
+from nanogpt_buckets.errors import BackendUnavailable, IncompatibleEntry
 from nanogpt_buckets.findings import Finding, Verdict
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.versions import version_tuple
@@ -32,7 +33,7 @@ from nanogpt_buckets.versions import version_tuple
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# What load.py needs of torch, and how long importing it may take.
+# What `open` needs of torch, and how long importing it may take.
 _LOADER, _CHILD_TIMEOUT_S = "from torch._C._aoti import AOTIModelContainerRunnerCpu", 120
 
 
@@ -41,6 +42,7 @@ class InductorBackend(Backend):
 
     name = "inductor"
     sources = ("backends/inductor/compile.py",)
+    lowering: ClassVar = {"attention": "sdpa"}  # fused; everything else is Inductor's choice
     needs = "C++ compiler"
     install = "install g++, or use a cache directory in which they are built"
 
@@ -48,16 +50,8 @@ class InductorBackend(Backend):
         """Return the torch version: the library links against its C interface and calls its kernels."""
         return {"torch": version("torch")}
 
-    def lowering(self) -> dict[str, str]:
-        """Return fused attention; everything else is Inductor's choice."""
-        return {"attention": "sdpa"}
-
     def target(self, requested: str | None) -> str:
-        """Return the level to build for; torch before 2.10 can only build for the CPU it finds.
-
-        Raises:
-            BackendUnavailable: this machine cannot build or run that level.
-        """
+        """Return the level to build for; torch before 2.10 can only build for the CPU it finds."""
         if not _has_levels():
             if requested is None or requested.startswith(host.NATIVE):
                 return host.choose_level(host.NATIVE)
@@ -79,22 +73,17 @@ class InductorBackend(Backend):
         return {"PYTHONHASHSEED": "0", "CXX": shlex.join(_cxx())} | threads
 
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
-        """Export the step and compile it to a shared library; runs in a child whose directory is `workdir`.
-
-        Raises:
-            BackendUnavailable: there is no C++ compiler.
-            CompileFailed: the compiler made no library, or not the weightless kind.
-        """
+        """Export the step and compile it to a shared library; runs in a child whose directory is `workdir`."""
         from nanogpt_buckets.backends.inductor.compile import compile_library, settle, weightless_graph
 
         cxx = _cxx_identity(_cxx())
         if cxx is None:
             raise BackendUnavailable("no C++ compiler was found", hint="install g++, or set CXX to a compiler")
-        workdir, arch, bucket = settle(), request.architecture, request.bucket
+        place, arch, bucket = settle(), request.architecture, request.bucket
         graph, inputs = weightless_graph(arch, bucket, request.dtype, request.lowering)
         start = time.monotonic()
         clang = "clang version" in cxx
-        content, commands = compile_library(graph, inputs, request.target, workdir, _cxx(), clang)
+        content, commands = compile_library(graph, inputs, request.target, place, _cxx(), clang)
         interface = step_named(bucket.step).interface(arch, bucket)
         return Artifact(
             blobs={"library": content},
@@ -106,10 +95,30 @@ class InductorBackend(Backend):
         )
 
     def open(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Opened:
-        """Load the library from exactly these bytes."""
-        from nanogpt_buckets.backends.inductor.load import open_library
+        """Load the library from exactly these bytes and bind weights that fit it.
 
-        return open_library(artifact.blobs["library"], weights)
+        Raises:
+            IncompatibleEntry: torch cannot load it.
+        """
+        from torch._C._aoti import AOTIModelContainerRunnerCpu  # type: ignore[import-not-found,unused-ignore]
+
+        from nanogpt_buckets.steps.graph import canonical_name
+
+        try:
+            runner: Any = AOTIModelContainerRunnerCpu(library_path(artifact.blobs["library"]), 1)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise IncompatibleEntry(f"the compiled library cannot be loaded here: {reason}") from error
+        names = runner.get_constant_names_to_original_fqns()
+        # the library keeps pointers into these tensors, so they must live as long as it does
+        held = [runner, {constant: weights[canonical_name(name)] for constant, name in names.items()}]
+        runner.update_constant_buffer(held[1], False, False, True)
+
+        def run(*tensors: Tensor) -> Sequence[Tensor]:
+            outputs: list[Tensor] = held[0].run(list(tensors))
+            return outputs
+
+        return run, held.clear
 
     def findings(self) -> Iterator[Finding]:
         """Say whether torch can load what was compiled."""
