@@ -22,13 +22,7 @@ DEFERRED = "deferred"
 
 @dataclass(frozen=True)
 class Contract:
-    """What one tensor must be; it must be contiguous as well.
-
-    Args:
-        name: "input_ids", or a weight's canonical name.
-        dtype: "int32", "float32", ...
-        shape: sizes.
-    """
+    """What one tensor must be; it must be contiguous as well. Weights go by their canonical names."""
 
     name: str
     dtype: str
@@ -71,8 +65,7 @@ class Interface:
         for contract, tensor in zip(wanted, tensors, strict=True):
             if fault := contract.fault(tensor):
                 raise UsageError(f"the bucket cannot take this input: {fault}")
-            limit = self.limits.get(contract.name)
-            if limit is not None:
+            if (limit := self.limits.get(contract.name)) is not None:
                 low, high = (int(bound) for bound in tensor.aminmax())
                 if low < 0 or high >= limit:
                     value = low if low < 0 else high
@@ -92,30 +85,25 @@ class Interface:
                 raise DeviceError(f"the bucket returned {found} for {contract.name}, not {contract}")
 
 
+@dataclass(frozen=True, eq=False)
 class Executable:
     """One loaded bucket: a callable whose every call is checked against the step's interface.
 
     Args:
-        run: takes the inputs, returns the outputs; compiled code, or an eager step.
+        run: takes the inputs, returns the outputs unchecked; compiled code, or an eager step.
         interface: what it takes and returns.
         close: lets go of what it holds.
     """
 
-    def __init__(
-        self,
-        run: Callable[..., Sequence[Tensor]],
-        interface: Interface,
-        close: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._run = run
-        self.interface = interface
-        self.close = close
+    run: Callable[..., Sequence[Tensor]]
+    interface: Interface
+    close: Callable[[], None] = lambda: None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the step once."""
         refuse_forked(running=True)
         self.interface.check_inputs(tensors)
-        outputs = tuple(self._run(*tensors))
+        outputs = tuple(self.run(*tensors))
         self.interface.check_outputs(outputs)
         return outputs
 
@@ -153,10 +141,8 @@ def check_weights(contracts: Sequence[Contract], weights: Mapping[str, Tensor]) 
     Raises:
         CorruptEntry: a name, dtype, shape or memory layout differs.
     """
-    wanted = {contract.name: contract for contract in contracts}
-    if wanted.keys() != weights.keys():
-        odd = sorted(wanted.keys() ^ weights.keys())
-        raise CorruptEntry(f"the weights do not fit the compiled bucket: {odd[0]} is missing on one side")
-    for name, contract in wanted.items():
-        if fault := contract.fault(weights[name]):
-            raise CorruptEntry(f"the weights do not fit the compiled bucket: {fault}")
+    odd = sorted({contract.name for contract in contracts} ^ weights.keys())
+    faults = (contract.fault(weights[contract.name]) for contract in contracts)
+    fault = f"{odd[0]} is missing on one side" if odd else next(filter(None, faults), None)
+    if fault:
+        raise CorruptEntry(f"the weights do not fit the compiled bucket: {fault}")

@@ -48,9 +48,8 @@ class Figures:
         step_ms: one step with every row full.
         eager_ms: the same step uncompiled.
         tokens_per_s: new tokens per second of steps; a step makes one per row.
-        speed_up: eager's median step over the compiled one's.
-        max_difference: largest absolute difference of any logit.
-        mean_difference: mean absolute difference of the logits.
+        speed_up: of the median step.
+        max_difference: of any logit, absolute; `mean_difference` of all.
     """
 
     bucket: Bucket

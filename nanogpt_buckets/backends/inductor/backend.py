@@ -31,7 +31,7 @@ from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.versions import version_tuple
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 # What `open` needs of torch, and how long importing it may take.
 _LOADER, _CHILD_TIMEOUT_S = "from torch._C._aoti import AOTIModelContainerRunnerCpu", 120
@@ -52,7 +52,7 @@ class InductorBackend(Backend):
 
     def target(self, requested: str | None) -> str:
         """Return the level to build for; torch before 2.10 can only build for the CPU it finds."""
-        if not _has_levels():
+        if version_tuple(version("torch"))[:2] < (2, 10):
             if requested is None or requested.startswith(host.NATIVE):
                 return host.choose_level(host.NATIVE)
             raise BackendUnavailable(
@@ -75,6 +75,7 @@ class InductorBackend(Backend):
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
         """Export the step and compile it to a shared library; runs in a child whose directory is `workdir`."""
         from nanogpt_buckets.backends.inductor.compile import compile_library, settle, weightless_graph
+        from nanogpt_buckets.steps.graph import canonical_name
 
         cxx = _cxx_identity(_cxx())
         if cxx is None:
@@ -85,11 +86,12 @@ class InductorBackend(Backend):
         clang = "clang version" in cxx
         content, commands = compile_library(graph, inputs, request.target, place, _cxx(), clang)
         interface = step_named(bucket.step).interface(arch, bucket)
+        named = [(canonical_name(name), parameter) for name, parameter in sorted(graph.named_parameters())]
         return Artifact(
             blobs={"library": content},
             inputs=interface.inputs,
             outputs=interface.outputs,
-            weights=_weights_of(graph),
+            weights=tuple(Contract(name, dtype_name(p), tuple(p.shape)) for name, p in named),
             requires=host.requirements(content, commands),
             stats={"compile_ms": int(1000 * (time.monotonic() - start))},
         )
@@ -121,20 +123,19 @@ class InductorBackend(Backend):
         return run, held.clear
 
     def findings(self) -> Iterator[Finding]:
-        """Say whether torch can load what was compiled."""
-        yield _loader()
-
-
-def _weights_of(graph: nn.Module) -> tuple[Contract, ...]:
-    from nanogpt_buckets.steps.graph import canonical_name
-
-    named = sorted(graph.named_parameters())
-    return tuple(Contract(canonical_name(name), dtype_name(p), tuple(p.shape)) for name, p in named)
-
-
-def _has_levels() -> bool:
-    """Whether this torch can be told what to generate code for; before 2.10 it takes what it finds."""
-    return version_tuple(version("torch"))[:2] >= (2, 10)
+        """Try, in a child, whether torch can be imported and has what loads compiled buckets."""
+        command = [sys.executable, "-c", _LOADER]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            yield Finding("backend", "loader", str(error), Verdict.PROBLEM, "is this machine overloaded?")
+            return
+        if done.returncode == 0:
+            yield Finding("backend", "loader", "torch can be imported and loads compiled buckets")
+            return
+        said = done.stderr.strip().splitlines()
+        why = said[-1] if said else f"ended with code {done.returncode}"
+        yield Finding("backend", "loader", f"torch cannot be used: {why}", Verdict.PROBLEM, "reinstall torch")
 
 
 def _cxx() -> tuple[str, ...]:
@@ -169,17 +170,3 @@ def _cxx_identity(command: tuple[str, ...]) -> str | None:
     if answers[0].returncode != 0 or not version_lines or not options:
         return None
     return f"{version_lines[0].strip()}, options {sha256(options).hexdigest()[:8]}"
-
-
-def _loader() -> Finding:
-    """Try, in a child, whether torch can be imported and has what loads compiled buckets."""
-    command = [sys.executable, "-c", _LOADER]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("backend", "loader", str(error), Verdict.PROBLEM, "is this machine overloaded?")
-    if done.returncode == 0:
-        return Finding("backend", "loader", "torch can be imported and loads compiled buckets")
-    said = done.stderr.strip().splitlines()
-    why = said[-1] if said else f"ended with code {done.returncode}"
-    return Finding("backend", "loader", f"torch cannot be used: {why}", Verdict.PROBLEM, "reinstall torch")

@@ -143,7 +143,7 @@ class NeuronBackend(Backend):
             inputs=interface.inputs,
             outputs=interface.outputs,
             weights=(),
-            requires={_CORE: device.core_version(request.target)},
+            requires={_CORE: device.CORE_VERSIONS[request.target]},
             stats={"compile_ms": int(1000 * (time.monotonic() - start))},
         )
 
