@@ -37,15 +37,14 @@ class BuildRequest:
     bucket: Bucket
     dtype: str
     target: str
-    lowering: Mapping[str, str]
+    lowering: dict[str, str]
     source: str
     compiler_args: tuple[str, ...] = ()
     weights_path: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the request as plain JSON."""
-        plain = {"architecture": self.architecture.to_json(), "bucket": self.bucket.to_json()}
-        return asdict(self) | plain | {"lowering": dict(self.lowering)}
+        return asdict(self) | {"architecture": self.architecture.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> BuildRequest:
@@ -62,14 +61,8 @@ class BuildRequest:
 class Artifact:
     """What compiling one bucket made, or what the store kept of it.
 
-    Args:
-        blobs: role -> bytes, for example {"library": ...}.
-        inputs: of a call, in order.
-        outputs: of a call, in order.
-        weights: what must be given at load, by canonical name.
-        requires: what a host must have to run it; see `Backend.unmet`.
-        stats: whole numbers worth keeping, such as compile_ms.
-        gate: what the equivalence gate measured.
+    `blobs` are bytes by role, `weights` what must be given at load, `requires` what a host must have (see
+    `Backend.unmet`), `stats` whole numbers worth keeping, `gate` what the equivalence gate measured.
     """
 
     blobs: Mapping[str, bytes]
@@ -123,24 +116,14 @@ class Backend(ABC):
 
     @abstractmethod
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
-        """Compile one bucket; runs in a child.
-
-        Raises:
-            BackendUnavailable: what compiles is not here, or cannot be used.
-            CompileFailed: it made nothing that can be published.
-        """
+        """Compile one bucket, in a child; a BackendUnavailable if nothing here can, a CompileFailed if it fails."""
 
     @abstractmethod
     def open(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Opened:
         """Make verified bytes callable, with weights that have been checked."""
 
     def load(self, artifact: Artifact, interface: Interface, weights: Mapping[str, Tensor]) -> Executable:
-        """Make an executable of verified bytes.
-
-        Args:
-            artifact: what was compiled.
-            interface: what this release's step takes and returns, which the artifact must agree with.
-            weights: canonical name -> tensor; kept, not copied.
+        """Make an executable of verified bytes; weights, by canonical name, are kept and not copied.
 
         Raises:
             CorruptEntry: the artifact was not made for this interface or for these weights.
@@ -167,11 +150,8 @@ class Backend(ABC):
 
     def rank(self, target: str) -> int:
         """Order targets of entries that run here from most to least specialised: 0 is best."""
-        return host.level_rank(target)
-
-    def can_check(self, artifact: Artifact) -> bool:
-        """Whether this machine can run what it has just compiled, and so check it before it is published."""
-        return True
+        order = [host.native(), *host.LEVELS]
+        return order.index(target) if target in order else len(order)
 
     def capacity(self, target: str) -> int | None:
         """Return how many bytes of weights in buckets a device holds, or None if that bounds nothing."""

@@ -82,12 +82,6 @@ def choose_level(requested: str | None) -> str:
     raise BackendUnavailable(f"target {requested!r} is unknown", hint=f"targets of this machine's backend: {known}")
 
 
-def level_rank(target: str) -> int:
-    """Order targets from most to least specialised: 0 is best."""
-    order = [native(), *LEVELS]
-    return order.index(target) if target in order else len(order)
-
-
 def flags_of_compile_line(line: str) -> list[str]:
     """Return the CPU features that the -march and -mFEATURE options of a g++ command turn on, as Linux spells them."""
     needed: set[str] = set()

@@ -26,14 +26,10 @@ def source_of(backend: Backend, step: str) -> str:
 
 
 def handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]:
-    """Compile and gate one bucket in the working directory.
-
-    Args:
-        request: `BuildRequest.to_json()`.
-        emit: progress.
+    """Compile and gate what `BuildRequest.to_json` says in the working directory, and `emit` each phase.
 
     Returns:
-        What `artifact_from_json` reads; blobs are file names in the working directory.
+        What `artifact_from_json` reads; the blobs are files in the working directory.
 
     Raises:
         BucketsError: the bucket cannot be compiled, or failed the gate.
@@ -67,13 +63,13 @@ def artifact_from_json(result: dict[str, Any], workdir: Path) -> Artifact:
 
 
 def _gate(backend: Backend, build: BuildRequest, artifact: Artifact) -> dict[str, Any]:
-    """Check what was compiled on the bytes that will be published, or say why that must wait until it is loaded."""
+    """Check the very bytes that will be published, or say why that must wait until they are loaded."""
     import safetensors.torch
     import torch
 
     from nanogpt_buckets.steps import gate
 
-    if not backend.can_check(artifact):
+    if backend.unmet(artifact.requires) is not None:
         return {DEFERRED: "no device where it was built"}
     arch, bucket = build.architecture, build.bucket
     if build.weights_path is None:

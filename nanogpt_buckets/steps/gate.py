@@ -62,12 +62,8 @@ def check(
 ) -> dict[str, Any]:
     """Compare a loaded bucket with the eager model and return what was measured, in whole numbers.
 
-    Args:
-        run: takes and returns what the bucket's step does; loaded with `weights`.
-        arch: what it was compiled from.
-        bucket: its shape and step.
-        weights: canonical tensors, all of one dtype, whose rounding the reference shares.
-        rounds: float32 is computed in less precision, as asked for, and so judged as bfloat16 is.
+    `run` was loaded with `weights`: canonical tensors, all of one dtype, whose rounding the reference shares. If it
+    `rounds`, float32 is computed in less precision, as asked for, and so judged as bfloat16 is.
 
     Raises:
         GateFailed: logits differ by more than the tolerance, or a bit moved that must not.

@@ -37,12 +37,9 @@ class Step(ABC):
 
     @abstractmethod
     def pack(self, contexts: Sequence[Sequence[int]], bucket: Bucket, filler: Tensor | None = None) -> tuple[Any, ...]:
-        """Return the inputs that make one call compute what follows each context.
+        """Return the inputs that make one call compute what follows each context: at most B rows of at most S ids.
 
-        Args:
-            contexts: token ids of the real rows, at most B of them and at most S in each.
-            bucket: the shape.
-            filler: int32 (B, S), what stands where no real token does; None for id 0.
+        `filler`, int32 (B, S), is what stands where no real token does; None for id 0.
         """
 
     @abstractmethod

@@ -52,14 +52,12 @@ class InductorBackend(Backend):
 
     def target(self, requested: str | None) -> str:
         """Return the level to build for; torch before 2.10 can only build for the CPU it finds."""
-        if version_tuple(version("torch"))[:2] < (2, 10):
-            if requested is None or requested.startswith(host.NATIVE):
-                return host.choose_level(host.NATIVE)
-            raise BackendUnavailable(
-                f"torch {version('torch')} cannot be told an instruction-set level",
-                hint="leave --target out, or use torch 2.10",
-            )
-        return host.choose_level(requested)
+        torch = version("torch")
+        old = version_tuple(torch)[:2] < (2, 10)
+        if old and requested is not None and not requested.startswith(host.NATIVE):
+            said = f"torch {torch} cannot be told an instruction-set level"
+            raise BackendUnavailable(said, hint="leave --target out, or use torch 2.10")
+        return host.choose_level(host.NATIVE if old else requested)
 
     def compiler(self) -> dict[str, str] | None:
         """Return torch's version, and the C++ compiler's with its options, or None where there is no C++ compiler."""
@@ -97,11 +95,7 @@ class InductorBackend(Backend):
         )
 
     def open(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Opened:
-        """Load the library from exactly these bytes and bind weights that fit it.
-
-        Raises:
-            IncompatibleEntry: torch cannot load it.
-        """
+        """Load the library from exactly these bytes and bind the weights."""
         from torch._C._aoti import AOTIModelContainerRunnerCpu  # type: ignore[import-not-found,unused-ignore]
 
         from nanogpt_buckets.steps.graph import canonical_name

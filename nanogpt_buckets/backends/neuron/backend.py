@@ -37,12 +37,7 @@ _CORE = "neuron_core"
 
 @dataclass(frozen=True)
 class NeuronBackend(Backend):
-    """See `Backend`.
-
-    Args:
-        compiler_args: the user's compiler flags, in any spelling.
-        cores: NeuronCores to put a replica of every bucket on.
-    """
+    """See `Backend`; a replica of every bucket is on each of `cores` NeuronCores."""
 
     compiler_args: tuple[str, ...] = ()
     cores: int = 1
@@ -114,13 +109,7 @@ class NeuronBackend(Backend):
         return environment
 
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
-        """Trace the step with its weights; runs in a child.
-
-        Raises:
-            UsageError: flags are given that no key names.
-            BackendUnavailable: torch_neuronx or neuronx-cc cannot be used.
-            CompileFailed: the compiler ended with an error, twice if the error may have been a passing one.
-        """
+        """Trace the step with its weights; a UsageError, too, where flags are given that no key names."""
         from nanogpt_buckets.backends.neuron.compile import graph_with_weights
 
         if os.environ.get("NEURON_CC_FLAGS"):
@@ -155,10 +144,6 @@ class NeuronBackend(Backend):
         """Say what is lacking: the generation of cores it was compiled for, or what any host must have."""
         rest = {name: value for name, value in requires.items() if name != _CORE}
         return host.unmet(rest) or device.unmet(str(requires.get(_CORE)))
-
-    def can_check(self, artifact: Artifact) -> bool:
-        """Whether this machine has a device that can run it."""
-        return self.unmet(artifact.requires) is None
 
     def open(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Opened:
         """Load the module from exactly these bytes on the first `cores` cores; `weights` are inside already."""

@@ -32,7 +32,7 @@ _CORE_RESERVED_BYTES = 96_000_000
 
 @dataclass(frozen=True)
 class Device:
-    """The Neuron device of this machine: `chips` of them; its EC2 instance type and target are "" where not known."""
+    """The Neuron device of this machine; its EC2 instance type and canonical target are "" where not known."""
 
     instance: str
     chips: int
@@ -86,10 +86,8 @@ def core_bytes(target: str) -> int | None:
 def unmet(version: str) -> str | None:
     """Say why this machine cannot run code for a generation of cores, or None if it can."""
     device = find()
-    if device is None:
-        return f"needs a NeuronCore-{version}, this machine has no Neuron device"
-    own = CORE_VERSIONS.get(device.target)
-    return None if own == version else f"needs a NeuronCore-{version}, this machine has {own or 'an unknown device'}"
+    own = CORE_VERSIONS.get(device.target, "an unknown device") if device else "no Neuron device"
+    return None if own == version else f"needs a NeuronCore-{version}, this machine has {own}"
 
 
 def choose_target(requested: str | None) -> str:

@@ -66,11 +66,7 @@ def pairing(torch_neuronx: str, neuronx_cc: str | None) -> Pairing | None:
 
 
 def require() -> str:
-    """Return the version of torch-neuronx if it can be expected to work with what else is installed.
-
-    Raises:
-        BackendUnavailable: it is not installed, is a placeholder, is the native package, or does not go with torch.
-    """
+    """Return the version of torch-neuronx; a BackendUnavailable if it cannot work with what else is installed."""
     version = installed("torch-neuronx")
     if version is None:
         raise BackendUnavailable("the Neuron backend needs torch-neuronx, which is not installed", hint=INSTALL)
@@ -89,11 +85,7 @@ def require() -> str:
 
 
 def package() -> Any:
-    """Import torch_neuronx, the one with trace.
-
-    Raises:
-        BackendUnavailable: it cannot be imported, or is the native package.
-    """
+    """Import torch_neuronx, the one with trace; a BackendUnavailable if that is not what is here."""
     try:
         import torch_neuronx
     except ImportError as error:
