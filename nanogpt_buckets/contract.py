@@ -115,7 +115,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def check_weights(contracts: Sequence[Contract], weights: Mapping[str, Tensor]) -> None:
-    """Refuse, by a CorruptEntry, weights whose names, dtypes, shapes or layouts are not those that were compiled for."""
+    """Refuse, by a CorruptEntry, weights whose names, dtypes, shapes or layouts are not those compiled for."""
     odd = sorted({contract.name for contract in contracts} ^ weights.keys())
     faults = (contract.fault(weights[contract.name]) for contract in contracts)
     fault = f"{odd[0]} is missing on one side" if odd else next(filter(None, faults), None)
