@@ -86,8 +86,9 @@ def core_bytes(target: str) -> int | None:
 def unmet(version: str) -> str | None:
     """Say why this machine cannot run code for a generation of cores, or None if it can."""
     device = find()
-    own = CORE_VERSIONS.get(device.target, "an unknown device") if device else "no Neuron device"
-    return None if own == version else f"needs a NeuronCore-{version}, this machine has {own}"
+    own = CORE_VERSIONS.get(device.target) if device else None
+    found = own or ("an unknown device" if device else "no Neuron device")
+    return None if own == version else f"needs a NeuronCore-{version}, this machine has {found}"
 
 
 def choose_target(requested: str | None) -> str:
