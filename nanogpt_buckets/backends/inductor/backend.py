@@ -73,12 +73,13 @@ class InductorBackend(Backend):
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
         """Export the step and compile it to a shared library; runs in a child whose directory is `workdir`."""
         from nanogpt_buckets.backends.inductor.compile import compile_library, settle, weightless_graph
-        from nanogpt_buckets.steps.graph import canonical_name
 
         cxx = _cxx_identity(_cxx())
         if cxx is None:
             raise BackendUnavailable("no C++ compiler was found", hint="install g++, or set CXX to a compiler")
         place, arch, bucket = settle(), request.architecture, request.bucket
+        from nanogpt_buckets.steps.graph import canonical_name  # imports torch, which must come after settling
+
         graph, inputs = weightless_graph(arch, bucket, request.dtype, request.lowering)
         start = time.monotonic()
         clang = "clang version" in cxx
