@@ -244,7 +244,7 @@ class _Builder:
             bucket=bucket,
             dtype=choice.dtype,
             target=choice.build_target,
-            lowering=backend.lowering(),
+            lowering=backend.lowering,
             source=worker.source_of(backend, bucket.step),
             compiler_args=backend.compiler_args,
             weights_path=None if inlined is None else str(inlined),

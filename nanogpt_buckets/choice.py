@@ -100,7 +100,7 @@ class Choice:
             "backend": backend.name,
             "dtype": self.dtype,
             "flags": backend.flags(),
-            "lowering": dict(backend.lowering()),
+            "lowering": dict(backend.lowering),
             "runtime": dict(backend.runtime()),  # libraries that must match to load at all
             "source": key.source_digest(*key.GRAPH_SOURCES, *backend.sources),
             "weights": self.model.weights(self.dtype).digest if backend.inlines_weights else None,

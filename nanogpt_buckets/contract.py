@@ -22,13 +22,7 @@ DEFERRED = "deferred"
 
 @dataclass(frozen=True)
 class Contract:
-    """What one tensor must be; it must be contiguous as well.
-
-    Args:
-        name: "input_ids", or a weight's canonical name.
-        dtype: "int32", "float32", ...
-        shape: sizes.
-    """
+    """What one tensor must be; it must be contiguous as well. Weights go by their canonical names."""
 
     name: str
     dtype: str
@@ -47,11 +41,8 @@ class Contract:
 class Interface:
     """What a step takes and returns in one bucket.
 
-    Args:
-        inputs: of a call, in order.
-        outputs: of a call, in order.
-        state: tensors written in place and alive between calls.
-        limits: for whole-number inputs, what every value must be below; all must be 0 or more.
+    `state` are tensors written in place and alive between calls; `limits` says of whole-number inputs what every value
+    must be below, and all must be 0 or more.
     """
 
     inputs: tuple[Contract, ...]
@@ -60,30 +51,21 @@ class Interface:
     limits: Mapping[str, int] = field(default_factory=dict)
 
     def check_inputs(self, tensors: Sequence[Tensor]) -> None:
-        """Check, on the host, what compiled code takes on trust.
-
-        Raises:
-            UsageError: a number of tensors, dtype, shape, layout or value is not what the step takes.
-        """
+        """Check, on the host, what compiled code takes on trust; a UsageError names the first tensor that is wrong."""
         wanted = (*self.inputs, *self.state)
         if len(tensors) != len(wanted):
             raise UsageError(f"the bucket takes {len(wanted)} inputs, not {len(tensors)}")
         for contract, tensor in zip(wanted, tensors, strict=True):
             if fault := contract.fault(tensor):
                 raise UsageError(f"the bucket cannot take this input: {fault}")
-            limit = self.limits.get(contract.name)
-            if limit is not None:
+            if (limit := self.limits.get(contract.name)) is not None:
                 low, high = (int(bound) for bound in tensor.aminmax())
                 if low < 0 or high >= limit:
                     value = low if low < 0 else high
                     raise UsageError(f"{contract.name} {value} is out of range: it must be 0 to {limit - 1}")
 
     def check_outputs(self, tensors: Sequence[Tensor]) -> None:
-        """Check what came back.
-
-        Raises:
-            DeviceError: it is not what the step returns.
-        """
+        """Check what came back; a DeviceError says what is not what the step returns."""
         if len(tensors) != len(self.outputs):
             raise DeviceError(f"the bucket returned {len(tensors)} tensors, not {len(self.outputs)}")
         for contract, tensor in zip(self.outputs, tensors, strict=True):
@@ -92,30 +74,19 @@ class Interface:
                 raise DeviceError(f"the bucket returned {found} for {contract.name}, not {contract}")
 
 
+@dataclass(frozen=True, eq=False)
 class Executable:
-    """One loaded bucket: a callable whose every call is checked against the step's interface.
+    """One loaded bucket: a callable whose every call is checked; `run` is the bare one, compiled or eager."""
 
-    Args:
-        run: takes the inputs, returns the outputs; compiled code, or an eager step.
-        interface: what it takes and returns.
-        close: lets go of what it holds.
-    """
-
-    def __init__(
-        self,
-        run: Callable[..., Sequence[Tensor]],
-        interface: Interface,
-        close: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._run = run
-        self.interface = interface
-        self.close = close
+    run: Callable[..., Sequence[Tensor]]
+    interface: Interface
+    close: Callable[[], None] = lambda: None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the step once."""
         refuse_forked(running=True)
         self.interface.check_inputs(tensors)
-        outputs = tuple(self._run(*tensors))
+        outputs = tuple(self.run(*tensors))
         self.interface.check_outputs(outputs)
         return outputs
 
@@ -126,11 +97,7 @@ _ran_in: set[int] = set()  # processes that have run a step: this one, or one it
 def refuse_forked(running: bool = False) -> None:
     """Refuse to run in a process forked from one that has run a step: OpenMP would wait for threads that are not here.
 
-    Args:
-        running: this process is about to run one.
-
-    Raises:
-        UsageError: this is such a process.
+    Raises a UsageError; `running` says that this process is about to run one.
     """
     process = os.getpid()
     if _ran_in - {process}:
@@ -148,15 +115,9 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def check_weights(contracts: Sequence[Contract], weights: Mapping[str, Tensor]) -> None:
-    """Refuse any set of weights that is not exactly what the artifact was compiled for.
-
-    Raises:
-        CorruptEntry: a name, dtype, shape or memory layout differs.
-    """
-    wanted = {contract.name: contract for contract in contracts}
-    if wanted.keys() != weights.keys():
-        odd = sorted(wanted.keys() ^ weights.keys())
-        raise CorruptEntry(f"the weights do not fit the compiled bucket: {odd[0]} is missing on one side")
-    for name, contract in wanted.items():
-        if fault := contract.fault(weights[name]):
-            raise CorruptEntry(f"the weights do not fit the compiled bucket: {fault}")
+    """Refuse, by a CorruptEntry, weights whose names, dtypes, shapes or layouts are not those compiled for."""
+    odd = sorted({contract.name for contract in contracts} ^ weights.keys())
+    faults = (contract.fault(weights[contract.name]) for contract in contracts)
+    fault = f"{odd[0]} is missing on one side" if odd else next(filter(None, faults), None)
+    if fault:
+        raise CorruptEntry(f"the weights do not fit the compiled bucket: {fault}")

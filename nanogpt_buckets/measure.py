@@ -38,19 +38,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one bucket.
+    """What was measured of one bucket's entry.
 
-    Args:
-        bucket: the bucket.
-        key: of the entry that was measured.
-        bytes: what its blobs weigh.
-        load_ms: reading, verifying and loading it, files in the page cache.
-        step_ms: one step with every row full.
-        eager_ms: the same step uncompiled.
-        tokens_per_s: new tokens per second of steps; a step makes one per row.
-        speed_up: eager's median step over the compiled one's.
-        max_difference: largest absolute difference of any logit.
-        mean_difference: mean absolute difference of the logits.
+    Loading is reading, verifying and opening, with files in the page cache. A step has every row full and makes one
+    token per row; `eager_ms` is the same uncompiled, `speed_up` that of the medians. Differences are the logits'.
     """
 
     bucket: Bucket
@@ -77,14 +68,9 @@ def measure(
     runs: int,
     on_run: Callable[[int], None] = lambda amount: None,
 ) -> Figures:
-    """Measure the best intact entry of a bucket.
+    """Measure the best intact entry of a bucket with weights of the choice's dtype.
 
-    Args:
-        selection: the entries that run here.
-        bucket: which.
-        weights: of the model, in the choice's dtype.
-        runs: steps of each kind that are timed; one more of each warms up.
-        on_run: called after each.
+    Of each kind `runs` steps are timed, and `on_run(1)` is called after each pair; one more of each warms up.
 
     Raises:
         CacheError: none of the entries can be loaded.
@@ -98,10 +84,13 @@ def measure(
     inputs = step_kind.pack(ids.tolist(), bucket)
     own, baseline_logits = (step_kind.logits(run(*inputs), B) for run in (executable, eager))  # 2 x (B, V)
     difference = (own - baseline_logits).abs()  # (B, V)
-    step_ms, eager_ms = [], []
+    step_ms: list[float] = []
+    eager_ms: list[float] = []
     for _ in range(runs):
-        step_ms.append(_milliseconds(executable, inputs))
-        eager_ms.append(_milliseconds(eager, inputs))
+        for run, times in ((executable, step_ms), (eager, eager_ms)):
+            start = time.perf_counter()
+            run(*inputs)
+            times.append(1000 * (time.perf_counter() - start))
         on_run(1)
     executable.close()
     step, baseline = _spread(step_ms), _spread(eager_ms)
@@ -137,12 +126,6 @@ def _load(selection: Selection, bucket: Bucket, weights: Mapping[str, Tensor]) -
             refused = refused or error
     assert refused is not None
     raise refused
-
-
-def _milliseconds(executable: Executable, inputs: tuple[Tensor, ...]) -> float:
-    start = time.perf_counter()
-    executable(*inputs)
-    return 1000 * (time.perf_counter() - start)
 
 
 def _spread(values: list[float]) -> Spread:

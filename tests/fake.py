@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import ClassVar
 
 from nanogpt_buckets import key
 from nanogpt_buckets.backends.base import Artifact, Backend
@@ -21,6 +22,7 @@ from nanogpt_buckets.store.store import Store
 class Fake(Backend):
     name = "fake"
     sources = ()
+    lowering: ClassVar = {}
 
     def __init__(self, arch, compiler="1.0"):
         self._arch, self._compiler = arch, compiler
@@ -28,9 +30,6 @@ class Fake(Backend):
 
     def runtime(self):
         return {"fake": "1"}
-
-    def lowering(self):
-        return {}
 
     def target(self, requested):
         return requested or "best"

@@ -215,23 +215,23 @@ def test_one_byte_of_any_hashed_file_moves_the_digest_and_of_no_other(copy):
         after = changed(copy / "nanogpt_buckets" / name, copy)
         moved = {backend for backend in BACKENDS if after[backend] != before[backend]}
         assert moved == {backend for backend in BACKENDS if name in hashed(backend)}, name
-    for name in ("errors.py", "backends/base.py", "backends/inductor/load.py", "steps/gate.py", "run/engine.py"):
+    for name in ("errors.py", "backends/base.py", "backends/memfile.py", "steps/gate.py", "run/engine.py"):
         assert changed(copy / "nanogpt_buckets" / name, copy) == before, name
 
 
 # Imported while compiling, and shaping no code: each has its reason.
 SHAPES_NOTHING = {
     "__init__", "errors", "values", "versions", "mounts", "settings", "files", "owners", "child",  # not the graph
-    "findings", "backends/neuron/findings",  # what doctor says
+    "findings",  # what doctor says
     "key", "contract",  # names and checks
     "node/__init__", "node/failures", "node/prune", "node/records", "node/sources",  # where loading keeps a library
     "model/__init__", "model/architecture",  # sizes and switches, which are in the key as data
     "plan/__init__", "plan/bucket",  # the shape, which is in the key as data
     "steps/__init__", "steps/step", "steps/gate",  # what is asked of a step; the check of what was compiled
     "backends/__init__", "backends/base", "backends/host", "backends/worker", "backends/memfile",
-    "backends/inductor/__init__", "backends/inductor/backend", "backends/inductor/load",
+    "backends/inductor/__init__", "backends/inductor/backend",
     "backends/neuron/__init__", "backends/neuron/arguments", "backends/neuron/backend", "backends/neuron/device",
-    "backends/neuron/flags", "backends/neuron/package", "backends/neuron/sdk",  # asked whether a device is here
+    "backends/neuron/flags", "backends/neuron/package",  # asked whether a device is here
 }  # fmt: skip
 
 COMPILE = """
@@ -248,7 +248,7 @@ def test_every_module_imported_while_compiling_is_hashed_or_named_here(tmp_path)
     arch = Architecture(1, 1, 16, 64, 8, 11)  # at 8 wide, Inductor gives NaN (torch 2.13): the gate refuses
     backend = backend_for("inductor")
     request = BuildRequest(
-        "inductor", arch, Bucket(1, 4), "float32", backend.target(None), backend.lowering(),
+        "inductor", arch, Bucket(1, 4), "float32", backend.target(None), backend.lowering,
         source_of(backend, "recompute"),
     )  # fmt: skip
     environment = child.clean_environment({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
@@ -287,7 +287,7 @@ def test_a_child_imports_its_parents_copy_whatever_pythonpath_names(copy, tmp_pa
 def test_a_child_of_another_source_refuses(tmp_path, monkeypatch):
     backend = backend_for("inductor")
     request = BuildRequest(
-        "inductor", GPT2_SIZES["gpt2"], Bucket(1, 4), "float32", backend.target(None), backend.lowering(), "0" * 64
+        "inductor", GPT2_SIZES["gpt2"], Bucket(1, 4), "float32", backend.target(None), backend.lowering, "0" * 64
     )
 
     with pytest.raises(CompileFailed, match="another copy of nanogpt_buckets"):

@@ -16,12 +16,6 @@ def backend_for(
 ) -> Backend:
     """Return the backend asked for; for "auto" the target decides, else what devices are here.
 
-    Args:
-        backend: "auto" or one of BACKENDS.
-        target: what to build for; a Trainium or Inferentia name means neuron.
-        compiler_args: compiler flags, which only neuron takes.
-        cores: NeuronCores to run on.
-
     Raises:
         UsageError: no such backend, a target that is not its own, or an argument it does not take.
     """
@@ -40,11 +34,7 @@ def backend_for(
 
 
 def refuse_neuron_only(name: str, target: str | None, compiler_args: str | Sequence[str], cores: int) -> None:
-    """Refuse, for what runs on the CPU, what only neuron takes.
-
-    Raises:
-        UsageError: one of them was given.
-    """
+    """Refuse, by a UsageError, what only neuron takes, for a backend that runs on the CPU."""
     if device.is_neuron(target):
         raise UsageError(f"the {name} backend does not build for {target}", hint="leave --backend out")
     if compiler_args:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.contract import Contract, Executable, Interface, check_weights
@@ -28,16 +28,8 @@ DTYPES = ("float32", "bfloat16")
 class BuildRequest:
     """All a child needs to compile one bucket; plain data, so that it can cross to another process or machine.
 
-    Args:
-        backend: name of the backend.
-        architecture: the model, without weights.
-        bucket: the shape and its step.
-        dtype: "float32" or "bfloat16".
-        target: what to generate code for.
-        lowering: how the graph is written.
-        source: digest of the files that shape the code, which must be those of whoever compiles.
-        compiler_args: the user's compiler flags.
-        weights_path: the prepared weights, where they are compiled in.
+    `source` is the digest of the files that shape the code, which must be those of whoever compiles; `weights_path`
+    names the prepared weights, where they are compiled in.
     """
 
     backend: str
@@ -45,36 +37,32 @@ class BuildRequest:
     bucket: Bucket
     dtype: str
     target: str
-    lowering: Mapping[str, str]
+    lowering: dict[str, str]
     source: str
     compiler_args: tuple[str, ...] = ()
     weights_path: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the request as plain JSON."""
-        plain = {"architecture": self.architecture.to_json(), "bucket": self.bucket.to_json()}
-        return asdict(self) | plain | {"lowering": dict(self.lowering)}
+        return asdict(self) | {"architecture": self.architecture.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> BuildRequest:
         """Rebuild from `to_json`'s output."""
-        architecture = Architecture.from_json(data["architecture"])
-        rebuilt = {"architecture": architecture, "bucket": Bucket(**data["bucket"])}
-        return cls(**(data | rebuilt | {"compiler_args": tuple(data["compiler_args"])}))
+        rebuilt = {
+            "architecture": Architecture.from_json(data["architecture"]),
+            "bucket": Bucket(**data["bucket"]),
+            "compiler_args": tuple(data["compiler_args"]),
+        }
+        return cls(**(data | rebuilt))
 
 
 @dataclass(frozen=True)
 class Artifact:
     """What compiling one bucket made, or what the store kept of it.
 
-    Args:
-        blobs: role -> bytes, for example {"library": ...}.
-        inputs: contract of each input, in order.
-        outputs: contract of each output.
-        weights: contract of each tensor that must be given at load, by canonical name.
-        requires: what a host must have to run it; see `Backend.unmet`.
-        stats: whole numbers worth keeping, such as compile_ms.
-        gate: what the equivalence gate measured.
+    `blobs` are bytes by role, `weights` what must be given at load, `requires` what a host must have (see
+    `Backend.unmet`), `stats` whole numbers worth keeping, `gate` what the equivalence gate measured.
     """
 
     blobs: Mapping[str, bytes]
@@ -89,18 +77,6 @@ class Artifact:
         """Return every field but the blobs, by name: what a manifest keeps of an artifact."""
         return {name: getattr(self, name) for name in FACTS}
 
-    def facts_to_json(self) -> dict[str, Any]:
-        """Return the same as plain JSON."""
-        return {name: value for name, value in asdict(self).items() if name in FACTS}
-
-    @classmethod
-    def from_json(cls, facts: Mapping[str, Any], blobs: Mapping[str, bytes]) -> Artifact:
-        """Rebuild from `facts_to_json`'s output."""
-        plain = dict(facts)
-        for name in ("inputs", "outputs", "weights"):
-            plain[name] = tuple(Contract(row["name"], row["dtype"], tuple(row["shape"])) for row in facts[name])
-        return cls(blobs=blobs, **plain)
-
 
 FACTS = tuple(f.name for f in fields(Artifact) if f.name != "blobs")
 # What a backend makes of verified bytes: calls take the step's inputs; closing lets go.
@@ -111,13 +87,14 @@ class Backend(ABC):
     """One compiler with its loader; what most have in common is here.
 
     `name` is part of the family. `sources` are the files of this backend that shape generated code, relative to the
-    package. `inlines_weights` is True where weights are compiled in. `needs` says what is lacking where `compiler`
-    finds none, and `install` how to get it. `timeout_s` bounds one compilation. `compiler_args` are the user's compiler
-    flags. `cores` is how many steps can run at once.
+    package; `lowering` is how graphs are written for it. `inlines_weights` is True where weights are compiled in.
+    `needs` says what is lacking where `compiler` finds none, and `install` how to get it. `timeout_s` bounds one
+    compilation. `compiler_args` are the user's compiler flags. `cores` is how many steps can run at once.
     """
 
     name: str
     sources: tuple[str, ...]
+    lowering: ClassVar[dict[str, str]]
     inlines_weights = False
     needs = "compiler"
     install = ""
@@ -127,15 +104,11 @@ class Backend(ABC):
 
     @abstractmethod
     def runtime(self) -> dict[str, str]:
-        """Return the library versions an artifact is tied to."""
-
-    @abstractmethod
-    def lowering(self) -> dict[str, str]:
-        """Return how graphs are written for this backend."""
+        """Return the library versions an artifact is tied to; a BackendUnavailable if one cannot be used."""
 
     @abstractmethod
     def target(self, requested: str | None) -> str:
-        """Return what would be built for."""
+        """Return what would be built for; a BackendUnavailable if this machine cannot build that."""
 
     @abstractmethod
     def compiler(self) -> dict[str, str] | None:
@@ -143,19 +116,14 @@ class Backend(ABC):
 
     @abstractmethod
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
-        """Compile one bucket; runs in a child."""
+        """Compile one bucket, in a child; a BackendUnavailable if nothing here can, a CompileFailed if it fails."""
 
     @abstractmethod
     def open(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Opened:
         """Make verified bytes callable, with weights that have been checked."""
 
     def load(self, artifact: Artifact, interface: Interface, weights: Mapping[str, Tensor]) -> Executable:
-        """Make an executable of verified bytes.
-
-        Args:
-            artifact: what was compiled.
-            interface: what this release's step takes and returns, which the artifact must agree with.
-            weights: canonical name -> tensor; kept, not copied.
+        """Make an executable of verified bytes; weights, by canonical name, are kept and not copied.
 
         Raises:
             CorruptEntry: the artifact was not made for this interface or for these weights.
@@ -182,11 +150,8 @@ class Backend(ABC):
 
     def rank(self, target: str) -> int:
         """Order targets of entries that run here from most to least specialised: 0 is best."""
-        return host.level_rank(target)
-
-    def can_check(self, artifact: Artifact) -> bool:
-        """Whether this machine can run what it has just compiled, and so check it before it is published."""
-        return True
+        order = [host.native(), *host.LEVELS]
+        return order.index(target) if target in order else len(order)
 
     def capacity(self, target: str) -> int | None:
         """Return how many bytes of weights in buckets a device holds, or None if that bounds nothing."""

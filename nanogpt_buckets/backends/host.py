@@ -82,12 +82,6 @@ def choose_level(requested: str | None) -> str:
     raise BackendUnavailable(f"target {requested!r} is unknown", hint=f"targets of this machine's backend: {known}")
 
 
-def level_rank(target: str) -> int:
-    """Order targets from most to least specialised: 0 is best."""
-    order = [native(), *LEVELS]
-    return order.index(target) if target in order else len(order)
-
-
 def flags_of_compile_line(line: str) -> list[str]:
     """Return the CPU features that the -march and -mFEATURE options of a g++ command turn on, as Linux spells them."""
     needed: set[str] = set()
@@ -97,44 +91,31 @@ def flags_of_compile_line(line: str) -> list[str]:
         elif option.startswith("arch="):
             needed |= LEVELS.get(option.removeprefix("arch="), frozenset())
         else:
-            feature = option.replace("-", "_")
-            needed.add(re.sub(r"^avx512(vnni|bf16|fp16)$", r"avx512_\1", feature))
+            needed.add(re.sub(r"^avx512(vnni|bf16|fp16)$", r"avx512_\1", option.replace("-", "_")))
     return sorted(needed)
 
 
 def symbol_versions(library: bytes) -> dict[str, str]:
     """Return the highest GLIBC and GLIBCXX symbol versions a shared library names."""
-    found = {}
-    for name in ("GLIBC", "GLIBCXX"):
-        versions = re.findall(rb"\x00" + name.encode() + rb"_(\d+(?:\.\d+)+)(?=\x00)", library)
-        if versions:
-            found[name.lower()] = max((v.decode() for v in versions), key=version_tuple)
+    found: dict[str, str] = {}
+    for name, number in re.findall(r"\0(GLIBC|GLIBCXX)_(\d+(?:\.\d+)+)(?=\0)", library.decode("latin-1")):
+        found[name.lower()] = max(number, found.get(name.lower(), "0"), key=version_tuple)
     return found
 
 
 @functools.cache
 def own_versions() -> dict[str, str]:
     """Return what this host's C and C++ libraries provide, under the names `symbol_versions` uses."""
-    found = {}
-    libc_name, libc_version = platform.libc_ver()
-    if libc_name == "glibc":
-        found["glibc"] = libc_version
-    cxx = _loaded_library("libstdc++.so.6")
-    if cxx is not None:
-        versions = re.findall(rb"GLIBCXX_(\d+(?:\.\d+)+)(?=\x00)", cxx.read_bytes())
-        if versions:
-            found["glibcxx"] = max((v.decode() for v in versions), key=version_tuple)
-    return found
-
-
-def _loaded_library(name: str) -> Path | None:
+    name, libc = platform.libc_ver()
+    found = {"glibc": libc} if name == "glibc" else {}
     try:
-        ctypes.CDLL(name)
+        ctypes.CDLL("libstdc++.so.6")
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
-    match = re.search(rf"(/\S*{re.escape(name.split('.so')[0])}\.so\S*)", maps)
-    return Path(match.group(1)) if match else None
+        return found
+    library = re.search(r"/\S*libstdc\+\+\.so\S*", maps)
+    named = symbol_versions(Path(library[0]).read_bytes()) if library else {}
+    return found | {name: number for name, number in named.items() if name == "glibcxx"}
 
 
 def requirements(library: bytes, compile_line: str) -> dict[str, Any]:

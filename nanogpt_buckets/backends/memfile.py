@@ -30,11 +30,7 @@ def in_memory() -> bool:
 
 
 def library_path(content: bytes) -> str:
-    """Return a path that holds exactly `content` until this process ends.
-
-    Args:
-        content: a shared library's verified bytes.
-    """
+    """Return a path that holds exactly `content` until this process ends."""
     digest = hashlib.sha256(content).hexdigest()
     with _lock:
         if digest not in _paths or not os.path.exists(_paths[digest]):

@@ -7,19 +7,17 @@ Knows nothing of the store. Run as `python -m nanogpt_buckets.backends.worker`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanogpt_buckets import child, key
 from nanogpt_buckets.backends import backend_for
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest
-from nanogpt_buckets.contract import DEFERRED
+from nanogpt_buckets.contract import DEFERRED, Contract
 from nanogpt_buckets.errors import BackendUnavailable, CompileFailed
 from nanogpt_buckets.steps import step_named
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def source_of(backend: Backend, step: str) -> str:
@@ -28,14 +26,10 @@ def source_of(backend: Backend, step: str) -> str:
 
 
 def handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]:
-    """Compile and gate one bucket in the working directory.
-
-    Args:
-        request: `BuildRequest.to_json()`.
-        emit: progress.
+    """Compile and gate what `BuildRequest.to_json` says in the working directory, and `emit` each phase.
 
     Returns:
-        The artifact as plain JSON; blobs are file names in the working directory.
+        What `artifact_from_json` reads; the blobs are files in the working directory.
 
     Raises:
         BucketsError: the bucket cannot be compiled, or failed the gate.
@@ -56,40 +50,38 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]
     for role, content in artifact.blobs.items():
         files[role] = f"{role}.blob"
         Path(files[role]).write_bytes(content)
-    return {"facts": artifact.facts_to_json(), "files": files}
+    return {"facts": asdict(replace(artifact, blobs={})), "files": files}
 
 
 def artifact_from_json(result: dict[str, Any], workdir: Path) -> Artifact:
     """Read back, in the parent, what `handle` returned."""
-    blobs = {role: (workdir / Path(name).name).read_bytes() for role, name in result["files"].items()}
-    return Artifact.from_json(result["facts"], blobs)
+    facts = dict(result["facts"])
+    facts["blobs"] = {role: (workdir / Path(name).name).read_bytes() for role, name in result["files"].items()}
+    for name in ("inputs", "outputs", "weights"):
+        facts[name] = tuple(Contract(row["name"], row["dtype"], tuple(row["shape"])) for row in facts[name])
+    return Artifact(**facts)
 
 
 def _gate(backend: Backend, build: BuildRequest, artifact: Artifact) -> dict[str, Any]:
-    """Check what was compiled on the bytes that will be published, or say why that must wait until it is loaded."""
+    """Check the very bytes that will be published, or say why that must wait until they are loaded."""
+    import safetensors.torch
     import torch
 
     from nanogpt_buckets.steps import gate
 
-    if not backend.can_check(artifact):
+    if backend.unmet(artifact.requires) is not None:
         return {DEFERRED: "no device where it was built"}
     arch, bucket = build.architecture, build.bucket
-    dtype = getattr(torch, build.dtype)
-    weights = gate.seeded_weights(arch, dtype) if build.weights_path is None else _read(build.weights_path)
+    if build.weights_path is None:
+        weights = gate.seeded_weights(arch, getattr(torch, build.dtype))
+    else:
+        weights = safetensors.torch.load_file(build.weights_path)
     try:
         executable = backend.load(artifact, step_named(bucket.step).interface(arch, bucket), weights)
     except BackendUnavailable as error:
         return {DEFERRED: error.message}
-    try:
+    with closing(executable):
         return gate.check(executable, arch, bucket, weights, rounds=backend.rounds())
-    finally:
-        executable.close()
-
-
-def _read(path: str) -> dict[str, Tensor]:
-    import safetensors.torch
-
-    return safetensors.torch.load_file(path)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
 
 Run = Callable[..., Sequence[Tensor]]
+Ask = Callable[..., Tensor]  # a loaded bucket, by contexts and a filler; see `_logits`
 
 # Of what is checked and how strictly; kept in manifests. What an older gate let pass is checked again at first load.
 VERSION = 2
@@ -50,17 +51,10 @@ def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229)
     return weights
 
 
-@dataclass(frozen=True)
-class _Fed:
-    """A loaded bucket with the one way to ask it for logits."""
-
-    run: Run
-    bucket: Bucket
-
-    def logits(self, contexts: Sequence[Sequence[int]], filler: Tensor | None = None) -> Tensor:
-        """Return the logits (n, V) that follow each of n contexts."""
-        step = step_named(self.bucket.step)
-        return step.logits(self.run(*step.pack(contexts, self.bucket, filler)), len(contexts))
+def _logits(run: Run, bucket: Bucket, contexts: Sequence[Sequence[int]], filler: Tensor | None = None) -> Tensor:
+    """Ask a loaded bucket for the logits (n, V) that follow each of n contexts."""
+    step = step_named(bucket.step)
+    return step.logits(run(*step.pack(contexts, bucket, filler)), len(contexts))
 
 
 def check(
@@ -68,12 +62,8 @@ def check(
 ) -> dict[str, Any]:
     """Compare a loaded bucket with the eager model and return what was measured, in whole numbers.
 
-    Args:
-        run: takes and returns what the bucket's step does; loaded with `weights`.
-        arch: the architecture it was compiled from.
-        bucket: its shape and step.
-        weights: canonical tensors, all of one dtype, whose rounding the reference shares.
-        rounds: float32 is computed in less precision, as asked for, and so judged as bfloat16 is.
+    `run` was loaded with `weights`: canonical tensors, all of one dtype, whose rounding the reference shares. If it
+    `rounds`, float32 is computed in less precision, as asked for, and so judged as bfloat16 is.
 
     Raises:
         GateFailed: logits differ by more than the tolerance, or a bit moved that must not.
@@ -81,12 +71,13 @@ def check(
     generator = torch.Generator().manual_seed(bucket.batch_size * 100_003 + bucket.seq_len)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, bucket.seq_len), generator=generator, dtype=torch.int32)
     lengths = awkward_lengths(bucket.seq_len)
-    fed = _Fed(run, bucket)
+    ask = partial(_logits, run, bucket)
     with torch.inference_mode():
-        error, tolerance = _worst_error(fed, arch, weights, rows, lengths, rounds)
+        error, tolerance = _worst_error(ask, arch, weights, rows, lengths, rounds)
         if not error <= tolerance:  # NaN fails too
             raise GateFailed(f"bucket {bucket} differs from the eager model by {error:.1e} of the largest logit")
-        _check_bits(fed, arch.vocab_size, rows, lengths)
+        if cause := _moved_by(ask, arch.vocab_size, rows, lengths):
+            raise GateFailed(f"bucket {bucket} returns other logits after {cause}")
     return {
         "version": VERSION,
         "lengths": lengths,
@@ -102,7 +93,7 @@ def awkward_lengths(seq_len: int) -> list[int]:
 
 
 def _worst_error(
-    fed: _Fed, arch: Architecture, weights: Mapping[str, Tensor], rows: Tensor, lengths: list[int], rounds: bool
+    ask: Ask, arch: Architecture, weights: Mapping[str, Tensor], rows: Tensor, lengths: list[int], rounds: bool
 ) -> tuple[float, float]:
     """Return the largest error, relative to the largest reference logit, and what is allowed."""
     reference = _logits_at({name: w.float() for name, w in weights.items()}, arch, rows, lengths)  # (B, n, V)
@@ -110,7 +101,7 @@ def _worst_error(
     worst = 0.0
     for shift in range(len(lengths)):
         own = [(row + shift) % len(lengths) for row in range(len(rows))]
-        logits = fed.logits(_cut(rows, [lengths[n] for n in own]))  # (B, V)
+        logits = ask(_cut(rows, [lengths[n] for n in own]))  # (B, V)
         expected = torch.stack([reference[row, n] for row, n in enumerate(own)])  # (B, V)
         worst = max(worst, _error(logits, expected, scale))
     if not rounds and all(w.dtype == torch.float32 for w in weights.values()):
@@ -136,22 +127,20 @@ def _cut(rows: Tensor, lengths: Sequence[int]) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]
 
 
-def _check_bits(fed: _Fed, vocab_size: int, rows: Tensor, lengths: list[int]) -> None:
-    """Change what a row's logits may not depend on; the same bits must come back."""
+def _moved_by(ask: Ask, vocab_size: int, rows: Tensor, lengths: list[int]) -> str | None:
+    """Change what a row's logits may not depend on; return what moved a bit of them."""
     contexts = _cut(rows, [lengths[row % len(lengths)] for row in range(len(rows))])
-    before = fed.logits(contexts)
+    before = ask(contexts)
     others = (rows + 1) % vocab_size  # (B, S)
-    _expect_same(before, fed.logits(contexts), "a second run", fed.bucket)
-    _expect_same(before, fed.logits(contexts, torch.full_like(rows, vocab_size - 1)), "other padding", fed.bucket)
-    _expect_same(before, fed.logits(contexts, others), "other future tokens", fed.bucket)
-    if len(rows) > 1:
-        swapped = [contexts[0], *others[1:].tolist()]
-        _expect_same(before[:1], fed.logits(swapped)[:1], "other neighbours", fed.bucket)
-
-
-def _expect_same(before: Tensor, after: Tensor, cause: str, bucket: Bucket) -> None:
-    if not torch.equal(before, after):
-        raise GateFailed(f"bucket {bucket} returns other logits after {cause}")
+    if not torch.equal(before, ask(contexts)):
+        return "a second run"
+    if not torch.equal(before, ask(contexts, torch.full_like(rows, vocab_size - 1))):
+        return "other padding"
+    if not torch.equal(before, ask(contexts, others)):
+        return "other future tokens"
+    if len(rows) > 1 and not torch.equal(before[:1], ask([contexts[0], *others[1:].tolist()])[:1]):
+        return "other neighbours"
+    return None
 
 
 def canary(
@@ -171,7 +160,7 @@ def canary(
         expected = gpt.head(gpt.hidden(rows)[:, -1])  # (B, V)
         if not expected.isfinite().all():
             raise NonFiniteLogits(_not_finite(weights), hint="look how the model was trained or saved")
-        error = _error(_Fed(run, bucket).logits(rows.tolist()), expected, expected.abs().max().item())
+        error = _error(_logits(run, bucket, rows.tolist()), expected, expected.abs().max().item())
     # bfloat16 rounds to 8 bits, and two shapes round differently
     exact = not rounds and all(w.dtype == torch.float32 for w in weights.values())
     tolerance = 10 * FLOAT32_TOLERANCE if exact else 0.1

@@ -10,14 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_buckets.contract import Interface
+from nanogpt_buckets.contract import Executable, Interface
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nanogpt_buckets.contract import Executable
     from nanogpt_buckets.model.gpt import GPT, Lowering
     from nanogpt_buckets.steps.graph import Graph
 
@@ -38,12 +37,9 @@ class Step(ABC):
 
     @abstractmethod
     def pack(self, contexts: Sequence[Sequence[int]], bucket: Bucket, filler: Tensor | None = None) -> tuple[Any, ...]:
-        """Return the inputs that make one call compute what follows each context.
+        """Return the inputs that make one call compute what follows each context: at most B rows of at most S ids.
 
-        Args:
-            contexts: token ids of the real rows, at most B of them and at most S in each.
-            bucket: the shape.
-            filler: int32 (B, S), what stands where no real token does; None for id 0.
+        `filler`, int32 (B, S), is what stands where no real token does; None for id 0.
         """
 
     @abstractmethod
@@ -64,7 +60,6 @@ class Step(ABC):
         self, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor], lowering: Lowering | None = None
     ) -> Executable:
         """Return this step uncompiled, with the checks of a compiled one: the baseline and the oracle."""
-        from nanogpt_buckets.contract import Executable
         from nanogpt_buckets.model.gpt import from_weights
 
         return Executable(self.graph(from_weights(arch, weights, lowering)).run, self.interface(arch, bucket))

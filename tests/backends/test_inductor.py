@@ -24,7 +24,7 @@ from nanogpt_buckets.errors import (
     UsageError,
 )
 from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.run.loader import read_artifact
+from nanogpt_buckets.run.loader import artifact_of
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import gate, step_named
 
@@ -38,7 +38,7 @@ def selection(odd_folder, odd_cache):
 
 @pytest.fixture(scope="module")
 def artifact(selection):
-    return read_artifact(selection.store, selection.best(Bucket(3, 33)).manifest)
+    return artifact_of(selection.best(Bucket(3, 33)))
 
 
 @pytest.fixture

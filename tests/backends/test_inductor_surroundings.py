@@ -18,7 +18,7 @@ from nanogpt_buckets import child
 from nanogpt_buckets.backends.inductor import backend as inductor
 from nanogpt_buckets.choice import choose
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.run.loader import read_artifact
+from nanogpt_buckets.run.loader import artifact_of
 from nanogpt_buckets.selection import Selection
 
 PACKAGE_PARENT = str(Path(child.__file__).parents[1])
@@ -79,8 +79,8 @@ def test_hostile_surroundings_build_the_very_same_bytes(environment, odd_folder,
     assert run.returncode == 0, run.stderr.decode()
 
     made, plain = (Selection(choose(odd_folder, cache_dir=where)) for where in (tmp_path / "made", odd_cache))
-    assert made.own(Bucket(1, 16)).key == plain.own(Bucket(1, 16)).key
-    found, expected = (read_artifact(s.store, s.best(Bucket(1, 16)).manifest) for s in (made, plain))
+    assert made.own(Bucket(1, 16)).manifest.key == plain.own(Bucket(1, 16)).manifest.key
+    found, expected = (artifact_of(s.best(Bucket(1, 16))) for s in (made, plain))
     assert found.blobs == expected.blobs
     assert found.requires == expected.requires
     assert len(found.blobs["library"]) < 600_000, "neither line tables nor symbols are in it"

@@ -1,7 +1,7 @@
-"""The Inductor backend: what names its buckets, what they need, and the way to compiling and loading them.
+"""The Inductor backend: what names its buckets, what they need, the way to compiling them, and loading.
 
-Knows nothing of the store, of plans, or of the gate. Imports no torch. Not hashed into any key: what it says of a
-family is in the key as data.
+Knows nothing of the store, of plans, or of the gate. Imports torch only to load. Not hashed into any key: what it says
+of a family is in the key as data.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nanogpt_buckets import child
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
+from nanogpt_buckets.backends.memfile import library_path
 from nanogpt_buckets.contract import Contract, dtype_name
-from nanogpt_buckets.errors import BackendUnavailable
+from nanogpt_buckets.errors import BackendUnavailable, IncompatibleEntry
 from nanogpt_buckets.findings import Finding, Verdict
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.versions import version_tuple
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-# What load.py needs of torch, and how long importing it may take.
+# What `open` needs of torch, and how long importing it may take.
 _LOADER, _CHILD_TIMEOUT_S = "from torch._C._aoti import AOTIModelContainerRunnerCpu", 120
 
 
@@ -41,6 +42,7 @@ class InductorBackend(Backend):
 
     name = "inductor"
     sources = ("backends/inductor/compile.py",)
+    lowering: ClassVar = {"attention": "sdpa"}  # fused; everything else is Inductor's choice
     needs = "C++ compiler"
     install = "install g++, or use a cache directory in which they are built"
 
@@ -48,24 +50,14 @@ class InductorBackend(Backend):
         """Return the torch version: the library links against its C interface and calls its kernels."""
         return {"torch": version("torch")}
 
-    def lowering(self) -> dict[str, str]:
-        """Return fused attention; everything else is Inductor's choice."""
-        return {"attention": "sdpa"}
-
     def target(self, requested: str | None) -> str:
-        """Return the level to build for; torch before 2.10 can only build for the CPU it finds.
-
-        Raises:
-            BackendUnavailable: this machine cannot build or run that level.
-        """
-        if not _has_levels():
-            if requested is None or requested.startswith(host.NATIVE):
-                return host.choose_level(host.NATIVE)
-            raise BackendUnavailable(
-                f"torch {version('torch')} cannot be told an instruction-set level",
-                hint="leave --target out, or use torch 2.10",
-            )
-        return host.choose_level(requested)
+        """Return the level to build for; torch before 2.10 can only build for the CPU it finds."""
+        torch = version("torch")
+        old = version_tuple(torch)[:2] < (2, 10)
+        if old and requested is not None and not requested.startswith(host.NATIVE):
+            said = f"torch {torch} cannot be told an instruction-set level"
+            raise BackendUnavailable(said, hint="leave --target out, or use torch 2.10")
+        return host.choose_level(host.NATIVE if old else requested)
 
     def compiler(self) -> dict[str, str] | None:
         """Return torch's version, and the C++ compiler's with its options, or None where there is no C++ compiler."""
@@ -79,53 +71,66 @@ class InductorBackend(Backend):
         return {"PYTHONHASHSEED": "0", "CXX": shlex.join(_cxx())} | threads
 
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
-        """Export the step and compile it to a shared library; runs in a child whose directory is `workdir`.
-
-        Raises:
-            BackendUnavailable: there is no C++ compiler.
-            CompileFailed: the compiler made no library, or not the weightless kind.
-        """
+        """Export the step and compile it to a shared library; runs in a child whose directory is `workdir`."""
         from nanogpt_buckets.backends.inductor.compile import compile_library, settle, weightless_graph
 
         cxx = _cxx_identity(_cxx())
         if cxx is None:
             raise BackendUnavailable("no C++ compiler was found", hint="install g++, or set CXX to a compiler")
-        workdir, arch, bucket = settle(), request.architecture, request.bucket
+        place, arch, bucket = settle(), request.architecture, request.bucket
+        from nanogpt_buckets.steps.graph import canonical_name  # imports torch, which must come after settling
+
         graph, inputs = weightless_graph(arch, bucket, request.dtype, request.lowering)
         start = time.monotonic()
         clang = "clang version" in cxx
-        content, commands = compile_library(graph, inputs, request.target, workdir, _cxx(), clang)
+        content, commands = compile_library(graph, inputs, request.target, place, _cxx(), clang)
         interface = step_named(bucket.step).interface(arch, bucket)
+        named = [(canonical_name(name), parameter) for name, parameter in sorted(graph.named_parameters())]
         return Artifact(
             blobs={"library": content},
             inputs=interface.inputs,
             outputs=interface.outputs,
-            weights=_weights_of(graph),
+            weights=tuple(Contract(name, dtype_name(p), tuple(p.shape)) for name, p in named),
             requires=host.requirements(content, commands),
             stats={"compile_ms": int(1000 * (time.monotonic() - start))},
         )
 
     def open(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Opened:
-        """Load the library from exactly these bytes."""
-        from nanogpt_buckets.backends.inductor.load import open_library
+        """Load the library from exactly these bytes and bind the weights."""
+        from torch._C._aoti import AOTIModelContainerRunnerCpu  # type: ignore[import-not-found,unused-ignore]
 
-        return open_library(artifact.blobs["library"], weights)
+        from nanogpt_buckets.steps.graph import canonical_name
+
+        try:
+            runner: Any = AOTIModelContainerRunnerCpu(library_path(artifact.blobs["library"]), 1)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise IncompatibleEntry(f"the compiled library cannot be loaded here: {reason}") from error
+        names = runner.get_constant_names_to_original_fqns()
+        # the library keeps pointers into these tensors, so they must live as long as it does
+        held = [runner, {constant: weights[canonical_name(name)] for constant, name in names.items()}]
+        runner.update_constant_buffer(held[1], False, False, True)
+
+        def run(*tensors: Tensor) -> Sequence[Tensor]:
+            outputs: list[Tensor] = held[0].run(list(tensors))
+            return outputs
+
+        return run, held.clear
 
     def findings(self) -> Iterator[Finding]:
-        """Say whether torch can load what was compiled."""
-        yield _loader()
-
-
-def _weights_of(graph: nn.Module) -> tuple[Contract, ...]:
-    from nanogpt_buckets.steps.graph import canonical_name
-
-    named = sorted(graph.named_parameters())
-    return tuple(Contract(canonical_name(name), dtype_name(p), tuple(p.shape)) for name, p in named)
-
-
-def _has_levels() -> bool:
-    """Whether this torch can be told what to generate code for; before 2.10 it takes what it finds."""
-    return version_tuple(version("torch"))[:2] >= (2, 10)
+        """Try, in a child, whether torch can be imported and has what loads compiled buckets."""
+        command = [sys.executable, "-c", _LOADER]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            yield Finding("backend", "loader", str(error), Verdict.PROBLEM, "is this machine overloaded?")
+            return
+        if done.returncode == 0:
+            yield Finding("backend", "loader", "torch can be imported and loads compiled buckets")
+            return
+        said = done.stderr.strip().splitlines()
+        why = said[-1] if said else f"ended with code {done.returncode}"
+        yield Finding("backend", "loader", f"torch cannot be used: {why}", Verdict.PROBLEM, "reinstall torch")
 
 
 def _cxx() -> tuple[str, ...]:
@@ -160,17 +165,3 @@ def _cxx_identity(command: tuple[str, ...]) -> str | None:
     if answers[0].returncode != 0 or not version_lines or not options:
         return None
     return f"{version_lines[0].strip()}, options {sha256(options).hexdigest()[:8]}"
-
-
-def _loader() -> Finding:
-    """Try, in a child, whether torch can be imported and has what loads compiled buckets."""
-    command = [sys.executable, "-c", _LOADER]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("backend", "loader", str(error), Verdict.PROBLEM, "is this machine overloaded?")
-    if done.returncode == 0:
-        return Finding("backend", "loader", "torch can be imported and loads compiled buckets")
-    said = done.stderr.strip().splitlines()
-    why = said[-1] if said else f"ended with code {done.returncode}"
-    return Finding("backend", "loader", f"torch cannot be used: {why}", Verdict.PROBLEM, "reinstall torch")

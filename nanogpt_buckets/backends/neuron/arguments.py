@@ -37,10 +37,7 @@ HLO_VARIABLES = ("NEURON_CUSTOM_SILU", "NEURON_FUSE_SOFTMAX", "NEURON_RT_STOCHAS
 
 
 def parse(arguments: str | Sequence[str]) -> dict[str, str]:
-    """Return flags by canonical name; the value of one that takes none is "".
-
-    Args:
-        arguments: as a shell line or as a list, in any mixture of spellings.
+    """Read a shell line or a list; return flags by canonical name, with "" for the value of one that takes none.
 
     Raises:
         UsageError: no flag, one cut short, one with a value too few or too many, or one that this program sets itself.

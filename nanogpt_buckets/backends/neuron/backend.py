@@ -1,4 +1,4 @@
-"""The Neuron backend: what names its buckets, what they need, and the way to compiling and loading them.
+"""The Neuron backend: what names its buckets, what they need, the way to compiling and loading them, doctor's findings.
 
 Weights are compiled in, so their digest is in the family and every bucket carries its own copy, on disk and on the
 device. Without a device the compiler runs all the same; what it made is then checked when a device first loads it.
@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
-from nanogpt_buckets.backends.neuron import arguments, device, findings, flags, package, sdk
-from nanogpt_buckets.errors import BackendUnavailable, UsageError
-from nanogpt_buckets.findings import Finding
+from nanogpt_buckets.backends.neuron import arguments, device, flags, package
+from nanogpt_buckets.errors import BackendUnavailable, BucketsError, UsageError
+from nanogpt_buckets.findings import Finding, Verdict
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.values import shown, whole_number
@@ -37,21 +37,17 @@ _CORE = "neuron_core"
 
 @dataclass(frozen=True)
 class NeuronBackend(Backend):
-    """See `Backend`.
-
-    Args:
-        compiler_args: the user's compiler flags, in any spelling.
-        cores: NeuronCores to put a replica of every bucket on.
-    """
+    """See `Backend`; a replica of every bucket is on each of `cores` NeuronCores."""
 
     compiler_args: tuple[str, ...] = ()
     cores: int = 1
 
     name = "neuron"
     sources = ("backends/neuron/compile.py", "backends/neuron/flags.py")
+    lowering: ClassVar = {"attention": "explicit"}  # with a finite mask: -inf rows have become NaN on these devices
     inlines_weights = True
     needs = "neuronx-cc"
-    install = sdk.INSTALL
+    install = package.INSTALL
     timeout_s = 4 * 3600.0
 
     def __post_init__(self) -> None:
@@ -60,28 +56,16 @@ class NeuronBackend(Backend):
             raise UsageError(f"cores is {shown(self.cores)}; it must be a whole number, 1 or more")
 
     def runtime(self) -> dict[str, str]:
-        """Return the versions of torch and torch-neuronx: the file that trace saves belongs to both.
-
-        Raises:
-            BackendUnavailable: torch-neuronx cannot be used.
-        """
-        return {"torch": installed("torch") or "", "torch-neuronx": sdk.require()}
-
-    def lowering(self) -> dict[str, str]:
-        """Return attention spelled out with a finite mask; -inf rows have become NaN on these devices."""
-        return {"attention": "explicit"}
+        """Return the versions of torch and torch-neuronx: the file that trace saves belongs to both."""
+        return {"torch": installed("torch") or "", "torch-neuronx": package.require()}
 
     def flags(self) -> list[str]:
         """Return what of the user's flags and environment can change what is compiled."""
         return arguments.named(self.compiler_args)
 
     def target(self, requested: str | None) -> str:
-        """Return the canonical target to build for.
-
-        Raises:
-            BackendUnavailable: torch-neuronx cannot be used, or the target cannot be built for here.
-        """
-        sdk.require()
+        """Return the canonical target to build for."""
+        package.require()
         found = device.find()
         if found is not None and not found.readable:
             raise BackendUnavailable(
@@ -104,25 +88,28 @@ class NeuronBackend(Backend):
         return _CHILD_BYTES + _CHILD_WEIGHT_COPIES * 4 * arch.n_params
 
     def findings(self) -> Iterator[Finding]:
-        """Say what is here of Neuron."""
-        return findings.findings()
+        """Say what is here of Neuron; without a device a lack is a fact, with one it is a problem."""
+        found = device.find()
+        yield _device(found)
+        if found is not None and not device.has_driver():
+            hint = "install aws-neuronx-dkms, then reboot"
+            yield Finding("neuron", "driver", "the kernel has none loaded", Verdict.PROBLEM, hint)
+        yield _packages(wanted=found is not None)
+        for name in ("NEURON_CC_FLAGS", "NEURON_COMPILE_CACHE_URL"):
+            if name in os.environ:
+                hint = "flags are given by --compiler-args"
+                yield Finding("neuron", name, "set, and not used here", Verdict.WARNING, hint)
+        yield Finding("neuron", "proof", "N1: passes a test double of torch_neuronx; it has never run on a device")
 
     def child_environment(self, request: BuildRequest) -> dict[str, str]:
         """Return what a compiling child needs in its environment before it imports a Neuron library."""
-        here = device.find()
-        environment = {} if here else {"NEURON_PLATFORM_TARGET_OVERRIDE": request.target}
+        environment = {} if device.find() else {"NEURON_PLATFORM_TARGET_OVERRIDE": request.target}
         if "NEURON_RT_VISIBLE_CORES" not in os.environ:
             environment["NEURON_RT_NUM_CORES"] = "1"  # by default a process takes every core, until it ends
         return environment
 
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
-        """Trace the step with its weights; runs in a child.
-
-        Raises:
-            UsageError: flags are given that no key names.
-            BackendUnavailable: torch_neuronx or neuronx-cc cannot be used.
-            CompileFailed: the compiler ended with an error, twice if the error may have been a passing one.
-        """
+        """Trace the step with its weights; a UsageError, too, where flags are given that no key names."""
         from nanogpt_buckets.backends.neuron.compile import graph_with_weights
 
         if os.environ.get("NEURON_CC_FLAGS"):
@@ -132,7 +119,7 @@ class NeuronBackend(Backend):
             )
         compiler = self.compiler()
         if compiler is None:
-            raise BackendUnavailable("neuronx-cc is not installed", hint=sdk.INSTALL)
+            raise BackendUnavailable("neuronx-cc is not installed", hint=package.INSTALL)
         assert request.weights_path is not None, "this backend compiles weights in"
         arch, bucket = request.architecture, request.bucket
         graph, inputs = graph_with_weights(arch, bucket, request.lowering, request.weights_path)
@@ -145,7 +132,7 @@ class NeuronBackend(Backend):
             inputs=interface.inputs,
             outputs=interface.outputs,
             weights=(),
-            requires={_CORE: device.core_version(request.target)},
+            requires={_CORE: device.CORE_VERSIONS[request.target]},
             stats={"compile_ms": int(1000 * (time.monotonic() - start))},
         )
 
@@ -158,10 +145,6 @@ class NeuronBackend(Backend):
         rest = {name: value for name, value in requires.items() if name != _CORE}
         return host.unmet(rest) or device.unmet(str(requires.get(_CORE)))
 
-    def can_check(self, artifact: Artifact) -> bool:
-        """Whether this machine has a device that can run it."""
-        return self.unmet(artifact.requires) is None
-
     def open(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Opened:
         """Load the module from exactly these bytes on the first `cores` cores; `weights` are inside already."""
         from nanogpt_buckets.backends.neuron.load import open_module
@@ -170,12 +153,7 @@ class NeuronBackend(Backend):
 
 
 def _trace(graph: nn.Module, inputs: tuple[Tensor, ...], words: list[str], workdir: Path) -> bytes:
-    """Trace on the device if there is one, and without it if no core is free: whoever waits for this may hold them all.
-
-    Raises:
-        BackendUnavailable: torch_neuronx cannot be used.
-        CompileFailed: the compiler ended with an error, twice if the error may have been a passing one.
-    """
+    """Trace on the device, or without it where there is none or no core is free: whoever waits may hold them all."""
     from nanogpt_buckets.backends.neuron.compile import trace
 
     on_device, failed = device.find() is not None, False
@@ -192,3 +170,35 @@ def _trace(graph: nn.Module, inputs: tuple[Tensor, ...], words: list[str], workd
                 raise package.compile_failed(error) from error
             else:
                 failed = True
+
+
+def _device(found: device.Device | None) -> Finding:
+    if found is None:
+        return Finding("neuron", "device", "none")
+    chips = f"{found.chips} chip{'s' if found.chips > 1 else ''}"
+    text = f"{found.instance or 'of unknown kind'}, {chips}, {found.cores} cores"
+    memory = device.core_bytes(found.target)
+    text += f" with {memory / 1e9:.1f} GB for buckets each" if memory else ""
+    if not found.readable:
+        hint = "it cannot be opened; in a container: --device /dev/neuron0"
+        return Finding("neuron", "device", text, Verdict.PROBLEM, hint)
+    return Finding("neuron", "device", text)
+
+
+def _packages(*, wanted: bool) -> Finding:
+    try:
+        version = package.require()
+    except BucketsError as error:
+        verdict = Verdict.PROBLEM if wanted else Verdict.OK
+        return Finding("neuron", "packages", error.message, verdict, error.hint or "")
+    compiler = installed("neuronx-cc")
+    row = package.pairing(version, compiler)
+    text = f"torch-neuronx {version}, neuronx-cc {compiler or 'not installed'}"
+    if row is None:
+        return Finding("neuron", "packages", f"{text}: of no SDK known here", Verdict.WARNING, package.INSTALL)
+    text += f"; SDK {row.sdk}, Python {row.python}"
+    if compiler is not None and not compiler.startswith(row.neuronx_cc):
+        own = row.neuronx_cc[-1]
+        hint = f"SDK {row.sdk} has neuronx-cc {own}: pip install --extra-index-url {package.INDEX} neuronx-cc=={own}"
+        return Finding("neuron", "packages", text, Verdict.WARNING, hint)
+    return Finding("neuron", "packages", text)

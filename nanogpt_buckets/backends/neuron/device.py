@@ -18,9 +18,12 @@ from nanogpt_buckets.errors import BackendUnavailable
 # Where /dev, /proc and /sys are found; tests look elsewhere.
 ROOT = Path("/")
 TARGETS = ("trn1", "inf2", "trn1n", "trn2", "trn3")
-# Code for one name of a line runs on the others: inf2 and trn1n have trn1's cores.
-_CANONICAL = {"inf2": "trn1", "trn1n": "trn1", "trn2u": "trn2", "trn3u": "trn3"}
-_CORE_VERSIONS = {"trn1": "v2", "trn2": "v3", "trn3": "v4"}
+# The name under which code is built and kept: inf2 and trn1n have trn1's cores, and so on.
+_CANONICAL = {
+    "trn1": "trn1", "inf2": "trn1", "trn1n": "trn1", "trn2": "trn2", "trn2u": "trn2", "trn3": "trn3", "trn3u": "trn3",
+}  # fmt: skip
+# Canonical target -> the generation of its cores, which compiled code is tied to.
+CORE_VERSIONS = {"trn1": "v2", "trn2": "v3", "trn3": "v4"}
 _CORES_PER_CHIP = {"trn1": 2, "trn2": 4}
 _CORE_BYTES = {"trn1": 16_000_000_000, "trn2": 24_000_000_000}
 # Microcode that every core holds.
@@ -29,14 +32,7 @@ _CORE_RESERVED_BYTES = 96_000_000
 
 @dataclass(frozen=True)
 class Device:
-    """The Neuron device of this machine.
-
-    Args:
-        instance: EC2 instance type, or "" if it cannot be read.
-        chips: how many /dev/neuron* there are.
-        readable: whether this user may open them.
-        target: canonical target, or "" if the instance is unknown.
-    """
+    """The Neuron device of this machine; its EC2 instance type and canonical target are "" where not known."""
 
     instance: str
     chips: int
@@ -57,40 +53,28 @@ def find() -> Device | None:
     nodes = sorted(path for path in (ROOT / "dev").glob("neuron*") if re.fullmatch(r"neuron\d+", path.name))
     if not nodes:
         return None
-    name = ROOT / "sys" / "devices" / "virtual" / "dmi" / "id" / "product_name"
-    try:
-        instance = name.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        instance = ""
+    instance = _read("sys/devices/virtual/dmi/id/product_name").strip()
     override = os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE", "")
-    target = canonical(instance.split(".")[0]) or canonical(override) or ""
+    target = _CANONICAL.get(instance.split(".")[0]) or _CANONICAL.get(override, "")
     readable = all(os.access(node, os.R_OK | os.W_OK) for node in nodes)
     return Device(instance, len(nodes), readable, target)
 
 
 def has_driver() -> bool:
     """Whether the kernel has Neuron's driver loaded."""
+    return re.search(r"^\s*\d+ neuron$", _read("proc/devices"), re.MULTILINE) is not None
+
+
+def _read(name: str) -> str:
     try:
-        devices = (ROOT / "proc" / "devices").read_text(encoding="ascii", errors="replace")
+        return (ROOT / name).read_text(encoding="ascii", errors="replace")
     except OSError:
-        return False
-    return re.search(r"^\s*\d+ neuron$", devices, re.MULTILINE) is not None
+        return ""
 
 
 def is_neuron(target: str | None) -> bool:
     """Whether a target's name looks like one of Neuron's, also one this release does not know."""
     return re.match(r"(trn|inf)\d", target or "") is not None
-
-
-def canonical(target: str) -> str | None:
-    """Return the name under which code for this target is built and kept, or None if it is unknown."""
-    name = _CANONICAL.get(target, target)
-    return name if name in _CORE_VERSIONS else None
-
-
-def core_version(target: str) -> str:
-    """Return the generation of a canonical target's cores, "v2" to "v4": what compiled code is tied to."""
-    return _CORE_VERSIONS[target]
 
 
 def core_bytes(target: str) -> int | None:
@@ -102,10 +86,9 @@ def core_bytes(target: str) -> int | None:
 def unmet(version: str) -> str | None:
     """Say why this machine cannot run code for a generation of cores, or None if it can."""
     device = find()
-    if device is None:
-        return f"needs a NeuronCore-{version}, this machine has no Neuron device"
-    own = core_version(device.target) if device.target else None
-    return None if own == version else f"needs a NeuronCore-{version}, this machine has {own or 'an unknown device'}"
+    own = CORE_VERSIONS.get(device.target) if device else None
+    found = own or ("an unknown device" if device else "no Neuron device")
+    return None if own == version else f"needs a NeuronCore-{version}, this machine has {found}"
 
 
 def choose_target(requested: str | None) -> str:
@@ -115,20 +98,17 @@ def choose_target(requested: str | None) -> str:
         BackendUnavailable: unknown, not this device's, or nothing was asked for and there is no device.
     """
     device = find()
-    if requested is None:
-        if device is None or not device.target:
-            lack = "this machine has no Neuron device" if device is None else "the Neuron device here is unknown"
-            raise BackendUnavailable(f"{lack}, so say what to build for", hint="for example --target trn1 or inf2")
-        return device.target
-    target = canonical(requested)
+    own = device.target if device else ""
+    if requested is None and not own:
+        lack = "the Neuron device here is unknown" if device else "this machine has no Neuron device"
+        raise BackendUnavailable(f"{lack}, so say what to build for", hint="for example --target trn1 or inf2")
+    target = own if requested is None else _CANONICAL.get(requested)
     if target is None:
+        said = f"target {requested!r} is not one that torch_neuronx.trace builds for"
+        raise BackendUnavailable(said, hint=f"targets: {', '.join(TARGETS)}")
+    if device and own not in ("", target):
         raise BackendUnavailable(
-            f"target {requested!r} is not one that torch_neuronx.trace builds for",
-            hint=f"targets: {', '.join(TARGETS)}",
-        )
-    if device is not None and device.target and device.target != target:
-        raise BackendUnavailable(
-            f"this machine is a {device.instance or device.target}, and builds for {device.target} only, not {target}",
+            f"this machine is a {device.instance or own}, and builds for {own} only, not {target}",
             hint=f"build for {target} there, or on a machine without a Neuron device",
         )
     return target

@@ -79,7 +79,7 @@ class Host:
         return Selection(choose("demo", backend="neuron", target=target, **options))
 
     def manifests(self, **options: Any) -> list[Any]:
-        return [answers[0].manifest for answers in self.selection(**options).usable.values()]
+        return [manifests[0] for manifests in self.selection(**options).usable.values()]
 
 
 @pytest.fixture

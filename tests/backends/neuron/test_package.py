@@ -12,7 +12,7 @@ import pytest
 
 from nanogpt_buckets import errors
 from nanogpt_buckets.backends import neuron
-from nanogpt_buckets.backends.neuron import device, findings, sdk
+from nanogpt_buckets.backends.neuron import backend, device, package
 
 DOUBLE = Path(__file__).parents[2] / "neuron_double"
 
@@ -28,19 +28,19 @@ DOUBLE = Path(__file__).parents[2] / "neuron_double"
     ],
 )
 def test_packages_that_cannot_work_are_refused_with_the_command_that_mends_it(monkeypatch, installed, said):
-    monkeypatch.setattr(sdk, "installed", installed.get)
+    monkeypatch.setattr(package, "installed", installed.get)
 
     with pytest.raises(errors.BackendUnavailable, match=re.escape(said)) as caught:
-        sdk.require()
+        package.require()
     assert caught.value.hint.startswith("pip install")
-    assert sdk.INDEX in caught.value.hint
+    assert package.INDEX in caught.value.hint
 
 
 def test_the_pairing_of_installed_versions_is_found():
-    assert sdk.pairing("2.9.0.2.15.32035", "2.26.6360.0").sdk == "2.31"
-    assert sdk.pairing("2.9.0.2.15.32035+abc", "2.27.5334.0+def").sdk == "2.32"
-    assert sdk.pairing("2.9.0.2.15.32035", "2.20.0.0").sdk == "2.33", "the newest that has this torch-neuronx"
-    assert sdk.pairing("2.9.0.9.9.9", None) is None
+    assert package.pairing("2.9.0.2.15.32035", "2.26.6360.0").sdk == "2.31"
+    assert package.pairing("2.9.0.2.15.32035+abc", "2.27.5334.0+def").sdk == "2.32"
+    assert package.pairing("2.9.0.2.15.32035", "2.20.0.0").sdk == "2.33", "the newest that has this torch-neuronx"
+    assert package.pairing("2.9.0.9.9.9", None) is None
 
 
 @pytest.mark.parametrize(("variant", "said"), [("native", "has no trace"), ("placeholder", "WRONG PACKAGE")])
@@ -79,14 +79,15 @@ def test_doctor_names_the_sdk_that_is_installed_or_the_command_that_mends_it(
 ):
     monkeypatch.setattr(device, "ROOT", tmp_path)
     plug_in(tmp_path, "trn1.2xlarge")
-    for module in (sdk, findings):
+    for module in (package, backend):
         monkeypatch.setattr(module, "installed", ({"torch": "2.9.0"} | installed).get)
     monkeypatch.setenv("NEURON_CC_FLAGS", "-O1")
 
-    found = {finding.name: finding for finding in findings.findings()}
+    found = {finding.name: finding for finding in backend.NeuronBackend().findings()}
     assert (found["packages"].verdict, said in found["packages"].value) == (verdict, True), found["packages"]
     assert hint in found["packages"].hint
     assert "--compiler-args" in found["NEURON_CC_FLAGS"].hint
     assert "driver" not in found
     (tmp_path / "proc" / "devices").write_text("")
-    assert "aws-neuronx-dkms" in {finding.name: finding for finding in findings.findings()}["driver"].hint
+    found = {finding.name: finding for finding in backend.NeuronBackend().findings()}
+    assert "aws-neuronx-dkms" in found["driver"].hint
