@@ -122,7 +122,7 @@ class Choice:
         return {
             "family": self.family_parts,
             "bucket": bucket.to_json(),
-            "step": key.source_digest(step_named(bucket.step).source),
+            "step": key.source_digest(*step_named(bucket.step).sources),
             "target": self.build_target,
             "compiler": dict(versions),
         }

@@ -38,17 +38,40 @@ class Contract:
 
 
 @dataclass(frozen=True)
+class View(Contract):
+    """What a part of a larger tensor must be: compiled code takes its strides for granted, as it does its shape."""
+
+    strides: tuple[int, ...] = ()
+
+    def fault(self, tensor: Tensor) -> str | None:
+        """Say in words how a tensor breaks this contract, or None."""
+        if dtype_name(tensor) != self.dtype:
+            return f"{self.name} is {dtype_name(tensor)}, not {self.dtype}"
+        if (tuple(tensor.shape), tensor.stride()) != (self.shape, self.strides):
+            found = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+            return f"{self.name} has {found}, not {self.shape} and {self.strides}"
+        return None
+
+    def blank(self) -> Tensor:
+        """Return a tensor of zeros that keeps it."""
+        import torch
+
+        storage = torch.zeros(self.shape[0] * self.strides[0], dtype=getattr(torch, self.dtype), device="cpu")
+        return storage.as_strided(self.shape, self.strides)
+
+
+@dataclass(frozen=True)
 class Interface:
     """What a step takes and returns in one bucket.
 
-    `state` are tensors written in place and alive between calls; `limits` says of whole-number inputs what every value
-    must be below, and all must be 0 or more.
+    `state` are tensors written in place and alive between calls, given after the inputs; `limits` says of whole-number
+    inputs where every value must lie.
     """
 
     inputs: tuple[Contract, ...]
     outputs: tuple[Contract, ...]
-    state: tuple[Contract, ...] = ()
-    limits: Mapping[str, int] = field(default_factory=dict)
+    state: tuple[View, ...] = ()
+    limits: Mapping[str, range] = field(default_factory=dict)
 
     def check_inputs(self, tensors: Sequence[Tensor]) -> None:
         """Check, on the host, what compiled code takes on trust; a UsageError names the first tensor that is wrong."""
@@ -60,9 +83,9 @@ class Interface:
                 raise UsageError(f"the bucket cannot take this input: {fault}")
             if (limit := self.limits.get(contract.name)) is not None:
                 low, high = (int(bound) for bound in tensor.aminmax())
-                if low < 0 or high >= limit:
-                    value = low if low < 0 else high
-                    raise UsageError(f"{contract.name} {value} is out of range: it must be 0 to {limit - 1}")
+                if not (low in limit and high in limit):
+                    value = high if low in limit else low
+                    raise UsageError(f"{contract.name} {value} is out of range: it must be {limit[0]} to {limit[-1]}")
 
     def check_outputs(self, tensors: Sequence[Tensor]) -> None:
         """Check what came back; a DeviceError says what is not what the step returns."""

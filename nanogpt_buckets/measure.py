@@ -111,7 +111,7 @@ def measure(
 def _load(selection: Selection, bucket: Bucket, weights: Mapping[str, Tensor]) -> tuple[Executable, Manifest, Spread]:
     """Load the first entry that can be, several times over."""
     choice: Choice = selection.choice
-    interface = step_named(bucket.step).interface(choice.model.architecture, bucket)
+    interface = step_named(bucket.step).interface(choice.model.architecture, bucket, choice.dtype)
     refused: CacheError | None = None
     for manifest in selection.usable[bucket]:
         try:

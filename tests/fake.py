@@ -65,7 +65,7 @@ def choice_of(model, root, *, compiler="1.0", target=None, dtype="float32") -> C
 
 def publish(choice: Choice, bucket: Bucket, word: str = "code", *, gate=None, **requires) -> Manifest:
     """Put an entry into the choice's store, under the key it would build under."""
-    interface = step_named(bucket.step).interface(choice.model.architecture, bucket)
+    interface = step_named(bucket.step).interface(choice.model.architecture, bucket, choice.dtype)
     tensors = choice.model.weights(choice.dtype).tensors
     weights = tuple(Contract(name, dtype_name(t), tuple(t.shape)) for name, t in sorted(tensors.items()))
     code, parts = word.encode(), choice.key_parts(bucket)

@@ -166,7 +166,11 @@ def test_names_do_not_depend_on_process_home_directory_or_hash_seed(tmp_path):
 
 
 def hashed(backend: str) -> set[str]:
-    return {*key.GRAPH_SOURCES, *backend_for(backend).sources, *(step_named(step).source for step in STEPS)}
+    return {
+        *key.GRAPH_SOURCES,
+        *backend_for(backend).sources,
+        *(source for step in STEPS for source in step_named(step).sources),
+    }
 
 
 COPY = """

@@ -22,7 +22,7 @@ from nanogpt_buckets.steps import step_named
 
 def source_of(backend: Backend, step: str) -> str:
     """Return the digest of every file that shapes what this backend compiles of a step."""
-    return key.source_digest(*key.GRAPH_SOURCES, *backend.sources, step_named(step).source)
+    return key.source_digest(*key.GRAPH_SOURCES, *backend.sources, *step_named(step).sources)
 
 
 def handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _gate(backend: Backend, build: BuildRequest, artifact: Artifact) -> dict[str
     else:
         weights = safetensors.torch.load_file(build.weights_path)
     try:
-        executable = backend.load(artifact, step_named(bucket.step).interface(arch, bucket), weights)
+        executable = backend.load(artifact, step_named(bucket.step).interface(arch, bucket, build.dtype), weights)
     except BackendUnavailable as error:
         return {DEFERRED: error.message}
     with closing(executable):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,22 @@ class Lowering:
 
     Args:
         attention: "sdpa" calls the fused kernel; "explicit" spells out matmul, finite mask and softmax (for XLA).
+        linear: "aten"; "sum" spells out multiply and sum, which fuse into one loop over the weights (for few rows);
+            "onednn" calls oneDNN on weights as they are (for many rows).
     """
 
     attention: str = "sdpa"
+    linear: str = "aten"
+
+
+class Memory(Protocol):
+    """Where keys and values of earlier calls are, and those of this one go."""
+
+    def __call__(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take in new keys and values (B, nh, T, hs) of a layer and return all to attend to, and which are seen.
+
+        That is k and v (B, nh, S, hs), and bool (B, 1, T, S), True where seen; None if position t sees 0..t.
+        """
 
 
 # Far below any attention score, yet finite: -inf rows turn into NaN on some accelerators.
@@ -51,6 +64,26 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
     "linear": lambda x: x,
 }
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
+    if kernel == "onednn":
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+    if kernel == "aten":
+        return F.linear(x, weight, bias)
+    y = (x.unsqueeze(-2) * weight).sum(-1)  # (..., 1, C) * (D, C) -> (..., D)
+    return y if bias is None else y + bias
+
+
+class Linear(nn.Linear):
+    """nn.Linear, written as the lowering says."""
+
+    def __init__(self, width: int, to: int, *, bias: bool, kernel: str) -> None:
+        super().__init__(width, to, bias=bias)
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _project(x, self.weight, self.bias, self.kernel)
 
 
 class LayerNorm(nn.Module):
@@ -77,46 +110,50 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, arch: Architecture, layer: int, lowering: Lowering) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(arch.n_embd, 3 * arch.n_embd, bias=arch.bias)
-        self.c_proj = nn.Linear(arch.n_embd, arch.n_embd, bias=arch.bias)
+        self.c_attn = Linear(arch.n_embd, 3 * arch.n_embd, bias=arch.bias, kernel=lowering.linear)
+        self.c_proj = Linear(arch.n_embd, arch.n_embd, bias=arch.bias, kernel=lowering.linear)
+        self.layer = layer
         self.n_head = arch.n_head
         self.scale = _attention_scale(arch, layer)
         self.upcast = arch.upcast_attention
         self.explicit = lowering.attention == "explicit"
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, S, C = x.shape
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        B, T, C = x.shape
         hs = C // self.n_head
         # tensor_split, never list-form split: the latter returns wrong data on torch-xla 2.9 without functionalization
-        q, k, v = torch.tensor_split(self.c_attn(x), 3, dim=2)  # 3 x (B, S, C)
-        q = q.view(B, S, self.n_head, hs).transpose(1, 2)  # (B, nh, S, hs)
-        k = k.view(B, S, self.n_head, hs).transpose(1, 2)  # (B, nh, S, hs)
-        v = v.view(B, S, self.n_head, hs).transpose(1, 2)  # (B, nh, S, hs)
+        q, k, v = torch.tensor_split(self.c_attn(x), 3, dim=2)  # 3 x (B, T, C)
+        q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        seen = None
+        if memory is not None:
+            k, v, seen = memory(self.layer, k, v)  # 2 x (B, nh, S, hs), (B, 1, T, S)
         if self.upcast:
             q, k = q.float(), k.float()
         if self.explicit or self.upcast:
-            y = self._attend_explicitly(q, k, v)
+            y = self._attend_explicitly(q, k, v, seen)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        y = y.transpose(1, 2).reshape(B, S, C)  # (B, nh, S, hs) -> (B, S, C)
+            y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=self.scale)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
         return cast(Tensor, self.c_proj(y))
 
-    def _attend_explicitly(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        S = q.shape[2]
-        scores = (q @ k.transpose(-2, -1)) * self.scale  # (B, nh, S, S)
-        position = torch.arange(S, dtype=torch.int32, device=q.device)
-        future = position.unsqueeze(0) > position.unsqueeze(1)  # (S, S): True where key comes after query
-        scores = torch.where(future, _MASK_FILL, scores)
-        return F.softmax(scores, dim=-1).to(v.dtype) @ v  # (B, nh, S, hs)
+    def _attend_explicitly(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        scores = (q @ k.transpose(-2, -1)) * self.scale  # (B, nh, T, S)
+        if seen is None:
+            position = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
+            seen = position.unsqueeze(0) <= position.unsqueeze(1)  # (S, S): False where key comes after query
+        scores = torch.where(seen, scores, _MASK_FILL)
+        return F.softmax(scores, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 
 class MLP(nn.Module):
     """Position-wise feed-forward: widen, activate, project back."""
 
-    def __init__(self, arch: Architecture) -> None:
+    def __init__(self, arch: Architecture, lowering: Lowering) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(arch.n_embd, arch.n_inner, bias=arch.bias)
-        self.c_proj = nn.Linear(arch.n_inner, arch.n_embd, bias=arch.bias)
+        self.c_fc = Linear(arch.n_embd, arch.n_inner, bias=arch.bias, kernel=lowering.linear)
+        self.c_proj = Linear(arch.n_inner, arch.n_embd, bias=arch.bias, kernel=lowering.linear)
         self.activation = _ACTIVATIONS[arch.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,10 +169,10 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(arch.n_embd, bias=arch.bias, epsilon=epsilon)
         self.attn = CausalSelfAttention(arch, layer, lowering)
         self.ln_2 = LayerNorm(arch.n_embd, bias=arch.bias, epsilon=epsilon)
-        self.mlp = MLP(arch)
+        self.mlp = MLP(arch, lowering)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), memory)
         return x + cast(Tensor, self.mlp(self.ln_2(x)))
 
 
@@ -150,7 +187,7 @@ class GPT(nn.Module):
     def __init__(self, arch: Architecture, lowering: Lowering | None = None) -> None:
         super().__init__()
         self.arch = arch
-        lowering = lowering or Lowering()
+        self.lowering = lowering = lowering or Lowering()
         self.transformer = nn.ModuleDict(
             {
                 "wte": _embedding(arch.vocab_size, arch.n_embd),
@@ -162,27 +199,29 @@ class GPT(nn.Module):
         # A tied head is not a second name for wte: it does not exist, so no alias can be forgotten.
         self.lm_head = None if arch.tied else nn.Linear(arch.n_embd, arch.vocab_size, bias=False)
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, position: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         """Run the layers on right-padded ids.
 
         Args:
-            input_ids: int32 or int64 (B, S).
+            input_ids: int32 or int64 (B, T).
+            position: where each id is in its context, integers (B, T); None for 0..T-1.
+            memory: of what came before, if anything did.
 
         Returns:
-            The last layer's output (B, S, C), before the final LayerNorm.
+            The last layer's output (B, T, C), before the final LayerNorm.
         """
-        S = input_ids.shape[1]
-        position = torch.arange(S, dtype=input_ids.dtype, device=input_ids.device)  # (S)
-        x = self.transformer["wte"](input_ids) + self.transformer["wpe"](position)  # (B, S, C)
+        if position is None:
+            position = torch.arange(input_ids.shape[1], dtype=input_ids.dtype, device=input_ids.device)  # (T)
+        x = self.transformer["wte"](input_ids) + self.transformer["wpe"](position)  # (B, T, C)
         for block in cast(nn.ModuleList, self.transformer["h"]):
-            x = block(x)
+            x = block(x, memory)
         return cast(Tensor, x)
 
     def head(self, x: Tensor) -> Tensor:
         """Project hidden states (..., C) to float32 logits (..., V)."""
         x = self.transformer["ln_f"](x)
         matrix = self.transformer["wte"].weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(x, cast(Tensor, matrix)).float()
+        return _project(x, cast(Tensor, matrix), None, self.lowering.linear).float()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return float32 logits (B, S, V) at every position: the oracle and the training path."""

@@ -13,7 +13,7 @@ from typing import Any
 from nanogpt_buckets.errors import IncompatibleEntry, PlanError
 from nanogpt_buckets.values import shown, whole_number
 
-STEPS = ("recompute",)
+STEPS = ("recompute", "prefill", "decode")
 # So that ids, and what is counted in tokens, fit in 32 bits.
 _MOST_TOKENS = 2**31 - 1
 

@@ -121,7 +121,7 @@ class Compiled(Loader):
     def _load(self, bucket: Bucket, manifest: Manifest) -> Executable:
         weights, start = self.weights, time.perf_counter()
         artifact = artifact_of(self.choice.store.read(manifest))
-        interface = step_named(bucket.step).interface(self.choice.model.architecture, bucket)
+        interface = step_named(bucket.step).interface(self.choice.model.architecture, bucket, self.choice.dtype)
         executable = None
         try:
             executable = self.choice.compiler.load(artifact, interface, weights.tensors)

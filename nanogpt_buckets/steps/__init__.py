@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from nanogpt_buckets.steps.decode import Decode
+from nanogpt_buckets.steps.prefill import Prefill
 from nanogpt_buckets.steps.recompute import Recompute
 from nanogpt_buckets.steps.step import Step
 
-_STEPS: dict[str, Step] = {step.name: step for step in (Recompute(),)}
+_STEPS: dict[str, Step] = {step.name: step for step in (Recompute(), Prefill(), Decode())}
 
 
 def step_named(name: str) -> Step:

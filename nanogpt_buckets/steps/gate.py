@@ -4,19 +4,25 @@ One eager float32 forward of a full row gives, by causality, the reference for e
 row cut and padded at awkward lengths, a different one in each row. Then padding, future tokens and neighbouring rows
 are changed, and not one bit may move.
 
+A step that keeps state runs its part of whole requests, some of whose last tokens come one by one, and the eager steps
+run the rest, over as many positions as the model has, so that what either writes must suit the other. State is dirty to
+begin with; what a padding row finds, it leaves.
+
 Knows nothing of compilers, of files or of any one step: how to feed one, it asks the step.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanogpt_buckets.contract import dtype_name
 from nanogpt_buckets.errors import GateFailed, NonFiniteLogits
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.gpt import GPT, from_weights
@@ -24,10 +30,9 @@ from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
 
 Run = Callable[..., Sequence[Tensor]]
-Ask = Callable[..., Tensor]  # a loaded bucket, by contexts and a filler; see `_logits`
 
 # Of what is checked and how strictly; kept in manifests. What an older gate let pass is checked again at first load.
-VERSION = 2
+VERSION = 3
 # Measured: float32 noise is 5e-7..1e-6 of the largest logit, the mildest planted fault (erf for tanh GELU) 2e-4.
 FLOAT32_TOLERANCE = 2e-5
 # bfloat16 is judged by its own noise: eager bfloat16 against float32.
@@ -51,10 +56,69 @@ def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229)
     return weights
 
 
-def _logits(run: Run, bucket: Bucket, contexts: Sequence[Sequence[int]], filler: Tensor | None = None) -> Tensor:
-    """Ask a loaded bucket for the logits (n, V) that follow each of n contexts."""
-    step = step_named(bucket.step)
-    return step.logits(run(*step.pack(contexts, bucket, filler)), len(contexts))
+# How many of a context's last tokens are run one by one where state is kept.
+_TAILS = (0, 8)
+_DIRT = 100.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A loaded bucket, to be asked for the logits that follow contexts."""
+
+    run: Run
+    arch: Architecture
+    bucket: Bucket
+    weights: Mapping[str, Tensor]
+
+    def _part(self, name: str) -> tuple[Bucket, Run]:
+        """Return what runs a step of a request: the loaded bucket its own, the eager step the other."""
+        if name == self.bucket.step:
+            return self.bucket, self.run
+        return self._whole(name)
+
+    @functools.cache  # noqa: B019  it lives as long as a check
+    def _whole(self, name: str) -> tuple[Bucket, Run]:
+        whole = Bucket(self.bucket.batch_size, self.arch.block_size, name)
+        return whole, step_named(name).eager(self.arch, whole, self.weights)
+
+    @property
+    def tails(self) -> tuple[int, ...]:
+        """How many tokens may come one by one: none where nothing is kept, and one at least where that is the step."""
+        if step_named(self.bucket.step).continued_by == step_named(self.bucket.step).opened_by:
+            return (0,)
+        return _TAILS if self.opens else tuple(max(1, tail) for tail in _TAILS)
+
+    @property
+    def opens(self) -> bool:
+        """Whether the bucket is what runs prompts."""
+        return step_named(self.bucket.step).opened_by == self.bucket.step
+
+    def __call__(
+        self, contexts: Sequence[Sequence[int]], tail: int | None = None, filler: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits (n, V) that follow each of n contexts, whose last `tail` tokens come one by one."""
+        tail, state = self.tails[-1] if tail is None else tail, self.dirty(filler)
+        for left in range(tail, 0, -1):
+            self.call(state, contexts, tail, left, filler)
+        return self.call(state, contexts, tail, 0, filler)
+
+    def dirty(self, filler: Tensor | None = None) -> list[Tensor]:
+        """Return state as a stranger may have left it, over all positions; another one if there is a filler."""
+        whole = Bucket(self.bucket.batch_size, self.arch.block_size, self.bucket.step)
+        dtype = dtype_name(next(iter(self.weights.values())))
+        state = step_named(whole.step).interface(self.arch, whole, dtype).state
+        return [view.blank().fill_(_DIRT if filler is None else -_DIRT / 2) for view in state]
+
+    def call(
+        self, state: list[Tensor], contexts: Sequence[Sequence[int]], tail: int, left: int, filler: Tensor | None = None
+    ) -> Tensor:
+        """Make one call of a request, after which `left` tokens are; its logits."""
+        step = step_named(self.bucket.step)
+        bucket, run = self._part(step.opened_by if left == tail else step.continued_by)
+        heads = [context[: max(0, len(context) - left)] for context in contexts]
+        views = (tensor[:, :, : bucket.seq_len] for tensor in state)
+        inputs = step_named(bucket.step).pack(heads, bucket, filler if bucket is self.bucket else None)
+        return step_named(bucket.step).logits(run(*inputs, *views), len(contexts))
 
 
 def check(
@@ -71,13 +135,15 @@ def check(
     generator = torch.Generator().manual_seed(bucket.batch_size * 100_003 + bucket.seq_len)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, bucket.seq_len), generator=generator, dtype=torch.int32)
     lengths = awkward_lengths(bucket.seq_len)
-    ask = partial(_logits, run, bucket)
+    ask = _Asked(run, arch, bucket, weights)
     with torch.inference_mode():
-        error, tolerance = _worst_error(ask, arch, weights, rows, lengths, rounds)
+        error, tolerance = _worst_error(ask, rows, lengths, rounds)
         if not error <= tolerance:  # NaN fails too
             raise GateFailed(f"bucket {bucket} differs from the eager model by {error:.1e} of the largest logit")
-        if cause := _moved_by(ask, arch.vocab_size, rows, lengths):
+        if cause := _moved_by(ask, rows, lengths):
             raise GateFailed(f"bucket {bucket} returns other logits after {cause}")
+        if _writes_elsewhere(ask, rows):
+            raise GateFailed(f"bucket {bucket} writes into the state of rows that are not its own")
     return {
         "version": VERSION,
         "lengths": lengths,
@@ -92,22 +158,25 @@ def awkward_lengths(seq_len: int) -> list[int]:
     return sorted({max(1, n) for n in (1, seq_len // 2, seq_len // 2 + 1, seq_len - 1, seq_len) if n <= seq_len})
 
 
-def _worst_error(
-    ask: Ask, arch: Architecture, weights: Mapping[str, Tensor], rows: Tensor, lengths: list[int], rounds: bool
-) -> tuple[float, float]:
+def _worst_error(ask: _Asked, rows: Tensor, lengths: list[int], rounds: bool) -> tuple[float, float]:
     """Return the largest error, relative to the largest reference logit, and what is allowed."""
-    reference = _logits_at({name: w.float() for name, w in weights.items()}, arch, rows, lengths)  # (B, n, V)
-    scale = reference.abs().max().item()
-    worst = 0.0
-    for shift in range(len(lengths)):
-        own = [(row + shift) % len(lengths) for row in range(len(rows))]
-        logits = ask(_cut(rows, [lengths[n] for n in own]))  # (B, V)
-        expected = torch.stack([reference[row, n] for row, n in enumerate(own)])  # (B, V)
-        worst = max(worst, _error(logits, expected, scale))
-    if not rounds and all(w.dtype == torch.float32 for w in weights.values()):
-        return worst, FLOAT32_TOLERANCE
-    eager = _logits_at({name: w.bfloat16() for name, w in weights.items()}, arch, rows, lengths)
-    return worst, BFLOAT16_FACTOR * _error(eager, reference, scale)
+    exact = {name: w.float() for name, w in ask.weights.items()}
+    worst = noise = 0.0
+    for tail in ask.tails:
+        if ask.opens and tail:  # the prompt fills the bucket, and what follows outgrows it
+            rows = torch.cat([rows, rows.flip(1)], 1)[:, : min(rows.shape[1] + tail, ask.arch.block_size)]
+            lengths = [min(length + tail, rows.shape[1]) for length in lengths]
+        reference = _logits_at(exact, ask.arch, rows, lengths)  # (B, n, V)
+        scale = reference.abs().max().item()
+        for shift in range(len(lengths)):
+            own = [(row + shift) % len(lengths) for row in range(len(rows))]
+            logits = ask(_cut(rows, [lengths[n] for n in own]), tail)  # (B, V)
+            expected = torch.stack([reference[row, n] for row, n in enumerate(own)])  # (B, V)
+            worst = max(worst, _error(logits, expected, scale))
+        if rounds or any(w.dtype != torch.float32 for w in ask.weights.values()):
+            rounded = {name: w.bfloat16() for name, w in ask.weights.items()}
+            noise = max(noise, _error(_logits_at(rounded, ask.arch, rows, lengths), reference, scale))
+    return worst, BFLOAT16_FACTOR * noise or FLOAT32_TOLERANCE
 
 
 def _error(found: Tensor, expected: Tensor, scale: float) -> float:
@@ -127,20 +196,34 @@ def _cut(rows: Tensor, lengths: Sequence[int]) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]
 
 
-def _moved_by(ask: Ask, vocab_size: int, rows: Tensor, lengths: list[int]) -> str | None:
+def _moved_by(ask: _Asked, rows: Tensor, lengths: list[int]) -> str | None:
     """Change what a row's logits may not depend on; return what moved a bit of them."""
     contexts = _cut(rows, [lengths[row % len(lengths)] for row in range(len(rows))])
-    before = ask(contexts)
+    before, vocab_size = ask(contexts), ask.arch.vocab_size
     others = (rows + 1) % vocab_size  # (B, S)
     if not torch.equal(before, ask(contexts)):
         return "a second run"
-    if not torch.equal(before, ask(contexts, torch.full_like(rows, vocab_size - 1))):
+    if not torch.equal(before, ask(contexts, filler=torch.full_like(rows, vocab_size - 1))):
         return "other padding"
-    if not torch.equal(before, ask(contexts, others)):
+    if not torch.equal(before, ask(contexts, filler=others)):
         return "other future tokens"
     if len(rows) > 1 and not torch.equal(before[:1], ask([contexts[0], *others[1:].tolist()])[:1]):
         return "other neighbours"
     return None
+
+
+def _writes_elsewhere(ask: _Asked, rows: Tensor) -> bool:
+    """Whether a call with one real row changes what a padding row finds, or other positions than its own."""
+    context, tail, state = rows[:1, : max(1, rows.shape[1] // 2)].tolist(), ask.tails[0], ask.dirty()
+    for left in range(tail, 0, -1):
+        ask.call(state, context, tail, left)
+    before = [tensor.clone() for tensor in state]
+    ask.call(state, context, tail, 0)
+    end = ask.bucket.seq_len if ask.opens else len(context[0])
+    start = 0 if ask.opens else end - 1
+    for old, new in zip(before, state, strict=True):
+        old[:1, :, start:end] = new[:1, :, start:end]
+    return not all(torch.equal(old, new) for old, new in zip(before, state, strict=True))
 
 
 def canary(
@@ -160,7 +243,7 @@ def canary(
         expected = gpt.head(gpt.hidden(rows)[:, -1])  # (B, V)
         if not expected.isfinite().all():
             raise NonFiniteLogits(_not_finite(weights), hint="look how the model was trained or saved")
-        error = _error(_logits(run, bucket, rows.tolist()), expected, expected.abs().max().item())
+        error = _error(_Asked(run, arch, bucket, weights)(rows.tolist()), expected, expected.abs().max().item())
     # bfloat16 rounds to 8 bits, and two shapes round differently
     exact = not rounds and all(w.dtype == torch.float32 for w in weights.values())
     tolerance = 10 * FLOAT32_TOLERANCE if exact else 0.1

@@ -27,15 +27,15 @@ class Recompute(Step):
     """See `Step`."""
 
     name = "recompute"
-    source = "steps/recompute.py"
+    sources = ("steps/recompute.py",)
 
-    def interface(self, arch: Architecture, bucket: Bucket) -> Interface:
+    def interface(self, arch: Architecture, bucket: Bucket, dtype: str) -> Interface:
         """Return input_ids int32 (B, S) and last_index int32 (B,) -> logits float32 (B, V)."""
         B, S = bucket.batch_size, bucket.seq_len
         return Interface(
             inputs=(Contract("input_ids", "int32", (B, S)), Contract("last_index", "int32", (B,))),
             outputs=(Contract("logits", "float32", (B, arch.vocab_size)),),
-            limits={"input_ids": arch.vocab_size, "last_index": S},
+            limits={"input_ids": range(arch.vocab_size), "last_index": range(S)},
         )
 
     def forward(self, gpt: GPT, *tensors: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_buckets.contract import Executable, Interface
+from nanogpt_buckets.contract import Executable, Interface, dtype_name
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
 
@@ -22,14 +22,28 @@ if TYPE_CHECKING:
 
 
 class Step(ABC):
-    """One kind of step. `name` is what buckets call it; `source` is the file that defines its graph, in every key."""
+    """One kind of step. `name` is what buckets call it; `sources` are the files that define its graph, in every key.
+
+    One that keeps something between calls is `opened_by` one step and `continued_by` another, for as long as its rows
+    grow by a token a call; one that keeps nothing is both.
+    """
 
     name: str
-    source: str
+    sources: tuple[str, ...]
+
+    @property
+    def opened_by(self) -> str:
+        """The step that runs a prompt."""
+        return self.name
+
+    @property
+    def continued_by(self) -> str:
+        """The step that runs each further token."""
+        return self.name
 
     @abstractmethod
-    def interface(self, arch: Architecture, bucket: Bucket) -> Interface:
-        """Return what a call takes and returns, and what stays alive between calls."""
+    def interface(self, arch: Architecture, bucket: Bucket, dtype: str) -> Interface:
+        """Return what a call takes and returns, and what stays alive between calls, which is of the weights' dtype."""
 
     @abstractmethod
     def forward(self, gpt: GPT, *tensors: Tensor) -> Any:
@@ -62,4 +76,5 @@ class Step(ABC):
         """Return this step uncompiled, with the checks of a compiled one: the baseline and the oracle."""
         from nanogpt_buckets.model.gpt import from_weights
 
-        return Executable(self.graph(from_weights(arch, weights, lowering)).run, self.interface(arch, bucket))
+        dtype = dtype_name(next(iter(weights.values())))
+        return Executable(self.graph(from_weights(arch, weights, lowering)).run, self.interface(arch, bucket, dtype))

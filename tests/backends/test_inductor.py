@@ -48,7 +48,9 @@ def weights(selection):
 
 def loaded(artifact, weights):
     """Load a bucket 3x33 and return what gives its logits."""
-    executable = InductorBackend().load(artifact, step_named("recompute").interface(ODD, Bucket(3, 33)), weights)
+    executable = InductorBackend().load(
+        artifact, step_named("recompute").interface(ODD, Bucket(3, 33), "float32"), weights
+    )
     return lambda *tensors: executable(*tensors)[0]
 
 

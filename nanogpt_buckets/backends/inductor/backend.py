@@ -84,7 +84,7 @@ class InductorBackend(Backend):
         start = time.monotonic()
         clang = "clang version" in cxx
         content, commands = compile_library(graph, inputs, request.target, place, _cxx(), clang)
-        interface = step_named(bucket.step).interface(arch, bucket)
+        interface = step_named(bucket.step).interface(arch, bucket, request.dtype)
         named = [(canonical_name(name), parameter) for name, parameter in sorted(graph.named_parameters())]
         return Artifact(
             blobs={"library": content},

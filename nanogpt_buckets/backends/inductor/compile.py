@@ -70,7 +70,8 @@ def weightless_graph(
     with torch.device("meta"):
         graph = step.graph(GPT(arch, Lowering(**lowering)))
     graph = graph.to(getattr(torch, dtype)).to_empty(device="cpu").eval().requires_grad_(False)
-    return graph, step.pack([], bucket)
+    state = (view.blank() for view in step.interface(arch, bucket, dtype).state)
+    return graph, (*step.pack([], bucket), *state)
 
 
 def compile_library(

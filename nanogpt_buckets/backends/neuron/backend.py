@@ -126,7 +126,7 @@ class NeuronBackend(Backend):
         words = flags.command(arguments.parse(request.compiler_args), request.target, compiler["neuronx-cc"])
         start = time.monotonic()
         content = _trace(graph, inputs, words, workdir)
-        interface = step_named(bucket.step).interface(arch, bucket)
+        interface = step_named(bucket.step).interface(arch, bucket, request.dtype)
         return Artifact(
             blobs={"module": content},
             inputs=interface.inputs,
