@@ -195,6 +195,8 @@ def _fields(value: Any) -> dict[Any, Any] | None:
 
 def _architecture(args: Mapping[Any, Any], state: dict[str, torch.Tensor], path: Path) -> Architecture:
     """Return the architecture; an output matrix that is the token embedding is taken out of the tensors."""
+    import torch
+
     for name in args:
         if name not in (*_DEFAULTS, *_NO_EFFECT):
             raise UnsupportedModel(
@@ -209,19 +211,12 @@ def _architecture(args: Mapping[Any, Any], state: dict[str, torch.Tensor], path:
     fields |= {"n_inner": 4 * fields["n_embd"] if isinstance(fields["n_embd"], int) else 0, "activation": "gelu"}
     tied = Architecture(**fields)
     prepared.check_size(tied, path.stat().st_size, path)
-    if _is_tied(tokens, head, (tied.vocab_size, tied.n_embd)):
-        del state[HEAD]
-        return tied
+    if tokens is not None and head is not None and tokens.shape == head.shape == (tied.vocab_size, tied.n_embd):
+        same = tokens.data_ptr() == head.data_ptr() and tokens.stride() == head.stride()
+        if same or torch.equal(tokens, head):
+            del state[HEAD]
+            return tied
     return Architecture(**fields, tied=False)
-
-
-def _is_tied(tokens: torch.Tensor | None, head: torch.Tensor | None, shape: tuple[int, int]) -> bool:
-    import torch
-
-    if tokens is None or head is None or not tokens.shape == head.shape == shape:
-        return False
-    same = tokens.data_ptr() == head.data_ptr() and tokens.stride() == head.stride()
-    return same or torch.equal(tokens, head)
 
 
 def _bound_memory(size: int) -> None:
