@@ -14,7 +14,7 @@ import click
 from nanogpt_buckets import child, settings
 from nanogpt_buckets.backends import BACKENDS, backend_for
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import Command, Size, TimeSpan, cache_dir_option, output_options
+from nanogpt_buckets.cli.options import Size, TimeSpan, added, cache_dir_option, output_options
 from nanogpt_buckets.errors import BucketsError, CacheError, CorruptEntry, UsageError
 from nanogpt_buckets.node import prune as node_prune
 from nanogpt_buckets.plan.bucket import Bucket
@@ -187,14 +187,10 @@ def verify(cache_dir: Path | None, as_json: bool) -> int:
     return CorruptEntry.exit_code if result.problems else 0
 
 
-def _deletion_options(command: Command) -> Command:
-    """Add --dry-run and --yes."""
-    for option in (
-        click.option("-y", "--yes", is_flag=True, help="Do not ask."),
-        click.option("-n", "--dry-run", is_flag=True, help="Show what would be deleted; delete nothing."),
-    ):
-        command = option(command)
-    return command
+_deletion_options = added(
+    click.option("-n", "--dry-run", is_flag=True, help="Show what would be deleted; delete nothing."),
+    click.option("-y", "--yes", is_flag=True, help="Do not ask."),
+)
 
 
 @cache.command()
