@@ -28,12 +28,10 @@ def cache_dir(argument: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         UsageError: the caller's choice is empty, or below the home of nobody who is known.
     """
-    if argument is not None:
-        if not os.fspath(argument):
-            raise UsageError("the cache directory's name is empty", hint="leave --cache-dir out for the default")
-        return expanded(argument, f"--cache-dir or {CACHE_DIR_VARIABLE}")
-    from_environment = os.environ.get(CACHE_DIR_VARIABLE)
-    return expanded(from_environment or user_cache() / "cache", f"--cache-dir or {CACHE_DIR_VARIABLE}")
+    if argument is not None and not os.fspath(argument):
+        raise UsageError("the cache directory's name is empty", hint="leave --cache-dir out for the default")
+    chosen = argument or os.environ.get(CACHE_DIR_VARIABLE) or user_cache() / "cache"
+    return expanded(chosen, f"--cache-dir or {CACHE_DIR_VARIABLE}")
 
 
 def cache_dir_option(directory: Path) -> str:

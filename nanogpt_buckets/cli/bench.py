@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nanogpt_buckets.choice import Options, choose
+from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import PlanOptions, model_options, output_options, plan_options, read_plan
-from nanogpt_buckets.default_plan import default_plan
 from nanogpt_buckets.selection import Selection, explain_miss
 
 if TYPE_CHECKING:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import click
 
-from nanogpt_buckets.build_report import BuildReport
-from nanogpt_buckets.builder import build_missing
-from nanogpt_buckets.choice import Options, choose
+from nanogpt_buckets.builder import BuildReport, build_missing
+from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import PlanOptions, model_options, output_options, plan_options, read_plan
-from nanogpt_buckets.default_plan import default_plan
 from nanogpt_buckets.errors import CompileFailed
 from nanogpt_buckets.plan.bucket import Plan
 from nanogpt_buckets.plan.ladder import default_ladder

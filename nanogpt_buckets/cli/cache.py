@@ -14,7 +14,7 @@ import click
 from nanogpt_buckets import child, settings
 from nanogpt_buckets.backends import BACKENDS, backend_for
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import Size, TimeSpan, added, cache_dir_option, output_options
+from nanogpt_buckets.cli.options import SIZE, TIME_SPAN, added, cache_dir_option, output_options
 from nanogpt_buckets.errors import BucketsError, CacheError, CorruptEntry, UsageError
 from nanogpt_buckets.node import prune as node_prune
 from nanogpt_buckets.plan.bucket import Bucket
@@ -173,9 +173,7 @@ def verify(cache_dir: Path | None, as_json: bool) -> int:
     with output.progress("verifying", len(blobs)) as advance:
         result = verify_store(store, on_file=lambda size: advance(1))
     if as_json:
-        problems = [{"path": problem.path, "what": problem.what} for problem in result.problems]
-        counts = {"entries": result.entries, "blobs": result.blobs, "bytes": result.bytes}
-        output.document({**counts, "problems": problems})
+        output.document(asdict(result))
     else:
         for problem in result.problems:
             output.data(f"{problem.path}: {problem.what}")
@@ -211,10 +209,10 @@ def rm(keys: tuple[str, ...], dry_run: bool, yes: bool, cache_dir: Path | None, 
 
 @cache.command()
 @click.option(
-    "--older-than", type=TimeSpan(), help="Entries neither built nor loaded for so long: 30d (s, min, h, d, w)."
+    "--older-than", type=TIME_SPAN, help="Entries neither built nor loaded for so long: 30d (s, min, h, d, w)."
 )
 @click.option(
-    "--max-size", type=Size(), help="The longest unused entries, until no more than this is left: 5GB (kB, MB)."
+    "--max-size", type=SIZE, help="The longest unused entries, until no more than this is left: 5GB (kB, MB)."
 )
 @click.option("--planned", is_flag=True, help="Age and size count for entries that a plan names, too.")
 @click.option("--old-toolchains", is_flag=True, help="Entries made for library versions older than those installed.")
@@ -262,7 +260,10 @@ def _carry_out(store: LocalStore, deletion: Deletion, dry_run: bool, yes: bool, 
         output.say(f"note: {note}")
     wanted = bool(deletion.files) and not dry_run
     agreed = wanted and (yes or _agrees(deletion))
-    freed = _delete(store, deletion) if agreed else 0
+    freed = 0
+    if agreed:
+        with output.progress("deleting", len(deletion.files)) as advance:
+            freed = delete(store, deletion, on_file=lambda file: advance(1))
     if as_json:
         files = [asdict(file) | {"path": str(file.path)} for file in deletion.files]
         output.document({"bytes": deletion.bytes, "deleted": agreed, "freed": freed, "files": files})
@@ -273,11 +274,6 @@ def _carry_out(store: LocalStore, deletion: Deletion, dry_run: bool, yes: bool, 
     else:
         output.say(f"nothing was deleted; {_amount(deletion)} would go")
     return 1 if wanted and not agreed else 0
-
-
-def _delete(store: LocalStore, deletion: Deletion) -> int:
-    with output.progress("deleting", len(deletion.files)) as advance:
-        return delete(store, deletion, on_file=lambda file: advance(1))
 
 
 def _amount(deletion: Deletion) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -106,9 +107,7 @@ def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:
     first = next(tokens, None)  # whatever can go wrong at the start does so before anything is shown
     output.put(text)
     try:
-        for token in [first] if first else []:
-            output.put(token.text or "")
-        for token in tokens:
+        for token in itertools.chain([first] if first else [], tokens):
             output.put(token.text or "")
     finally:
         output.put("\n")

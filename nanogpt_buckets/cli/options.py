@@ -44,52 +44,38 @@ class WholeNumbers(click.ParamType[tuple[int, ...]]):
         return tuple(numbers)
 
 
-class _Amount(click.ParamType[float]):
-    """A number with a unit; each subclass has its own."""
+class Amount(click.ParamType[float]):
+    """A number with a unit, for example 30d; its value is in the smallest one."""
 
-    units: Mapping[str, float]
-    example: str
+    def __init__(self, name: str, example: str, units: Mapping[str, float]) -> None:
+        self.name, self._example, self._units = name, example, units
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Return the amount in the smallest unit."""
         if not isinstance(value, str):
             return float(value)
         match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
-        unit = self.units.get(match[2].lower()) if match else None
+        unit = self._units.get(match[2].lower()) if match else None
         if match is None or unit is None:
-            self.fail(f"{shown(value)} is no amount; write for example {self.example}", param, ctx)
+            self.fail(f"{shown(value)} is no amount; write for example {self._example}", param, ctx)
         return float(match[1]) * unit
 
 
-class TimeSpan(_Amount):
-    """A time in seconds, written 30d, 12h or 90min."""
-
-    name = "AGE"
-    units: Mapping[str, float] = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-    example = "30d or 12h"
+TIME_SPAN = Amount("AGE", "30d or 12h", {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400})
+SIZE = Amount("SIZE", "5GB or 500MB", {
+    "": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+})  # fmt: skip
 
 
-class Size(_Amount):
-    """A size in bytes, written 5GB or 500MB."""
-
-    name = "SIZE"
-    units: Mapping[str, float] = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12} | {
-        "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40
-    }  # fmt: skip
-    example = "5GB or 500MB"
-
-
-class Directory(click.Path):
-    """A directory, which need not exist nor be readable; an empty name, as of an unset variable, is a mistake."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path, readable=False)
-
+class _Directory(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path."""
         if value == "":
             self.fail("the name is empty; leave it out for the default directory", param, ctx)
         return super().convert(value, param, ctx)
+
+
+# A directory, which need not exist nor be readable; an empty name, as of an unset variable, is a mistake.
+DIRECTORY = _Directory(path_type=Path, readable=False)
 
 
 def added(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -112,7 +98,7 @@ def _together(name: str, keys: Iterable[str], *options: Callable[[Any], Any]) ->
 
 
 cache_dir_option = click.option(
-    "--cache-dir", type=Directory(), metavar="DIR",
+    "--cache-dir", type=DIRECTORY, metavar="DIR",
     help="Directory of compiled buckets. Default: $NANOGPT_BUCKETS_CACHE_DIR, else the user's cache directory.",
 )  # fmt: skip
 

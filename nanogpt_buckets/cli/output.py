@@ -201,7 +201,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 class BuildProgress:
     """Shows what becomes of each bucket: a live line each on a terminal, one line when it is done elsewhere.
 
-    Use it in a `with` statement, which gives the function to pass to `build`. Nothing is live before its first call, nor
+    `with BuildProgress() as update` gives the function to pass to `build`. Nothing is live before its first call, nor
     after all buckets are done, so that other output is not disturbed.
     """
 
@@ -226,10 +226,9 @@ class BuildProgress:
             if _watched():
                 self._show(bucket, phase)
             elif phase != "waiting":
-                elapsed = time.monotonic() - self._started.get(bucket, time.monotonic())
-                say(
-                    f"bucket {bucket}: {phase}" + (f" after {elapsed:.0f} s" if phase in ("compiled", "failed") else "")
-                )
+                start = self._started.get(bucket, time.monotonic())
+                elapsed = f" after {time.monotonic() - start:.0f} s" if phase in ("compiled", "failed") else ""
+                say(f"bucket {bucket}: {phase}{elapsed}")
 
     def _show(self, bucket: Bucket, phase: str) -> None:
         from rich.console import Console
@@ -239,10 +238,11 @@ class BuildProgress:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._bars = Progress(*columns, console=Console(stderr=True))
             self._bars.start()
+        description = f"bucket {bucket!s:>8}  {phase}"
         if bucket not in self._tasks:
-            self._tasks[bucket] = self._bars.add_task("", total=1)
+            self._tasks[bucket] = self._bars.add_task(description, total=1)
         ended = phase in ("hit", "compiled", "failed")
-        self._bars.update(self._tasks[bucket], description=f"bucket {bucket!s:>8}  {phase}", completed=int(ended))
+        self._bars.update(self._tasks[bucket], description=description, completed=int(ended))
         if self._bars.finished:
             self._stop()
 

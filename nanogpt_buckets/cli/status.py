@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import click
 
-from nanogpt_buckets.choice import Choice, Options, choose
+from nanogpt_buckets.choice import Choice, Options, choose, default_plan
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import PlanOptions, model_options, output_options, plan_options, read_plan
-from nanogpt_buckets.default_plan import default_plan
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.selection import Selection, explain_miss
