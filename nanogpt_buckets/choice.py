@@ -99,10 +99,10 @@ class Choice:
         return None if self.target is None else self.build_target
 
     @functools.cached_property
-    def family_parts(self) -> dict[str, Any]:
+    def family_parts(self) -> key.FamilyParts:
         """The named parts of the family."""
         backend = self.compiler
-        return key.family_parts(
+        return key.FamilyParts(
             architecture=self.model.architecture.to_json(),
             dtype=self.dtype,
             backend=backend.name,

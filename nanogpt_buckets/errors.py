@@ -12,12 +12,7 @@ _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udff
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return text that is safe on a terminal, whoever wrote it: control characters become escapes.
-
-    Args:
-        text: any; what is escaped already stays as it is.
-        keep: control characters that are meant.
-    """
+    """Return text that is safe on a terminal, whoever wrote it: controls become escapes, but for those to `keep`."""
     return _UNSHOWN.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 Parts = Mapping[str, Any]
 
@@ -65,46 +65,29 @@ def source_digest(*names: str) -> str:
     return hasher.hexdigest()
 
 
-def family_parts(
-    *,
-    architecture: Parts,
-    dtype: str,
-    backend: str,
-    runtime: Parts,
-    source: str,
-    lowering: Parts,
-    flags: list[str],
-    weights: str | None,
-) -> dict[str, Any]:
-    """Name what a machine that only loads knows.
+class FamilyParts(TypedDict):
+    """What a machine that only loads knows.
 
-    Args:
-        architecture: `Architecture.to_json()`.
-        dtype: "float32" or "bfloat16".
-        backend: "inductor", ...
-        runtime: library versions that must match to load at all.
-        source: `source_digest` of what every bucket of the family is made with.
-        lowering: how the graph is written for this backend.
-        flags: canonical compiler flags chosen by the user.
-        weights: digest of the weights where they are compiled in, else None.
+    `runtime`: library versions that must match to load at all. `source`: `source_digest` of what every bucket of the
+    family is made with. `lowering`: how the graph is written for this backend. `flags`: canonical compiler flags chosen
+    by the user. `weights`: digest of the weights where they are compiled in.
     """
-    return {
-        "architecture": dict(architecture),
-        "backend": backend,
-        "dtype": dtype,
-        "flags": list(flags),
-        "lowering": dict(lowering),
-        "runtime": dict(runtime),
-        "source": source,
-        "weights": weights,
-    }
+
+    architecture: Parts
+    dtype: str
+    backend: str
+    runtime: Parts
+    source: str
+    lowering: Parts
+    flags: list[str]
+    weights: str | None
 
 
 def key_parts(family: Parts, *, bucket: Parts, step: str, target: str, compiler: Parts) -> dict[str, Any]:
     """Add to a family what names one compiled entry.
 
     Args:
-        family: `family_parts(...)`.
+        family: a `FamilyParts`.
         bucket: step, batch_size and seq_len.
         step: `source_digest` of the step's own file.
         target: the instruction-set level or device compiled for.
@@ -117,17 +100,20 @@ def key_parts(family: Parts, *, bucket: Parts, step: str, target: str, compiler:
 def difference(wanted: Parts, found: Parts) -> list[str]:
     """Say in words how two sets of parts differ, one line per leaf: `family.dtype: bfloat16, not float32`."""
     lines = []
-    ours, theirs = _leaves(wanted), _leaves(found)
+    ours, theirs = leaves(wanted), leaves(found)
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             lines.append(f"{name}: {theirs.get(name, 'nothing')}, not {ours.get(name, 'nothing')}")
     return lines
 
 
-def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Return what is in nested mappings and lists of them, each named by its path: `blobs.0.role`."""
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = {str(index): item for index, item in enumerate(value)}
     if not isinstance(value, Mapping):
         return {name: value}
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, item in value.items():
-        leaves |= _leaves(item, f"{name}.{key}" if name else key)
-    return leaves
+        found |= leaves(item, f"{name}.{key}" if name else key)
+    return found

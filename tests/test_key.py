@@ -59,7 +59,7 @@ OTHER_ENTRY = {
 
 
 def family(**changes: object) -> dict:
-    return key.family_parts(**(FAMILY | changes))
+    return key.FamilyParts(**(FAMILY | changes))
 
 
 def entry(**changes: object) -> dict:

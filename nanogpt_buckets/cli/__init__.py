@@ -61,11 +61,6 @@ def _see_help(command: str) -> str:
     return f"{command} --help says what it takes"
 
 
-def _dashes(name: str) -> str:
-    """Accept --max_new_tokens, as nanoGPT spells it, for --max-new-tokens."""
-    return name.replace("_", "-")
-
-
 _EPILOG = (
     "Exit codes: 0 ok, 1 negative answer or known failure, 2 usage, 3 not built and compiling not allowed, "
     "4 damage, 5 a bucket failed to compile, 6 untrusted, 7 incompatible, 130 interrupted."
@@ -74,7 +69,11 @@ _EPILOG = (
 
 @click.command(
     cls=_Group,
-    context_settings={"token_normalize_func": _dashes, "help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_new_tokens, as nanoGPT spells it
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+    },
     epilog=_EPILOG,
 )
 @click.version_option(__version__, prog_name="nanogpt-buckets")

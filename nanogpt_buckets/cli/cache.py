@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from nanogpt_buckets.backends import BACKENDS, backend_for
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import SIZE, TIME_SPAN, added, cache_dir_option, output_options
 from nanogpt_buckets.errors import BucketsError, CacheError, CorruptEntry, UsageError
+from nanogpt_buckets.key import leaves
 from nanogpt_buckets.node import prune as node_prune
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.answer import Answer, Status
@@ -85,7 +86,9 @@ def show(key: str, cache_dir: Path | None, as_json: bool) -> None:
     if as_json:
         output.document(described)
     else:
-        output.table(("FIELD", "VALUE"), list(_lines(described)))
+        plain = leaves(described).items()
+        lines = [(name, " ".join(map(str, leaf)) if isinstance(leaf, list) else leaf) for name, leaf in plain]
+        output.table(("FIELD", "VALUE"), lines)
 
 
 def _described(store: LocalStore, family: str, answer: Answer) -> dict[str, Any]:
@@ -108,17 +111,6 @@ def _described(store: LocalStore, family: str, answer: Answer) -> dict[str, Any]
     }
 
 
-def _lines(value: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
-    """Yield one line per plain value, named by its path: parts.family.dtype."""
-    for name, inner in value.items():
-        if isinstance(inner, dict):
-            yield from _lines(inner, f"{within}{name}.")
-        elif isinstance(inner, list) and any(isinstance(item, dict) for item in inner):
-            yield from _lines({str(index): item for index, item in enumerate(inner)}, f"{within}{name}.")
-        else:
-            yield f"{within}{name}", " ".join(map(str, inner)) if isinstance(inner, list) else str(inner)
-
-
 def _row(
     store: LocalStore, family: str, looked: Answer, answer: Answer, pins: Mapping[tuple[str, Bucket], list[str]]
 ) -> dict[str, Any]:
@@ -127,26 +119,25 @@ def _row(
     row: dict[str, Any] = {"key": answer.key, "state": state, "why": looked.why, "bytes": 0, "plans": []}
     blank = dict.fromkeys(("bucket", "backend", "target", "dtype", "model", "torch", "note", "unchecked"), "")
     row |= blank | {"contains_weights": False, "last_used": _last_used(store.entry_path(family, answer.key))}
-    if answer.manifest is None:
+    manifest = answer.manifest
+    if manifest is None:
         return row
-    parts = answer.manifest.parts
-    named = parts["family"]
+    named = manifest.parts["family"]
     arch = named.get("architecture", {})
-    if answer.manifest.bucket is not None:
-        row["plans"] = pins.get((family, answer.manifest.bucket), [])
-    notes = ["weights inside"] if answer.manifest.contains_weights else []
-    notes += ["not checked on a device yet"] if answer.manifest.unchecked else []
+    notes = ["weights inside"] if manifest.contains_weights else []
+    notes += ["not checked on a device yet"] if manifest.unchecked else []
     return row | {
+        "plans": [] if manifest.bucket is None else pins.get((family, manifest.bucket), []),
         "note": "; ".join(notes),
-        "unchecked": answer.manifest.unchecked or "",
-        "bucket": str(answer.manifest.bucket or "unknown"),
+        "unchecked": manifest.unchecked or "",
+        "bucket": str(manifest.bucket or "unknown"),
         "backend": named.get("backend", ""),
-        "target": parts.get("target", ""),
+        "target": manifest.parts.get("target", ""),
         "dtype": named.get("dtype", ""),
         "model": " ".join(f"{arch.get(name, '?')}{unit}" for name, unit in _SHAPE.items()),
         "torch": named.get("runtime", {}).get("torch", ""),
-        "bytes": sum(blob.size for blob in answer.manifest.blobs),
-        "contains_weights": answer.manifest.contains_weights,
+        "bytes": sum(blob.size for blob in manifest.blobs),
+        "contains_weights": manifest.contains_weights,
     }
 
 
