@@ -22,8 +22,7 @@ LOCAL_DIR_VARIABLE = "NANOGPT_BUCKETS_LOCAL_DIR"
 def cache_dir(argument: str | os.PathLike[str] | None = None) -> Path:
     """Return the directory of compiled buckets, which many machines may share. It need not exist.
 
-    Args:
-        argument: the caller's choice; None asks NANOGPT_BUCKETS_CACHE_DIR, then the user's cache directory.
+    The caller's choice, else what NANOGPT_BUCKETS_CACHE_DIR says, else below the user's cache directory.
 
     Raises:
         UsageError: the caller's choice is empty, or below the home of nobody who is known.

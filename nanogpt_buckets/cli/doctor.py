@@ -27,8 +27,8 @@ def doctor(path: Path | None, as_json: bool) -> int:
     findings = examine(settings.cache_dir(path))
     counts = {verdict: sum(f.verdict is verdict for f in findings) for verdict in Verdict}
     if as_json:
-        output.document({"problems": counts[Verdict.PROBLEM], "warnings": counts[Verdict.WARNING]}
-                        | {"findings": [asdict(finding) for finding in findings]})  # fmt: skip
+        facts = [asdict(finding) for finding in findings]
+        output.document({"problems": counts[Verdict.PROBLEM], "warnings": counts[Verdict.WARNING], "findings": facts})
     else:
         output.table(("TOPIC", "WHAT", "STATE", "FOUND"), [(f.topic, f.name, f.verdict, f.value) for f in findings])
     for finding in findings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import click
 
@@ -25,25 +24,7 @@ def report(as_json: bool) -> None:
     if as_json:
         output.document(run)
         return
-    output.table(("FIELD", "VALUE"), _summary(run))
-    output.data("")
-    # where a bucket holds far fewer tokens per row than its length, a shorter one would pay
-    rows = [
-        (
-            f"{r['batch_size']}x{r['seq_len']}",
-            r["steps"],
-            f"{r['real_tokens'] / r['rows']:.0f} of {r['seq_len']}",
-            r["real_tokens"],
-            int(r["steps"] * r["batch_size"] * r["seq_len"] - r["real_tokens"]),
-            f"{1000 * r['seconds'] / r['steps']:.2f} ms",
-        )
-        for r in run["buckets"]
-    ]
-    output.table(("BUCKET", "STEPS", "TOKENS PER ROW", "REAL TOKENS", "PADDED TOKENS", "TIME PER STEP"), rows)
-
-
-def _summary(run: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [
+    summary = [
         ("model", run["model"]),
         ("backend", run["backend"]),
         ("ended", f"{output.age(time.time() - run['ended'])} ago"),
@@ -58,3 +39,18 @@ def _summary(run: dict[str, Any]) -> list[tuple[str, Any]]:
         ("promotions", f"{run['promotions']} (calls that ran longer buckets, for want of the right one)"),
         ("seed", run["seed"]),
     ]
+    output.table(("FIELD", "VALUE"), summary)
+    output.data("")
+    # where a bucket holds far fewer tokens per row than its length, a shorter one would pay
+    rows = [
+        (
+            f"{r['batch_size']}x{r['seq_len']}",
+            r["steps"],
+            f"{r['real_tokens'] / r['rows']:.0f} of {r['seq_len']}",
+            r["real_tokens"],
+            int(r["steps"] * r["batch_size"] * r["seq_len"] - r["real_tokens"]),
+            f"{1000 * r['seconds'] / r['steps']:.2f} ms",
+        )
+        for r in run["buckets"]
+    ]
+    output.table(("BUCKET", "STEPS", "TOKENS PER ROW", "REAL TOKENS", "PADDED TOKENS", "TIME PER STEP"), rows)
