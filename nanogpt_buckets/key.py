@@ -53,11 +53,7 @@ def digest(parts: Parts) -> str:
 
 
 def source_digest(*names: str) -> str:
-    """Digest the raw bytes of files of this package: those that shape generated code, and no others.
-
-    Args:
-        names: relative to the package, such as "model/gpt.py".
-    """
+    """Digest the raw bytes of files of this package, such as "model/gpt.py": those that shape generated code alone."""
     hasher = hashlib.sha256()
     for name in names:
         content = (_PACKAGE / name).read_bytes()
@@ -84,14 +80,10 @@ class FamilyParts(TypedDict):
 
 
 def key_parts(family: Parts, *, bucket: Parts, step: str, target: str, compiler: Parts) -> dict[str, Any]:
-    """Add to a family what names one compiled entry.
+    """Add to a `FamilyParts` what names one compiled entry.
 
-    Args:
-        family: a `FamilyParts`.
-        bucket: step, batch_size and seq_len.
-        step: `source_digest` of the step's own file.
-        target: the instruction-set level or device compiled for.
-        compiler: versions of everything that turns the graph into code.
+    `step`: `source_digest` of the step's own file. `target`: the instruction-set level or device compiled for.
+    `compiler`: versions of everything that turns the graph into code.
     """
     parts = {"family": dict(family), "bucket": dict(bucket), "step": step}
     return parts | {"target": target, "compiler": dict(compiler)}

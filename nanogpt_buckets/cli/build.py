@@ -47,7 +47,7 @@ def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, a
         if row.state == "failed":
             output.error(CompileFailed(f"bucket {row.bucket} was not built: {row.why}", hint=row.hint))
         if row.log:
-            output.detail(f"bucket {row.bucket}: end of the compiler's log:\n{row.log.rstrip()}")
+            output.say(f"bucket {row.bucket}: end of the compiler's log:\n{row.log.rstrip()}", output.VERBOSE)
     return CompileFailed.exit_code if report.failed else 0
 
 

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from nanogpt_buckets.errors import BucketsError, printable
@@ -100,15 +99,9 @@ def forget_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def detail(text: str) -> None:
-    """Tell something that only those want who asked for more."""
-    if _verbosity == VERBOSE:
-        complain(text)
-
-
-def say(text: str) -> None:
-    """Tell something that is not data, unless told to be quiet."""
-    if _verbosity > QUIET:
+def say(text: str, least: int = NORMAL) -> None:
+    """Tell something that is not data, unless told to say less than this."""
+    if _verbosity >= least:
         complain(text)
 
 
@@ -158,7 +151,7 @@ def age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-@contextmanager
+@contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
     """Let Ctrl-C end the process here and now, for the time of an import that has nothing open.
 
@@ -184,7 +177,7 @@ def _watched() -> bool:
     return _verbosity > QUIET and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show on a terminal how much of something is done; yields a function to call with each amount."""
     if not _watched():
