@@ -11,7 +11,6 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.files import Doomed, doom, remove
@@ -21,7 +20,7 @@ from nanogpt_buckets.store.manifest import Manifest
 from nanogpt_buckets.store.plans import Plans, without
 from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.trust import check_location
-from nanogpt_buckets.versions import version_tuple
+from nanogpt_buckets.versions import installed, version_tuple
 
 # A blob that no entry names may be one whose manifest is about to be written.
 _YOUNG_S = 3600.0
@@ -164,12 +163,9 @@ def _outdated(manifest: Manifest) -> str:
     """Say which library of an entry is older than the one installed here, if any is."""
     runtime = manifest.parts["family"].get("runtime", {})
     for library, made_for in runtime.items():
-        try:
-            installed = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-        if version_tuple(made_for) < version_tuple(installed):
-            return f"made for {library} {made_for}, {installed} is installed"
+        here = installed(library)
+        if here is not None and version_tuple(made_for) < version_tuple(here):
+            return f"made for {library} {made_for}, {here} is installed"
     return ""
 
 
