@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nanogpt_buckets.build_report import BuildReport
-    from nanogpt_buckets.builder import build
+    from nanogpt_buckets.builder import BuildReport, build
     from nanogpt_buckets.errors import BucketsError
     from nanogpt_buckets.plan.bucket import Bucket, Plan
     from nanogpt_buckets.run.engine import Engine, generate
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Bucket": "plan.bucket",
     "BucketsError": "errors",
-    "BuildReport": "build_report",
+    "BuildReport": "builder",
     "Engine": "run.engine",
     "Generation": "run.generation",
     "Plan": "plan.bucket",

@@ -11,22 +11,16 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Unpack
 
 from nanogpt_buckets import backends, child, key
 from nanogpt_buckets.backends import host, worker
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest
-from nanogpt_buckets.build_report import BuildReport, BuildRow
-from nanogpt_buckets.choice import Choice, Options, choose
-from nanogpt_buckets.default_plan import remember_plan
-from nanogpt_buckets.errors import (
-    BackendUnavailable,
-    BucketsError,
-    ChildFailed,
-    CompileFailed,
-    UsageError,
-)
+from nanogpt_buckets.choice import Choice, Options, choose, remember_plan
+from nanogpt_buckets.errors import BackendUnavailable, BucketsError, ChildFailed, CompileFailed, UsageError
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.node import failures
 from nanogpt_buckets.plan.bucket import Bucket, Plan
@@ -40,9 +34,61 @@ log = logging.getLogger(__name__)
 _LOCK_TIMEOUT_S = 600.0
 # How long to do so without a word.
 _PATIENCE_S = 2.0
-
-
 Listener = Callable[[Bucket, str], None]
+
+
+@dataclass(frozen=True)
+class BuildRow:
+    """What became of one bucket.
+
+    `state` is "hit", "compiled" or "failed". `why`, `hint` and `log` say why it failed, what to do, and what the
+    compiler last said. `seconds` is the time this build spent on it, `size_bytes` what its blobs weigh.
+    """
+
+    bucket: Bucket
+    state: str
+    key: str = ""
+    seconds: float = 0.0
+    size_bytes: int = 0
+    why: str = ""
+    hint: str | None = None
+    log: str = ""
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What `build` did: one row for each bucket of the plan, in the plan's order.
+
+    `model` is the model's name, `target` what `backend` generated code for, `cache_dir` where the entries are.
+    """
+
+    model: str
+    backend: str
+    target: str
+    cache_dir: Path
+    rows: tuple[BuildRow, ...] = ()
+
+    @property
+    def hits(self) -> int:
+        """Buckets that were there already."""
+        return sum(row.state == "hit" for row in self.rows)
+
+    @property
+    def compiled(self) -> int:
+        """Buckets compiled, checked and published by this build."""
+        return sum(row.state == "compiled" for row in self.rows)
+
+    @property
+    def failed(self) -> int:
+        """Buckets that could not be compiled or failed the gate."""
+        return sum(row.state == "failed" for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON."""
+        rows = [asdict(row) | {"bucket": row.bucket.to_json()} for row in self.rows]
+        counts = {"hits": self.hits, "compiled": self.compiled, "failed": self.failed}
+        names = {"model": self.model, "backend": self.backend, "target": self.target, "cache_dir": str(self.cache_dir)}
+        return {**counts, **names, "buckets": rows}
 
 
 def build(

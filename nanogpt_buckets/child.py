@@ -25,7 +25,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nanogpt_buckets import errors
 from nanogpt_buckets.errors import BucketsError, ChildFailed
@@ -129,44 +129,38 @@ def run(
     log_path = workdir / "child.log"
     last: Event = {}
     with log_path.open("wb") as log:
-        process = _start(module, workdir, log, environment)
-        assert process.stdin is not None
-        assert process.stdout is not None
-        _running.add(process)
-        timer = threading.Timer(timeout_s, _kill_group, [process])
-        timer.daemon = True
-        timer.start()
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                # so paths are the same bytes to a child that speaks UTF-8, whatever this process's locale
-                process.stdin.write(os.fsencode(json.dumps(request, ensure_ascii=False)) + b"\n")
-                process.stdin.flush()
-            for line in process.stdout:
-                last = json.loads(line)
-                if on_event is not None:
-                    on_event(last)
-            status = process.wait()
-        finally:
-            overran = not timer.is_alive()
-            timer.cancel()
-            _end(process)
+        process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=workdir,
+            env=clean_environment(environment),
+            start_new_session=True,
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    _running.add(process)
+    timer = threading.Timer(timeout_s, _kill_group, [process])
+    timer.daemon = True
+    timer.start()
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            # so paths are the same bytes to a child that speaks UTF-8, whatever this process's locale
+            process.stdin.write(os.fsencode(json.dumps(request, ensure_ascii=False)) + b"\n")
+            process.stdin.flush()
+        for line in process.stdout:
+            last = json.loads(line)
+            if on_event is not None:
+                on_event(last)
+        status = process.wait()
+    finally:
+        overran = not timer.is_alive()
+        timer.cancel()
+        _end(process)
     if status != 0 or last.get("event") != "done":
         raise _failure(last, status, log_path, f"was ended after {timeout_s:.0f} s" if overran else "")
     return last
-
-
-def _start(
-    module: str, workdir: Path, log: IO[bytes], environment: Mapping[str, str] | None
-) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", module],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        cwd=workdir,
-        env=clean_environment(environment),
-        start_new_session=True,
-    )
 
 
 def end_all() -> None:
@@ -181,14 +175,10 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Close the pipes and leave nothing of the child's process group behind."""
+    """Leave nothing of the child's process group behind."""
     _kill_group(process)
-    process.wait()
-    _running.discard(process)
-    for stream in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):
-            if stream is not None:
-                stream.close()
+    with contextlib.suppress(BrokenPipeError), process:
+        _running.discard(process)
 
 
 def _failure(last: Event, status: int, log_path: Path, stopped: str) -> BucketsError:

@@ -1,7 +1,8 @@
 """Choice: what the user asked for, resolved once - model, backend, target, dtype, compiler flags, cache directory.
 
-From it follow the names of compiled things (family, key), the name of the default plan, what a device has room for, and
-the command that a hint prints. A further option is one field here and one flag in cli/options.py.
+From it follow the names of compiled things (family, key), the default plan - the buckets that `build` adds up, and that
+the other commands use unasked -, what a device has room for, and the command that a hint prints. A further option is
+one field here and one flag in cli/options.py.
 
 Knows nothing of what is built. Imports no torch.
 """
@@ -9,6 +10,7 @@ Knows nothing of what is built. Imports no torch.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shlex
 from collections.abc import Iterable, Sequence
@@ -17,14 +19,20 @@ from typing import Any, TypedDict
 
 from nanogpt_buckets import backends, key, settings
 from nanogpt_buckets.backends.base import DTYPES, Backend
-from nanogpt_buckets.errors import PlanError, UsageError
+from nanogpt_buckets.errors import CacheError, PlanError, UsageError
 from nanogpt_buckets.model.checkpoint import Model, open_model
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.steps import step_named
+from nanogpt_buckets.store.entry import manifest_of
+from nanogpt_buckets.store.plans import Plans, SavedPlan
 from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.values import shown
 
+log = logging.getLogger(__name__)
+
 EAGER = "eager"
+# What an upgrade, or training a model of the same name on, changes in a family.
+_CHANGING = ("runtime", "source", "weights")
 
 
 class Options(TypedDict, total=False):
@@ -226,3 +234,36 @@ def choose(
         chosen = backends.backend_for(backend, target, compiler_args=compiler_args, cores=cores)
         chosen.target(target)  # refuse an impossible target before anything else is done
     return Choice(open_model(model), chosen, dtype, Store(settings.cache_dir(cache_dir)), target)
+
+
+def default_plan(choice: Choice) -> Plan | None:
+    """Return what was saved for a choice, or None if nothing was.
+
+    Raises:
+        CacheError: it cannot be read, or a newer release wrote it.
+    """
+    saved = Plans(choice.store).load(choice.plan_names[-1])
+    return None if saved is None else saved.buckets
+
+
+def remember_plan(choice: Choice, plan: Plan) -> None:
+    """Add buckets to the default plan, if it can be written; a damaged plan is replaced, a newer one left alone."""
+
+    def added(before: SavedPlan | None) -> SavedPlan:
+        merged = before.buckets | plan if before is not None else plan
+        kept = merged if choice.fits(merged) else plan
+        others = (family for family in (before.families if before else ()) if not _replaced(choice, family))
+        return SavedPlan(kept, frozenset({choice.family, *others}))
+
+    for name in choice.plan_names:
+        try:
+            Plans(choice.store).change(name, added)
+        except (CacheError, UsageError) as error:
+            log.warning("the plan of %s was not saved: %s", choice.model.name, error.message)
+
+
+def _replaced(choice: Choice, family: str) -> bool:
+    """Whether the choice's family stands where another did before: alike but for versions, source and weights."""
+    manifest = next(filter(None, map(manifest_of, choice.store.family(family))), None)
+    theirs = manifest.parts["family"] if manifest else {}
+    return all(theirs.get(name, mine) == mine for name, mine in choice.family_parts.items() if name not in _CHANGING)

@@ -25,6 +25,7 @@ from nanogpt_buckets.node import prune, sources
 from nanogpt_buckets.store.entry import Miss, Status
 from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.trust import check_all
+from nanogpt_buckets.versions import installed
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken", "safetensors")
 _VARIABLES = (
@@ -53,46 +54,32 @@ def _versions() -> Iterator[Finding]:
     yield Finding("versions", "nanogpt-buckets", metadata.version("nanogpt-buckets"))
     yield Finding("versions", "python", f"{platform.python_version()} ({sys.executable})")
     for library in _LIBRARIES:
-        try:
-            yield Finding("versions", library, metadata.version(library))
-        except metadata.PackageNotFoundError:
-            hint = "pip install --force-reinstall nanogpt-buckets"
-            yield Finding("versions", library, "not installed", Verdict.PROBLEM, hint)
+        version = installed(library)
+        hint = "pip install --force-reinstall nanogpt-buckets"
+        yield _judged("versions", library, version or "not installed", version is None, hint, Verdict.PROBLEM)
+
+
+def _judged(topic: str, name: str, value: str, wrong: bool, hint: str, verdict: Verdict = Verdict.WARNING) -> Finding:
+    """Return a fact that needs a verdict and a hint only if something is wrong with it."""
+    return Finding(topic, name, value, verdict, hint) if wrong else Finding(topic, name, value)
 
 
 def _machine() -> Iterator[Finding]:
     libraries = ", ".join(f"{name} {number}" for name, number in sorted(host.own_versions().items()))
     yield Finding("machine", "system", f"{platform.system()} {platform.machine()}, {libraries or 'C library unknown'}")
-    yield _processors()
-    yield _load()
-    yield Finding("machine", "memory", f"{host.available_memory_bytes() / 1e9:.1f} GB available")
-    if memfile.in_memory():
-        text = "yes: a noexec cache works, nothing can change after the check"
-        yield Finding("machine", "libraries from memory", text)
-    else:
-        hint = "libraries are loaded from private copies in this node's directory, which must allow execution"
-        yield Finding("machine", "libraries from memory", "no", Verdict.WARNING, hint)
-
-
-def _processors() -> Finding:
     usable, seen = host.cpu_count(), host.visible_cpu_count()
-    text = f"{usable} usable, {_processor()}"
-    if usable == seen or "OMP_NUM_THREADS" in os.environ:
-        return Finding("machine", "processors", text)
+    more = usable != seen and "OMP_NUM_THREADS" not in os.environ
     hint = f"OMP_NUM_THREADS={usable}: torch starts a thread for each of {seen} processors, more than the quota"
-    return Finding("machine", "processors", text, Verdict.WARNING, hint)
-
-
-def _load() -> Finding:
-    """Say whether others use the processors: OpenMP's threads wait for each other actively, and then very long."""
-    load, usable = os.getloadavg()[0], host.cpu_count()
+    yield _judged("machine", "processors", f"{usable} usable, {_processor()}", more, hint)
+    load = os.getloadavg()[0]  # OpenMP's threads wait for each other actively, and where others run too very long
     text = f"{load:.1f} processes want to run, on average of the last minute"
-    if load <= usable + 0.5:
-        return Finding("machine", "load", text)
-    hint = (
-        "steps will be many times slower; OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=passive help where others must run too"
-    )
-    return Finding("machine", "load", text, Verdict.WARNING, hint)
+    help_ = "OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=passive help where others must run too"
+    yield _judged("machine", "load", text, load > usable + 0.5, f"steps will be many times slower; {help_}")
+    yield Finding("machine", "memory", f"{host.available_memory_bytes() / 1e9:.1f} GB available")
+    sealed = memfile.in_memory()
+    text = "yes: a noexec cache works, nothing can change after the check" if sealed else "no"
+    hint = "libraries are loaded from private copies in this node's directory, which must allow execution"
+    yield _judged("machine", "libraries from memory", text, not sealed, hint)
 
 
 def _processor() -> str:
@@ -118,11 +105,9 @@ def _backend() -> Iterator[Finding]:
     also = f"; this CPU can run {', '.join(levels)}" if target in levels else ""
     yield Finding("backend", "target", f"{target}{also}")
     compiler = chosen.compiler()
-    if compiler is None:
-        hint = f"{chosen.install}; buckets that are built already run without"
-        yield Finding("backend", "compiler", f"no {chosen.needs} found", Verdict.WARNING, hint)
-    else:
-        yield Finding("backend", "compiler", ", ".join(f"{name} {text}" for name, text in sorted(compiler.items())))
+    versions = ", ".join(f"{name} {text}" for name, text in sorted((compiler or {}).items()))
+    hint = f"{chosen.install}; buckets that are built already run without"
+    yield _judged("backend", "compiler", versions or f"no {chosen.needs} found", compiler is None, hint)
 
 
 def _cache(path: Path) -> Iterator[Finding]:
@@ -143,11 +128,9 @@ def _content(store: Store) -> Finding:
     found = [store.glance(entry) for entry in store.entries()]
     size = sum(path.stat().st_size for path in store.blob_paths() if path.exists())
     damaged = sum(isinstance(entry, Miss) and entry.status is Status.CORRUPT for entry in found)
-    text = f"{len(found)} entries, {size / 1e6:.1f} MB of compiled code"
-    if damaged:
-        hint = "nanogpt-buckets cache verify names them; the next build replaces them"
-        return Finding("cache", "content", f"{text}, {damaged} damaged", Verdict.PROBLEM, hint)
-    return Finding("cache", "content", text)
+    text = f"{len(found)} entries, {size / 1e6:.1f} MB of compiled code" + (f", {damaged} damaged" if damaged else "")
+    hint = "nanogpt-buckets cache verify names them; the next build replaces them"
+    return _judged("cache", "content", text, damaged > 0, hint, Verdict.PROBLEM)
 
 
 def _node() -> Iterator[Finding]:
@@ -188,8 +171,7 @@ def _directory(topic: str, path: Path, *, needed_to: str) -> Iterator[Finding]:
     text = f"{room.f_bavail * room.f_frsize / 1e9:.1f} GB free, "
     text += "files not counted" if free_files is None else f"{free_files} files more"
     low = room.f_bavail * room.f_frsize < _LOW_BYTES or (free_files is not None and free_files < _LOW_FILES)
-    hint = "make room: nanogpt-buckets cache prune --dry-run" if low else ""
-    yield Finding(topic, "room", text, Verdict.WARNING if low else Verdict.OK, hint)
+    yield _judged(topic, "room", text, low, "make room: nanogpt-buckets cache prune --dry-run")
 
 
 def _writable(topic: str, place: Path, mount: Mount, needed_to: str) -> Finding:

@@ -1,46 +1,18 @@
 """Every error a user can meet, with the hint that gets them out of it and the exit code the command line returns.
 
-    BucketsError                 1   something known went wrong
-    ├── UsageError               2   an argument that cannot be right (ValueError)
-    │   └── PlanError            2   a bucket or plan this model cannot have
-    ├── ModelError               1   the model cannot be used
-    │   ├── ModelNotFound        1   no such model, file or weights (FileNotFoundError)
-    │   ├── UnsupportedModel     1   readable, but not an architecture we compute exactly
-    │   └── CheckpointDamaged    1   truncated, not a checkpoint, or holds forbidden pickles
-    ├── TokenizerError           1   no tokenizer, or not the model's (ValueError)
-    │   └── UnknownCharacter     1   text outside a character-level vocabulary
-    ├── BackendUnavailable       1   the backend asked for cannot run or compile here
-    ├── DeviceError              1   an accelerator did not do what it was asked
-    ├── NonFiniteLogits          1   a bucket returned NaN or infinity (ArithmeticError)
-    ├── ChildFailed              1   a child process ended without a result
-    ├── CompileFailed            5   one or more buckets could not be compiled
-    │   └── GateFailed           5   compiled, and does not compute what the eager model computes
-    └── CacheError               1   the cache directory cannot be used
-        ├── TransientError       1   it could not be read this time; nothing was changed
-        ├── CacheMiss            3   no compiled bucket reaches the request
-        ├── CorruptEntry         4   stored bytes are not what their digest says
-        ├── UntrustedStore       6   others could have written the code we would run
-        └── IncompatibleEntry    7   made for another machine, or by a newer release
-
 Knows nothing of how errors are shown: only `cli/` prints. Imports nothing of the project.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 # What a terminal obeys rather than shows, what reorders the text around it, and what is no character at all.
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return text that is safe on a terminal, whoever wrote it: control characters become escapes.
-
-    Args:
-        text: any; what is escaped already stays as it is.
-        keep: control characters that are meant.
-    """
+    """Return text that is safe on a terminal, whoever wrote it: controls become escapes, but for those to `keep`."""
     return _UNSHOWN.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
@@ -62,19 +34,6 @@ class BucketsError(Exception):
         self.hint = self.usual_hint if hint is None else printable(hint, "\n")
         if self.hint:
             self.add_note(f"hint: {self.hint}")  # so that a traceback shows it, too
-
-    def __str__(self) -> str:
-        return self.message
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.hint, self.log)
-
-
-def _rebuild(kind: type[BucketsError], message: str, hint: str | None, log: str = "") -> BucketsError:
-    # keyword-only arguments do not survive the default pickling of exceptions
-    error = kind(message, hint=hint)
-    error.log = log
-    return error
 
 
 def named(kind: str) -> type[BucketsError] | None:

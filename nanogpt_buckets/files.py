@@ -17,13 +17,10 @@ from pathlib import Path
 
 from nanogpt_buckets.errors import CorruptEntry, TransientError
 
-# O_NONBLOCK: opening a planted pipe must not hang
-_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_MAX_CHUNK = 1 << 30
-_NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a planted pipe must not hang
+_NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 # What file systems without hard links answer.
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-
 
 Opener = Callable[[Path, int], int]
 
@@ -46,10 +43,9 @@ def read_file(path: Path, *, size: int | None = None, limit: int | None = None, 
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise CorruptEntry(f"{path.name} is a symbolic link") from error
-        if error.errno != errno.ESTALE:
-            raise
-    # on a network file system the name may have been given to another file meanwhile
-    return _read_once(path, size, limit, opener)
+        if error.errno == errno.ESTALE:  # on a network file system the name may have been given to another meanwhile
+            return _read_once(path, size, limit, opener)
+        raise
 
 
 def _read_once(path: Path, size: int | None, limit: int | None, opener: Opener) -> bytes:
@@ -62,9 +58,8 @@ def _read_once(path: Path, size: int | None, limit: int | None, opener: Opener) 
             raise CorruptEntry(f"{path.name} has {found.st_size} bytes, not {size}")
         if limit is not None and found.st_size > limit:
             raise CorruptEntry(f"{path.name} is longer than {limit} bytes")
-        chunks = []
-        left = found.st_size
-        while left and (chunk := os.read(descriptor, min(left, _MAX_CHUNK))):
+        chunks, left = [], found.st_size
+        while left and (chunk := os.read(descriptor, left)):
             chunks.append(chunk)
             left -= len(chunk)
         return b"".join(chunks)
@@ -93,8 +88,7 @@ def write_new(path: Path, data: bytes, mode: int) -> None:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(descriptor, rest) :]
-        if hasattr(os, "fchmod"):
-            os.fchmod(descriptor, mode)
+        os.fchmod(descriptor, mode)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -16,15 +16,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact.
-
-    Args:
-        topic: what it is about, for example "cache".
-        name: which fact, for example "owner".
-        value: in words.
-        verdict: what it means.
-        hint: what to do about it, or what it means, if that is not plain.
-    """
+    """One fact: what it is about ("cache"), which one ("owner"), its value in words, what that means or what to do."""
 
     topic: str
     name: str

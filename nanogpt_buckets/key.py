@@ -52,11 +52,7 @@ def digest(parts: Parts) -> str:
 
 
 def source_digest(*names: str) -> str:
-    """Digest the raw bytes of files of this package: those that shape generated code, and no others.
-
-    Args:
-        names: relative to the package, such as "model/gpt.py".
-    """
+    """Digest the raw bytes of files of this package, such as "model/gpt.py": those that shape generated code alone."""
     hasher = hashlib.sha256()
     for name in names:
         content = (_PACKAGE / name).read_bytes()
@@ -67,17 +63,20 @@ def source_digest(*names: str) -> str:
 def difference(wanted: Parts, found: Parts) -> list[str]:
     """Say in words how two sets of parts differ, one line per leaf: `family.dtype: bfloat16, not float32`."""
     lines = []
-    ours, theirs = _leaves(wanted), _leaves(found)
+    ours, theirs = leaves(wanted), leaves(found)
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             lines.append(f"{name}: {theirs.get(name, 'nothing')}, not {ours.get(name, 'nothing')}")
     return lines
 
 
-def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Return what is in nested mappings and lists of them, each named by its path: `blobs.0.role`."""
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = {str(index): item for index, item in enumerate(value)}
     if not isinstance(value, Mapping):
         return {name: value}
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, item in value.items():
-        leaves |= _leaves(item, f"{name}.{key}" if name else key)
-    return leaves
+        found |= leaves(item, f"{name}.{key}" if name else key)
+    return found

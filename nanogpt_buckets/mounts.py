@@ -19,17 +19,11 @@ _NETWORK_STARTS = ("virtiofs", "fuse.gcs", "fuse.glusterfs", "fuse.mount-s3", "f
 
 @dataclass(frozen=True)
 class Mount:
-    """One mounted file system.
+    """A mounted file system: where, of what kind ("ext4", "nfs4"), and the options of both, for example "noexec"."""
 
-    Args:
-        point: where it is mounted.
-        kind: "ext4", "nfs4", ... or "unknown".
-        options: mount options of this place and of the file system, for example "ro" and "noexec".
-    """
-
-    point: str
-    kind: str
-    options: frozenset[str]
+    point: str = ""
+    kind: str = "unknown"
+    options: frozenset[str] = frozenset()
 
     @property
     def network(self) -> bool:
@@ -39,12 +33,12 @@ class Mount:
 
 def mount_of(path: Path) -> Mount:
     """Return the file system that holds a path, or would hold it if it were made."""
+    best = Mount()
     try:
         text = _TABLE.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
-        return Mount("", "unknown", frozenset())
+        return best
     place = os.path.realpath(path)
-    best = Mount("", "unknown", frozenset())
     for line in text.splitlines():
         mount = _parse(line)
         inside = place == mount.point or place.startswith(mount.point.rstrip("/") + "/")

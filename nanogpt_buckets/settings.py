@@ -22,18 +22,15 @@ LOCAL_DIR_VARIABLE = "NANOGPT_BUCKETS_LOCAL_DIR"
 def cache_dir(argument: str | os.PathLike[str] | None = None) -> Path:
     """Return the directory of compiled buckets, which many machines may share. It need not exist.
 
-    Args:
-        argument: the caller's choice; None asks NANOGPT_BUCKETS_CACHE_DIR, then the user's cache directory.
+    The caller's choice, else what NANOGPT_BUCKETS_CACHE_DIR says, else below the user's cache directory.
 
     Raises:
         UsageError: the caller's choice is empty, or below the home of nobody who is known.
     """
-    if argument is not None:
-        if not os.fspath(argument):
-            raise UsageError("the cache directory's name is empty", hint="leave --cache-dir out for the default")
-        return expanded(argument, f"--cache-dir or {CACHE_DIR_VARIABLE}")
-    from_environment = os.environ.get(CACHE_DIR_VARIABLE)
-    return expanded(from_environment or user_cache() / "cache", f"--cache-dir or {CACHE_DIR_VARIABLE}")
+    if argument is not None and not os.fspath(argument):
+        raise UsageError("the cache directory's name is empty", hint="leave --cache-dir out for the default")
+    chosen = argument or os.environ.get(CACHE_DIR_VARIABLE) or user_cache() / "cache"
+    return expanded(chosen, f"--cache-dir or {CACHE_DIR_VARIABLE}")
 
 
 def cache_dir_option(directory: Path) -> str:

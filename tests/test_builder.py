@@ -18,9 +18,8 @@ from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, BuildRequest
 from nanogpt_buckets.backends.inductor.backend import InductorBackend
 from nanogpt_buckets.builder import build, default_jobs
-from nanogpt_buckets.choice import choose
+from nanogpt_buckets.choice import choose, default_plan
 from nanogpt_buckets.contract import Contract
-from nanogpt_buckets.default_plan import default_plan
 from nanogpt_buckets.errors import BackendUnavailable, CacheError, ChildFailed, PlanError, UntrustedStore, UsageError
 from nanogpt_buckets.model.architecture import GPT2_SIZES
 from nanogpt_buckets.plan.bucket import Bucket, Plan

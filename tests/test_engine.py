@@ -12,7 +12,7 @@ from nanogpt_buckets import Bucket, Engine, Plan, build, generate
 from nanogpt_buckets.backends.inductor.backend import InductorBackend
 from nanogpt_buckets.choice import choose
 from nanogpt_buckets.errors import CacheMiss, CorruptEntry, TokenizerError, UsageError
-from nanogpt_buckets.model.tokenization.characters import characters
+from nanogpt_buckets.model.tokenization.characters import CharacterTokenizer
 from nanogpt_buckets.plan.bucket import Bucket as B
 from nanogpt_buckets.run.sampling import Sampling, candidates, uniform
 from nanogpt_buckets.selection import Selection
@@ -206,7 +206,7 @@ def test_token_ids_out_of_range_are_refused(engine, ids):
 
 # --- text, streaming, threads: eager is enough --------------------------------------------------------------------
 
-LETTERS = characters({n: chr(0x4E00 + n) for n in range(211)})
+LETTERS = CharacterTokenizer({n: chr(0x4E00 + n) for n in range(211)})
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ def test_an_engine_may_be_shared_by_threads(lettered):
 
 
 def test_ids_the_tokenizer_cannot_decode_are_never_drawn(odd_folder):
-    few = characters({n: chr(0x4E00 + n) for n in range(205)})
+    few = CharacterTokenizer({n: chr(0x4E00 + n) for n in range(205)})
     with Engine.load(odd_folder, plan=LADDER, backend="eager", tokenizer=few) as engine:
         results = engine.generate(["一"], max_new_tokens=50, temperature=3.0, top_k=None, seed=1, num_samples=2)
 

@@ -14,8 +14,8 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
     "errors", "values", "findings", "versions", "mounts", "files", "owners", "settings", "node", "child", "key",
-    "contract", "model", "plan", "steps", "backends", "store", "choice", "default_plan", "selection",
-    "build_report", "builder", "run", "measure", "doctor", "cli", "__main__",
+    "contract", "model", "plan", "steps", "backends", "store", "choice", "selection", "builder",
+    "run", "measure", "doctor", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
     "errors",
@@ -35,9 +35,7 @@ NO_TORCH = (
     "doctor",
     "cli",
     "choice",
-    "default_plan",
     "selection",
-    "build_report",
     "builder",
     "backends",
     "steps/__init__",

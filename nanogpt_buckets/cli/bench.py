@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from nanogpt_buckets.choice import Options, choose
+from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
-from nanogpt_buckets.default_plan import default_plan
+from nanogpt_buckets.cli.options import PlanOptions, model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.selection import Selection, explain_miss
 
 if TYPE_CHECKING:
@@ -26,15 +24,7 @@ _RESTLESS = 3
 @model_options
 @click.option("--runs", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps of each kind.")
 @output_options
-def bench(
-    seq: tuple[int, ...] | None,
-    batch: tuple[int, ...],
-    plan_file: Path | None,
-    model: str,
-    options: Options,
-    runs: int,
-    as_json: bool,
-) -> None:
+def bench(wanted: PlanOptions, model: str, options: Options, runs: int, as_json: bool) -> None:
     """Time each built bucket and compare it with the eager model: speed-up and difference of the logits.
 
     Without --seq or --plan: what is built of the model's default plan. Compiled and eager steps take turns; figures are
@@ -44,7 +34,7 @@ def bench(
 
     Example: nanogpt-buckets bench --model demo
     """
-    plan = read_plan(seq, batch, plan_file)
+    plan = read_plan(wanted)
     choice = choose(model, **options)
     selection = Selection(choice)
     usable = selection.usable
@@ -75,7 +65,7 @@ def _show(figures: list[Figures]) -> None:
     headers = ("BUCKET", "SIZE", "LOAD", "STEP", "TOKENS/S", "EAGER STEP", "SPEED-UP", "MAX ABS DIFF", "MEAN ABS DIFF")
     rows = [
         (
-            str(f.bucket),
+            f.bucket,
             output.size(f.bytes),
             f"{f.load_ms.median:.1f} ms",
             _spread(f.step_ms),

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from nanogpt_buckets.build_report import BuildReport
-from nanogpt_buckets.builder import build_missing
-from nanogpt_buckets.choice import Options, choose
+from nanogpt_buckets.builder import BuildReport, build_missing
+from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
-from nanogpt_buckets.default_plan import default_plan
+from nanogpt_buckets.cli.options import PlanOptions, model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import CompileFailed
 from nanogpt_buckets.plan.bucket import Plan
 from nanogpt_buckets.plan.ladder import default_ladder
@@ -22,15 +18,7 @@ from nanogpt_buckets.plan.ladder import default_ladder
 @model_options
 @click.option("-j", "--jobs", type=click.IntRange(min=1), help="Compiler processes at a time. Default: what fits.")
 @output_options
-def build(
-    seq: tuple[int, ...] | None,
-    batch: tuple[int, ...],
-    plan_file: Path | None,
-    model: str,
-    options: Options,
-    jobs: int | None,
-    as_json: bool,
-) -> int:
+def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, as_json: bool) -> int:
     """Compile the buckets that are not built yet.
 
     Without --seq or --plan: the saved plan, which earlier builds made, or block_size/8, /4, /2 and block_size where
@@ -39,12 +27,12 @@ def build(
 
     Example: nanogpt-buckets build --model demo --seq 32,64,128
     """
-    plan = read_plan(seq, batch, plan_file)
+    plan = read_plan(wanted)
     choice = choose(model, **options)
     if plan is None:
         saved = default_plan(choice)
         lengths = sorted({b.seq_len for b in saved}) if saved else default_ladder(choice.model.architecture.block_size)
-        plan = saved if saved and batch == (1,) else Plan.grid(batch=batch, seq=lengths)
+        plan = saved if saved and wanted["batch"] == (1,) else Plan.grid(batch=wanted["batch"], seq=lengths)
     try:
         with output.BuildProgress() as update:
             report = build_missing(choice, plan, jobs=jobs, on_progress=update)
@@ -59,19 +47,13 @@ def build(
         if row.state == "failed":
             output.error(CompileFailed(f"bucket {row.bucket} was not built: {row.why}", hint=row.hint))
         if row.log:
-            output.detail(f"bucket {row.bucket}: end of the compiler's log:\n{row.log.rstrip()}")
+            output.say(f"bucket {row.bucket}: end of the compiler's log:\n{row.log.rstrip()}", output.VERBOSE)
     return CompileFailed.exit_code if report.failed else 0
 
 
 def _show(report: BuildReport) -> None:
     rows = [
-        (
-            str(r.bucket),
-            r.state,
-            f"{r.seconds:.1f} s" if r.state != "hit" else "",
-            output.size(r.size_bytes),
-            r.key[:12],
-        )
+        (r.bucket, r.state, "" if r.state == "hit" else f"{r.seconds:.1f} s", output.size(r.size_bytes), r.key[:12])
         for r in report.rows
     ]
     output.table(("BUCKET", "STATE", "TIME", "SIZE", "KEY"), rows)

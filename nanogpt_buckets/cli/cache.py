@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import click
 from nanogpt_buckets import child, settings
 from nanogpt_buckets.backends import BACKENDS, backend_for
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import Command, Size, TimeSpan, cache_dir_option, output_options
+from nanogpt_buckets.cli.options import SIZE, TIME_SPAN, added, cache_dir_option, output_options
 from nanogpt_buckets.errors import BucketsError, CacheError, CorruptEntry, UsageError
+from nanogpt_buckets.key import leaves
 from nanogpt_buckets.node import prune as node_prune
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.entry import Found, Miss, Verified, manifest_of
@@ -84,7 +85,9 @@ def show(key: str, cache_dir: Path | None, as_json: bool) -> None:
     if as_json:
         output.document(described)
     else:
-        output.table(("FIELD", "VALUE"), list(_lines(described)))
+        plain = leaves(described).items()
+        lines = [(name, " ".join(map(str, leaf)) if isinstance(leaf, list) else leaf) for name, leaf in plain]
+        output.table(("FIELD", "VALUE"), lines)
 
 
 def _described(store: Store, entry: Found) -> dict[str, Any]:
@@ -107,17 +110,6 @@ def _described(store: Store, entry: Found) -> dict[str, Any]:
     }
 
 
-def _lines(value: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
-    """Yield one line per plain value, named by its path: parts.family.dtype."""
-    for name, inner in value.items():
-        if isinstance(inner, dict):
-            yield from _lines(inner, f"{within}{name}.")
-        elif isinstance(inner, list) and any(isinstance(item, dict) for item in inner):
-            yield from _lines({str(index): item for index, item in enumerate(inner)}, f"{within}{name}.")
-        else:
-            yield f"{within}{name}", " ".join(map(str, inner)) if isinstance(inner, list) else str(inner)
-
-
 def _row(
     store: Store, entry: Found, looked: Found | Verified, pins: Mapping[tuple[str, Bucket], list[str]]
 ) -> dict[str, Any]:
@@ -129,19 +121,17 @@ def _row(
     manifest = manifest_of(entry)
     if manifest is None:
         return row
-    parts = manifest.parts
-    named = parts["family"]
+    named = manifest.parts["family"]
     arch = named.get("architecture", {})
-    if manifest.bucket is not None:
-        row["plans"] = pins.get((manifest.family, manifest.bucket), [])
     notes = ["weights inside"] if manifest.contains_weights else []
     notes += ["not checked on a device yet"] if manifest.unchecked else []
     return row | {
+        "plans": [] if manifest.bucket is None else pins.get((entry.family, manifest.bucket), []),
         "note": "; ".join(notes),
         "unchecked": manifest.unchecked or "",
         "bucket": str(manifest.bucket or "unknown"),
         "backend": named.get("backend", ""),
-        "target": parts.get("target", ""),
+        "target": manifest.parts.get("target", ""),
         "dtype": named.get("dtype", ""),
         "model": " ".join(f"{arch.get(name, '?')}{unit}" for name, unit in _SHAPE.items()),
         "torch": named.get("runtime", {}).get("torch", ""),
@@ -173,9 +163,7 @@ def verify(cache_dir: Path | None, as_json: bool) -> int:
     with output.progress("verifying", len(blobs)) as advance:
         result = verify_store(store, on_file=lambda size: advance(1))
     if as_json:
-        problems = [{"path": problem.path, "what": problem.what} for problem in result.problems]
-        counts = {"entries": result.entries, "blobs": result.blobs, "bytes": result.bytes}
-        output.document({**counts, "problems": problems})
+        output.document(asdict(result))
     else:
         for problem in result.problems:
             output.data(f"{problem.path}: {problem.what}")
@@ -187,14 +175,10 @@ def verify(cache_dir: Path | None, as_json: bool) -> int:
     return CorruptEntry.exit_code if result.problems else 0
 
 
-def _deletion_options(command: Command) -> Command:
-    """Add --dry-run and --yes."""
-    for option in (
-        click.option("-y", "--yes", is_flag=True, help="Do not ask."),
-        click.option("-n", "--dry-run", is_flag=True, help="Show what would be deleted; delete nothing."),
-    ):
-        command = option(command)
-    return command
+_deletion_options = added(
+    click.option("-n", "--dry-run", is_flag=True, help="Show what would be deleted; delete nothing."),
+    click.option("-y", "--yes", is_flag=True, help="Do not ask."),
+)
 
 
 @cache.command()
@@ -215,10 +199,10 @@ def rm(keys: tuple[str, ...], dry_run: bool, yes: bool, cache_dir: Path | None, 
 
 @cache.command()
 @click.option(
-    "--older-than", type=TimeSpan(), help="Entries neither built nor loaded for so long: 30d (s, min, h, d, w)."
+    "--older-than", type=TIME_SPAN, help="Entries neither built nor loaded for so long: 30d (s, min, h, d, w)."
 )
 @click.option(
-    "--max-size", type=Size(), help="The longest unused entries, until no more than this is left: 5GB (kB, MB)."
+    "--max-size", type=SIZE, help="The longest unused entries, until no more than this is left: 5GB (kB, MB)."
 )
 @click.option("--planned", is_flag=True, help="Age and size count for entries that a plan names, too.")
 @click.option("--old-toolchains", is_flag=True, help="Entries made for library versions older than those installed.")
@@ -266,7 +250,10 @@ def _carry_out(store: Store, deletion: Deletion, dry_run: bool, yes: bool, as_js
         output.say(f"note: {note}")
     wanted = bool(deletion.files) and not dry_run
     agreed = wanted and (yes or _agrees(deletion))
-    freed = _delete(store, deletion) if agreed else 0
+    freed = 0
+    if agreed:
+        with output.progress("deleting", len(deletion.files)) as advance:
+            freed = delete(store, deletion, on_file=lambda file: advance(1))
     if as_json:
         files = [asdict(file) | {"path": str(file.path)} for file in deletion.files]
         output.document({"bytes": deletion.bytes, "deleted": agreed, "freed": freed, "files": files})
@@ -277,11 +264,6 @@ def _carry_out(store: Store, deletion: Deletion, dry_run: bool, yes: bool, as_js
     else:
         output.say(f"nothing was deleted; {_amount(deletion)} would go")
     return 1 if wanted and not agreed else 0
-
-
-def _delete(store: Store, deletion: Deletion) -> int:
-    with output.progress("deleting", len(deletion.files)) as advance:
-        return delete(store, deletion, on_file=lambda file: advance(1))
 
 
 def _amount(deletion: Deletion) -> str:

@@ -9,13 +9,13 @@ import click
 
 from nanogpt_buckets import settings
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import Directory, output_options
+from nanogpt_buckets.cli.options import DIRECTORY, output_options
 from nanogpt_buckets.doctor import examine
 from nanogpt_buckets.findings import Verdict
 
 
 @click.command()
-@click.argument("path", required=False, type=Directory())
+@click.argument("path", required=False, type=DIRECTORY)
 @output_options
 def doctor(path: Path | None, as_json: bool) -> int:
     """Say what works on this machine and what is wrong, and how to mend it. Exit 1 if something is wrong.
@@ -27,8 +27,8 @@ def doctor(path: Path | None, as_json: bool) -> int:
     findings = examine(settings.cache_dir(path))
     counts = {verdict: sum(f.verdict is verdict for f in findings) for verdict in Verdict}
     if as_json:
-        output.document({"problems": counts[Verdict.PROBLEM], "warnings": counts[Verdict.WARNING]}
-                        | {"findings": [asdict(finding) for finding in findings]})  # fmt: skip
+        facts = [asdict(finding) for finding in findings]
+        output.document({"problems": counts[Verdict.PROBLEM], "warnings": counts[Verdict.WARNING], "findings": facts})
     else:
         output.table(("TOPIC", "WHAT", "STATE", "FOUND"), [(f.topic, f.name, f.verdict, f.value) for f in findings])
     for finding in findings:

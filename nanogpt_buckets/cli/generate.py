@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -84,21 +84,19 @@ def _prompt(prompt: str | None, start: str | None) -> str:
         return well_formed(text)
     name = "standard input" if text == "-" else f"the prompt file {text.removeprefix('FILE:')!r}"
     try:
-        with _opened(text) as file:
-            # text mode as nanoGPT has it: every end of a line is one character; -sig leaves a byte order mark out
-            return io.TextIOWrapper(io.BytesIO(file.read()), encoding="utf-8-sig").read()
+        # text mode as nanoGPT has it: every end of a line is one character; -sig leaves a byte order mark out
+        return io.TextIOWrapper(io.BytesIO(_read(text)), encoding="utf-8-sig").read()
     except UnicodeDecodeError:
         raise UsageError(f"{name} is not UTF-8 text") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _opened(prompt: str) -> AbstractContextManager[IO[bytes]]:
-    if prompt != "-":
-        return open(os.path.expanduser(prompt.removeprefix("FILE:")), "rb")
-    if sys.stdin is None:
-        raise ValueError("it is closed")
-    return nullcontext(sys.stdin.buffer)
+def _read(prompt: str) -> bytes:
+    if prompt == "-":
+        return sys.stdin.buffer.read()
+    with open(os.path.expanduser(prompt.removeprefix("FILE:")), "rb") as file:
+        return file.read()
 
 
 def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:
@@ -106,9 +104,7 @@ def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:
     first = next(tokens, None)  # whatever can go wrong at the start does so before anything is shown
     output.put(text)
     try:
-        for token in [first] if first else []:
-            output.put(token.text or "")
-        for token in tokens:
+        for token in itertools.chain([first] if first else [], tokens):
             output.put(token.text or "")
     finally:
         output.put("\n")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import click
 
@@ -44,55 +44,46 @@ class WholeNumbers(click.ParamType[tuple[int, ...]]):
         return tuple(numbers)
 
 
-class _Amount(click.ParamType[float]):
-    """A number with a unit; each subclass has its own."""
+class Amount(click.ParamType[float]):
+    """A number with a unit, for example 30d; its value is in the smallest one."""
 
-    units: Mapping[str, float]
-    example: str
+    def __init__(self, name: str, example: str, units: Mapping[str, float]) -> None:
+        self.name, self._example, self._units = name, example, units
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Return the amount in the smallest unit."""
         if not isinstance(value, str):
             return float(value)
         match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
-        unit = self.units.get(match[2].lower()) if match else None
+        unit = self._units.get(match[2].lower()) if match else None
         if match is None or unit is None:
-            self.fail(f"{shown(value)} is no amount; write for example {self.example}", param, ctx)
+            self.fail(f"{shown(value)} is no amount; write for example {self._example}", param, ctx)
         return float(match[1]) * unit
 
 
-class TimeSpan(_Amount):
-    """A time in seconds, written 30d, 12h or 90min."""
-
-    name = "AGE"
-    units: Mapping[str, float] = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-    example = "30d or 12h"
+TIME_SPAN = Amount("AGE", "30d or 12h", {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400})
+SIZE = Amount("SIZE", "5GB or 500MB", {
+    "": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+})  # fmt: skip
 
 
-class Size(_Amount):
-    """A size in bytes, written 5GB or 500MB."""
-
-    name = "SIZE"
-    units: Mapping[str, float] = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12} | {
-        "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40
-    }  # fmt: skip
-    example = "5GB or 500MB"
-
-
-class Directory(click.Path):
-    """A directory, which need not exist nor be readable; an empty name, as of an unset variable, is a mistake."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path, readable=False)
-
+class _Directory(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path."""
         if value == "":
             self.fail("the name is empty; leave it out for the default directory", param, ctx)
         return super().convert(value, param, ctx)
 
 
-def _together(name: str, keys: Iterable[str], options: Sequence[Callable[[Any], Any]]) -> Any:
+# A directory, which need not exist nor be readable; an empty name, as of an unset variable, is a mistake.
+DIRECTORY = _Directory(path_type=Path, readable=False)
+
+
+def added(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Return a decorator that adds options to a command, in this order."""
+    return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
+
+
+def _together(name: str, keys: Iterable[str], *options: Callable[[Any], Any]) -> Any:
     """Return a decorator that adds options and hands the values of these keys on as one dictionary."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,16 +92,13 @@ def _together(name: str, keys: Iterable[str], options: Sequence[Callable[[Any], 
             values = {key: given.pop(key) for key in keys if key in given}
             return command(**given, **{name: values})
 
-        made: Callable[..., Any] = gathered
-        for option in reversed(options):
-            made = option(made)
-        return made
+        return added(*options)(gathered)
 
     return decorate
 
 
 cache_dir_option = click.option(
-    "--cache-dir", type=Directory(), metavar="DIR",
+    "--cache-dir", type=DIRECTORY, metavar="DIR",
     help="Directory of compiled buckets. Default: $NANOGPT_BUCKETS_CACHE_DIR, else the user's cache directory.",
 )  # fmt: skip
 
@@ -118,69 +106,51 @@ cache_dir_option = click.option(
 model_options: Callable[[Command], Command] = _together(
     "options",
     Options.__annotations__,
-    (
-        click.option(
-            "-m", "--model", default="gpt2", show_default=True, metavar="NAME|PATH",
-            help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, a Hugging Face folder, or a nanoGPT ckpt.pt.",
-        ),
-        click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", *BACKENDS, EAGER])),
-        click.option(
-            "--target", metavar="TARGET",
-            help="What to generate code for: trn1, inf2, trn2, x86-64-v3, ... Default: this machine.",
-        ),
-        click.option("--dtype", default="float32", show_default=True, type=click.Choice(DTYPES)),
-        click.option(
-            "--compiler-args", default="", metavar="FLAGS", help="For neuronx-cc; they are part of a bucket's key."
-        ),
-        cache_dir_option,
+    click.option(
+        "-m", "--model", default="gpt2", show_default=True, metavar="NAME|PATH",
+        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, a Hugging Face folder, or a nanoGPT ckpt.pt.",
     ),
+    click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", *BACKENDS, EAGER])),
+    click.option(
+        "--target", metavar="TARGET",
+        help="What to generate code for: trn1, inf2, trn2, x86-64-v3, ... Default: this machine.",
+    ),
+    click.option("--dtype", default="float32", show_default=True, type=click.Choice(DTYPES)),
+    click.option(
+        "--compiler-args", default="", metavar="FLAGS", help="For neuronx-cc; they are part of a bucket's key."
+    ),
+    cache_dir_option,
 )  # fmt: skip
 
 # The fields of `Sampling` as one argument, `sampling`.
 sampling_options: Callable[[Command], Command] = _together(
     "sampling",
     SamplingOptions.__annotations__,
-    (
-        click.option("-t", "--temperature", type=float, default=0.8, show_default=True, help="0: the likeliest token."),
-        click.option("-k", "--top-k", type=int, default=200, show_default=True, help="0 turns it off."),
-        click.option("-p", "--top-p", type=float, help="Keep the likeliest tokens up to this probability."),
-        click.option("-s", "--seed", type=int, help="Default: a new one each time, told on stderr."),
-        click.option("--rng", type=click.Choice(RNGS), default="per-row", show_default=True),
-        click.option("--ignore-eos", is_flag=True, help="Write on after the model's end token."),
-    ),
+    click.option("-t", "--temperature", type=float, default=0.8, show_default=True, help="0: the likeliest token."),
+    click.option("-k", "--top-k", type=int, default=200, show_default=True, help="0 turns it off."),
+    click.option("-p", "--top-p", type=float, help="Keep the likeliest tokens up to this probability."),
+    click.option("-s", "--seed", type=int, help="Default: a new one each time, told on stderr."),
+    click.option("--rng", type=click.Choice(RNGS), default="per-row", show_default=True),
+    click.option("--ignore-eos", is_flag=True, help="Write on after the model's end token."),
 )
 
 
-def plan_options(command: Command) -> Command:
-    """Add --seq, --batch and --plan."""
-    for option in reversed(
-        (
-            click.option("--seq", type=WholeNumbers(), help="Sequence lengths, for example 32,64,128."),
-            click.option("--batch", type=WholeNumbers(), default="1", show_default=True, help="Batch sizes."),
-            click.option(
-                "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="A plan.json instead."
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+class PlanOptions(TypedDict):
+    """What --seq, --batch and --plan say."""
+
+    seq: tuple[int, ...] | None
+    batch: tuple[int, ...]
+    plan_file: Path | None
 
 
-def output_options(command: Command) -> Command:
-    """Add --json, -q and -v; the latter two take effect at once and are not passed on."""
-    for option in (
-        click.option(
-            "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbosity,
-            help="Also say what is loaded, how long it took, and what a failed compiler said.",
-        ),
-        click.option(
-            "-q", "--quiet", is_flag=True, expose_value=False, callback=_set_verbosity,
-            help="Say nothing but data and errors.",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print the data as one JSON document."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+# The fields of `PlanOptions` as one argument, `wanted`.
+plan_options: Callable[[Command], Command] = _together(
+    "wanted",
+    PlanOptions.__annotations__,
+    click.option("--seq", type=WholeNumbers(), help="Sequence lengths, for example 32,64,128."),
+    click.option("--batch", type=WholeNumbers(), default="1", show_default=True, help="Batch sizes."),
+    click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="A plan.json instead."),
+)
 
 
 def _set_verbosity(ctx: click.Context, param: click.Parameter, given: bool) -> None:
@@ -192,14 +162,29 @@ def _set_verbosity(ctx: click.Context, param: click.Parameter, given: bool) -> N
     output.set_verbosity(ctx.meta["verbosity"])
 
 
-def read_plan(seq: tuple[int, ...] | None, batch: tuple[int, ...], plan_file: Path | None) -> Plan | None:
-    """Return the plan that --seq, --batch and --plan describe, or None if neither --seq nor --plan was given.
+# --json, -q and -v; the latter two take effect at once and are not passed on.
+output_options: Callable[[Command], Command] = added(
+    click.option("--json", "as_json", is_flag=True, help="Print the data as one JSON document."),
+    click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=_set_verbosity,
+        help="Say nothing but data and errors.",
+    ),
+    click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_verbosity,
+        help="Also say what is loaded, how long it took, and what a failed compiler said.",
+    ),
+)  # fmt: skip
+
+
+def read_plan(wanted: PlanOptions) -> Plan | None:
+    """Return the plan that the options describe, or None if neither --seq nor --plan was given.
 
     Raises:
         PlanError: both were given, or the file is no plan.
     """
+    seq, plan_file = wanted["seq"], wanted["plan_file"]
     if plan_file is None:
-        return None if seq is None else Plan.grid(batch=batch, seq=seq)
+        return None if seq is None else Plan.grid(batch=wanted["batch"], seq=seq)
     if seq is not None:
         raise PlanError("--seq and --plan say the same thing twice", hint="give one of them")
     try:

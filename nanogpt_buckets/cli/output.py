@@ -14,15 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 from nanogpt_buckets.errors import BucketsError, printable
 from nanogpt_buckets.plan.bucket import Bucket
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
-_ENDS = ("hit", "compiled", "failed")
 _LAYOUT = "\n\t"
 
 _verbosity = NORMAL
@@ -70,9 +67,8 @@ def put(text: str) -> None:
         raise
     except OSError as problem:
         forget_stdout()
-        raise BucketsError(
-            f"standard output cannot be written: {problem.strerror}", hint="see whether its disk is full"
-        ) from None
+        why = f"standard output cannot be written: {problem.strerror}"
+        raise BucketsError(why, hint="see whether its disk is full") from None
 
 
 def open_closed_streams() -> None:
@@ -103,15 +99,9 @@ def forget_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def detail(text: str) -> None:
-    """Tell something that only those want who asked for more."""
-    if _verbosity == VERBOSE:
-        complain(text)
-
-
-def say(text: str) -> None:
-    """Tell something that is not data, unless told to be quiet."""
-    if _verbosity > QUIET:
+def say(text: str, least: int = NORMAL) -> None:
+    """Tell something that is not data, unless told to say less than this."""
+    if _verbosity >= least:
         complain(text)
 
 
@@ -161,7 +151,7 @@ def age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-@contextmanager
+@contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
     """Let Ctrl-C end the process here and now, for the time of an import that has nothing open.
 
@@ -187,7 +177,7 @@ def _watched() -> bool:
     return _verbosity > QUIET and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show on a terminal how much of something is done; yields a function to call with each amount."""
     if not _watched():
@@ -204,33 +194,29 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 class BuildProgress:
     """Shows what becomes of each bucket: a live line each on a terminal, one line when it is done elsewhere.
 
-    Use it in a `with` statement and pass `update` to `build`. Nothing is live before the first update, nor after all
-    buckets are done, so that other output is not disturbed.
+    `with BuildProgress() as update` gives the function to pass to `build`. Nothing is live before its first call, nor
+    after all buckets are done, so that other output is not disturbed.
     """
 
     def __init__(self) -> None:
-        self._live = _watched()
         self._lock = threading.Lock()
         self._started: dict[Bucket, float] = {}
         self._tasks: dict[Bucket, Any] = {}
-        self._open: set[Bucket] = set()
         self._bars: Any = None
 
     def __enter__(self) -> Callable[[Bucket, str], None]:
-        return self.update
+        return self._update
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         with self._lock:
             self._stop()
 
-    def update(self, bucket: Bucket, phase: str) -> None:
+    def _update(self, bucket: Bucket, phase: str) -> None:
         """Show a bucket's new phase; called from several threads."""
         with self._lock:
             if phase == "compiling":
                 self._started[bucket] = time.monotonic()
-            if self._live:
+            if _watched():
                 self._show(bucket, phase)
             elif phase != "waiting":
                 start = self._started.get(bucket, time.monotonic())
@@ -245,13 +231,12 @@ class BuildProgress:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._bars = Progress(*columns, console=Console(stderr=True))
             self._bars.start()
-        ended = phase in _ENDS
-        (self._open.discard if ended else self._open.add)(bucket)
         description = f"bucket {bucket!s:>8}  {phase}"
         if bucket not in self._tasks:
             self._tasks[bucket] = self._bars.add_task(description, total=1)
-        self._bars.update(self._tasks[bucket], description=description, completed=1 if ended else 0)
-        if not self._open:
+        ended = phase in ("hit", "compiled", "failed")
+        self._bars.update(self._tasks[bucket], description=description, completed=int(ended))
+        if self._bars.finished:
             self._stop()
 
     def _stop(self) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import click
 
-from nanogpt_buckets.choice import Choice, Options, choose
+from nanogpt_buckets.choice import Choice, Options, choose, default_plan
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import model_options, output_options, plan_options, read_plan
-from nanogpt_buckets.default_plan import default_plan
+from nanogpt_buckets.cli.options import PlanOptions, model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.selection import Selection, explain_miss
@@ -21,21 +19,14 @@ from nanogpt_buckets.store.entry import Miss, Status
 @plan_options
 @model_options
 @output_options
-def status(
-    seq: tuple[int, ...] | None,
-    batch: tuple[int, ...],
-    plan_file: Path | None,
-    model: str,
-    options: Options,
-    as_json: bool,
-) -> int:
+def status(wanted: PlanOptions, model: str, options: Options, as_json: bool) -> int:
     """Say for each bucket whether this machine could run it now. Exit 0 if all are warm, 1 if not.
 
     Without --seq or --plan: the model's default plan, else what is built. Every byte is verified, nothing is changed.
 
     Example: nanogpt-buckets status --model demo --seq 32,64,128
     """
-    plan = read_plan(seq, batch, plan_file)
+    plan = read_plan(wanted)
     choice = choose(model, **options)
     selection = Selection(choice)
     plan = plan or default_plan(choice) or (Plan(selection.usable) if selection.usable else None)

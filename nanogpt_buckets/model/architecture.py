@@ -58,13 +58,12 @@ class Architecture:
     upcast_attention: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "n_inner", "block_size", "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UnsupportedModel(f"the model's {name} is {value!r:.80}; it must be a positive whole number")
-        for name in ("bias", "tied", "scale_by_head_size", "scale_by_layer", "upcast_attention"):
-            if not isinstance(getattr(self, name), bool):
-                raise UnsupportedModel(f"the model's {name} is {getattr(self, name)!r:.80}; it must be true or false")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise UnsupportedModel(f"the model's {field.name} is {value!r:.80}; it must be a positive whole number")
+            if field.type == "bool" and not isinstance(value, bool):
+                raise UnsupportedModel(f"the model's {field.name} is {value!r:.80}; it must be true or false")
         if self.n_layer > _MAX_LAYERS or self.n_params > _MAX_PARAMETERS:
             raise UnsupportedModel("the model's sizes make more layers or parameters than any model has")
         if self.n_embd % self.n_head:

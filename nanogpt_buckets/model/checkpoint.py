@@ -11,14 +11,13 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from nanogpt_buckets import child, errors
-from nanogpt_buckets.errors import ModelError, ModelNotFound, UsageError
+from nanogpt_buckets import child
+from nanogpt_buckets.errors import CacheError, ChildFailed, ModelError, ModelNotFound, UsageError
 from nanogpt_buckets.key import canonical_json
-from nanogpt_buckets.model import convert, huggingface, prepared
+from nanogpt_buckets.model import huggingface, prepared
 from nanogpt_buckets.model.architecture import GPT2_SIZES, Architecture
-from nanogpt_buckets.model.prepared import Weights
+from nanogpt_buckets.model.prepared import DTYPES, PREPARED, Known, Weights
 from nanogpt_buckets.node import sources
 
 log = logging.getLogger(__name__)
@@ -65,52 +64,23 @@ class Model:
             ModelError: they are damaged, or not this architecture's.
             CacheError: this node's directory cannot be written, or is not only this user's.
         """
-        if dtype not in convert.DTYPES:
-            raise UsageError(f"dtype {dtype!r} is not one of {', '.join(convert.DTYPES)}")
-        source = self._source()
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        source = _gpt2_file(self.name) if self.kind == "gpt2" else self.path or _DEMO
         known = prepared.recall(source, dtype)
         fits = known is not None and known.architecture == self.architecture
         weights = prepared.mapped(known.digest, self.architecture, dtype) if known and fits else None
         if weights is None:
-            digest = self._prepare(source, dtype)
-            weights = prepared.mapped(digest, self.architecture, dtype)
-        if weights is None:
-            raise errors.CacheError(f"the prepared weights {digest} cannot be read back")
-        return weights
-
-    def _source(self) -> Path:
-        if self.kind == "gpt2":
-            return _gpt2_file(self.name)
-        return self.path or _DEMO
-
-    def _prepare(self, source: Path, dtype: str) -> str:
-        if not source.exists():
-            raise ModelNotFound(f"{source} is gone, and with it what the weights of {self.name} are prepared from")
-        if self.kind == "nanogpt" and dtype == "float32":
-            known = _convert(source)
+            if not source.exists():
+                raise ModelNotFound(f"{source} is gone, and with it what the weights of {self.name} are prepared from")
+            arch = None if self.kind == "nanogpt" else self.architecture
+            known = _prepare(source, dtype, arch, conv1d=self.kind != "demo")
             if known.architecture != self.architecture:
                 raise ModelError(f"{source} was replaced by a checkpoint of another architecture while in use")
-            return known.digest
-        files, shards = [source], [source]
-        if self.kind in ("demo", "huggingface"):
-            shards = huggingface.weight_files(source)
-            files = [source / name for name in (huggingface.CONFIG, *huggingface.WEIGHTS)]
-            files += [shard for shard in shards if shard not in files]
-            if shards[0].suffix == huggingface.PICKLED:
-                return _convert(source, shards, files, self.architecture, dtype).digest
-        # before anything is read: a source that changes meanwhile does not match and is prepared again
-        stamps = sources.stamps(files)
-        if self.kind == "nanogpt":
-            read: convert.Reader = self.weights("float32").tensors.__getitem__
-        else:
-            read = huggingface.open_tensors(shards, self.architecture, conv1d=self.kind != "demo")
-        with prepared.staging() as directory:
-            staged = directory / convert.PREPARED
-            digest = convert.write_prepared(staged, self.architecture, dtype, read)
-            # noted first, so that no prune takes what nobody names yet
-            prepared.remember(source, dtype, stamps, prepared.Known(digest, self.architecture))
-            prepared.settle(staged, digest)
-        return digest
+            weights = prepared.mapped(known.digest, self.architecture, dtype)
+            if weights is None:
+                raise CacheError(f"the prepared weights {known.digest} cannot be read back")
+        return weights
 
 
 def open_model(name: str | os.PathLike[str]) -> Model:
@@ -138,23 +108,23 @@ def open_model(name: str | os.PathLike[str]) -> Model:
     # abspath, not resolve: the name that the user knows is kept
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if (path / huggingface.CONFIG).is_file():
-        arch, ends = huggingface.architecture(path), huggingface.end_tokens(path)
-        return replace(_from_path("huggingface", path, arch), end_tokens=ends)
+        arch = huggingface.architecture(path)
+        return replace(_from_path("huggingface", path, arch), end_tokens=huggingface.end_tokens(path))
     file = path / _CHECKPOINT if path.is_dir() else path
     if file.is_file():
-        known = prepared.recall(file, "float32") or _convert(file)
-        return _from_path("nanogpt", file, known.architecture, known.dataset)
+        known = prepared.recall(file, "float32") or _prepare(file, "float32")
+        return replace(_from_path("nanogpt", file, known.architecture), dataset=known.dataset)
     if path.is_dir():
         raise ModelNotFound(f"{path} has neither config.json nor ckpt.pt", hint=f"accepted: {_ACCEPTED}")
     kind = "file or folder" if os.sep in text or text.endswith(".pt") else "model"
     raise ModelNotFound(f"there is no {kind} {text!r}", hint=f"accepted: {_ACCEPTED}")
 
 
-def _from_path(kind: str, path: Path, arch: Architecture, dataset: str | None = None) -> Model:
+def _from_path(kind: str, path: Path, arch: Architecture) -> Model:
     base = path.parent.name if path.name == _CHECKPOINT else path.stem if kind == "nanogpt" else path.name
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", base).lstrip(".")[:80] or "model"
     suffix = hashlib.sha256(canonical_json(arch.to_json())).hexdigest()[:8]
-    return Model(f"{plain}-{suffix}", kind, path, arch, dataset)
+    return Model(f"{plain}-{suffix}", kind, path, arch)
 
 
 def _demo() -> Model:
@@ -188,33 +158,41 @@ def _gpt2_file(size: str) -> Path:
         chatter.setLevel(level)
 
 
-def _convert(
-    source: Path,
-    shards: list[Path] | None = None,
-    files: list[Path] | None = None,
-    arch: Architecture | None = None,
-    dtype: str = "float32",
-) -> prepared.Known:
-    """Have a child unpickle a nanoGPT checkpoint, or the shards of a folder of known architecture; keep the tensors.
+def _prepare(source: Path, dtype: str, arch: Architecture | None = None, *, conv1d: bool = True) -> Known:
+    """Make and keep the prepared weights of a source; None is the architecture that a nanoGPT checkpoint says."""
+    files = shards = [source]
+    if source.is_dir():
+        shards = huggingface.weight_files(source)
+        files = [source / name for name in (huggingface.CONFIG, *huggingface.WEIGHTS)]
+        files += [shard for shard in shards if shard not in files]
+    # before anything is read: a source that changes meanwhile does not match and is prepared again
+    stamps = sources.stamps(files)
+    read = None
+    if arch and shards[0].suffix != huggingface.PICKLED:
+        read = huggingface.open_tensors(shards, arch, conv1d=conv1d)
+    with prepared.staging() as directory:
+        staged = directory / PREPARED
+        if arch and read:
+            known = Known(prepared.write_prepared(staged, arch, dtype, read), arch)
+        else:
+            known = _unpickled(source, shards, directory, dtype, arch)
+        # noted first, so that no prune takes what nobody names yet
+        prepared.remember(source, dtype, stamps, known)
+        prepared.settle(staged, known.digest)
+    return known
 
-    For `files`, all that decide what the weights are, see `sources.stamps`.
-    """
-    shards = shards or [source]
-    stamps = sources.stamps(files or shards)
-    seconds = _CHILD_S + sum(shard.stat().st_size for shard in shards) / _CHILD_BYTES_PER_S
+
+def _unpickled(source: Path, shards: list[Path], directory: Path, dtype: str, arch: Architecture | None) -> Known:
+    """Have a child write the prepared weights of a nanoGPT checkpoint, or of shards of this architecture."""
 
     def listen(event: child.Event) -> None:
         if event["event"] == "said":
             log.warning("%s", event["message"])
 
-    with prepared.staging() as directory:
-        request: dict[str, Any] = {"files": [str(shard) for shard in shards], "directory": str(directory)}
-        request |= {"dtype": dtype, "architecture": arch and arch.to_json()}
-        try:
-            result = child.run(_CHILD, request, workdir=directory, on_event=listen, timeout_s=seconds)
-        except errors.ChildFailed as error:
-            raise ModelError(f"{source} could not be converted: {error.message}", hint=error.hint) from error
-        known = prepared.Known(result["digest"], Architecture.from_json(result["architecture"]), result["dataset"])
-        prepared.remember(source, dtype, stamps, known)
-        prepared.settle(directory / convert.PREPARED, known.digest)
-    return known
+    seconds = _CHILD_S + sum(shard.stat().st_size for shard in shards) / _CHILD_BYTES_PER_S
+    request: child.Event = {"files": [str(shard) for shard in shards], "directory": str(directory), "dtype": dtype}
+    request["architecture"] = arch and arch.to_json()
+    try:
+        return Known.from_json(child.run(_CHILD, request, workdir=directory, on_event=listen, timeout_s=seconds))
+    except ChildFailed as error:
+        raise ModelError(f"{source} could not be converted: {error.message}", hint=error.hint) from error

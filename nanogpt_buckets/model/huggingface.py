@@ -1,7 +1,7 @@
 """GPT-2 as transformers saves it: config.json -> Architecture and end tokens, weight files -> canonical tensors.
 
-Whatever in a config changes the maths is honoured or refused by name; the tables below are complete for GPT2Config,
-and a test keeps them so. Knows nothing of where prepared weights are kept, nor of nanoGPT's own checkpoints.
+Whatever in a config changes the maths is honoured or refused by name, see the tables below; a test knows all fields.
+Knows nothing of where prepared weights are kept, nor of nanoGPT's own checkpoints.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 from nanogpt_buckets.errors import CheckpointDamaged, CorruptEntry, ModelError, UnsupportedModel
 from nanogpt_buckets.files import read_file
 from nanogpt_buckets.model.architecture import ACTIVATIONS, Architecture
-from nanogpt_buckets.model.convert import BUFFERS, HEAD, TOKENS, Reader, Shape, check_shapes, check_size
+from nanogpt_buckets.model.prepared import HEAD, TOKENS, Reader, Shape, check_shapes, check_size
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
-Entry = tuple[str, Shape, Callable[[], "torch.Tensor"]]
+Read = Callable[[], "torch.Tensor"]
+Entry = tuple[str, Shape, Read]
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE = "model.safetensors"
@@ -57,19 +58,6 @@ ALIASES = {
 }
 # Refused unless empty, false or absent.
 REFUSED = ("add_cross_attention", "pruned_heads", "quantization_config", "auto_map", "is_encoder_decoder")
-# Checked on their own.
-CHECKED = ("model_type", "architectures")
-# Bookkeeping, training, generation and the heads of other tasks.
-# fmt: off
-IRRELEVANT = (
-    "transformers_version", "output_hidden_states", "output_attentions", "return_dict", "dtype", "torch_dtype",
-    "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-    "initializer_range", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-    "summary_first_dropout", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
-    "_name_or_path", "n_ctx", "gradient_checkpointing", "task_specific_params",
-)
-# fmt: on
-
 # transformers' names for ours; its ways to write one function differ by rounding only.
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate")
 _ACTIVATIONS = dict.fromkeys(_TANH_GELUS, "gelu_tanh") | {"gelu_python": "gelu", "swish": "silu"}
@@ -79,6 +67,9 @@ _CLASSES = (
     "GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification",
     "GPT2ForTokenClassification", "GPT2ForQuestionAnswering",
 )  # fmt: skip
+# The causal masks that GPT-2 implementations store among the weights.
+BUFFERS = (".attn.bias", ".attn.masked_bias")
+_PREFIX = "transformer."
 _NETWORK = ("wte", "wpe", "h", "ln_f", "lm_head")
 _TRANSPOSED = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".mlp.c_proj.weight")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.(?:safetensors|bin)")
@@ -196,90 +187,13 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(shards.values()))]
 
 
-def open_tensors(
-    files: Sequence[Path],
-    arch: Architecture,
-    *,
-    conv1d: bool = True,
-    entries: Callable[[Path], Iterator[Entry]] | None = None,
-    say: Callable[[str], None] = log.warning,
-) -> Reader:
-    """Map weight files and check that they hold one model; nothing is copied before it is asked for.
-
-    Args:
-        files: all shards.
-        arch: what the tensors must be.
-        conv1d: whether matrices are stored as transformers' Conv1D does, inputs first.
-        entries: what yields a file's tensors; None for safetensors.
-        say: is told what is left out.
+def safetensors_entries(file: Path) -> Iterator[Entry]:
+    """Yield what a safetensors file holds.
 
     Raises:
-        CheckpointDamaged: truncated, or a tensor is missing, unexpected or of another shape.
-        UnsupportedModel: tied by its config, yet with an output matrix of its own.
+        CheckpointDamaged: truncated, or something else.
+        ModelError: it cannot be read.
     """
-    where = files[0] if len(files) == 1 else files[0].parent
-    stored = _Stored(conv1d)
-    for file in files:
-        stored.add(file, (entries or _entries)(file))
-    if unused := stored.leave_out_unused():
-        say(f"{where} holds what a language model does not use; left out: {', '.join(unused)}")
-    if arch.tied and HEAD in stored.shapes:
-        _check_tied(stored, arch, where)
-    check_shapes(arch, stored.shapes, where)
-    return stored.read
-
-
-def _check_tied(stored: _Stored, arch: Architecture, where: Path) -> None:
-    """Take the output matrix out; one that is all there is of the two is the embedding."""
-    import torch
-
-    if TOKENS not in stored.shapes:
-        stored.shapes[TOKENS], stored.reads[TOKENS] = stored.shapes.pop(HEAD), stored.reads[HEAD]
-        return
-    same = stored.shapes[HEAD] == stored.shapes[TOKENS] == (arch.vocab_size, arch.n_embd)
-    if not same or not torch.equal(stored.read(HEAD).float(), stored.read(TOKENS).float()):
-        raise UnsupportedModel(
-            f"{where} holds an lm_head.weight of its own, yet its config says tie_word_embeddings",
-            hint='if the output matrix is meant to be separate, set "tie_word_embeddings": false in config.json',
-        )
-    del stored.shapes[HEAD]
-
-
-class _Stored:
-    """The tensors of several files, by canonical name."""
-
-    def __init__(self, conv1d: bool) -> None:
-        self.shapes: dict[str, Shape] = {}
-        self.reads: dict[str, Callable[[], torch.Tensor]] = {}
-        self._conv1d = conv1d
-
-    def add(self, file: Path, entries: Iterator[Entry]) -> None:
-        for name, shape, read in entries:
-            if name.endswith(BUFFERS):
-                continue
-            canonical = name if name.startswith("transformer.") or name == HEAD else f"transformer.{name}"
-            if canonical in self.shapes:
-                raise CheckpointDamaged(f"{file.parent} holds the tensor {name!r:.80} twice")
-            self.shapes[canonical] = shape[::-1] if self._is_transposed(canonical) else shape
-            self.reads[canonical] = read
-
-    def leave_out_unused(self) -> list[str]:
-        """Drop what is beside the network, the heads of other tasks, and return their names."""
-        short = {name: name.removeprefix("transformer.") for name in sorted(self.shapes)}
-        unused = [name for name in short if short[name].split(".")[0] not in _NETWORK]
-        for name in unused:
-            del self.shapes[name]
-        return [f"{short[name]!r:.80}" for name in unused]
-
-    def read(self, name: str) -> torch.Tensor:
-        tensor = self.reads[name]()
-        return tensor.t().contiguous() if self._is_transposed(name) else tensor
-
-    def _is_transposed(self, name: str) -> bool:
-        return self._conv1d and name.endswith(_TRANSPOSED)
-
-
-def _entries(file: Path) -> Iterator[Entry]:
     import safetensors
 
     try:
@@ -292,3 +206,66 @@ def _entries(file: Path) -> Iterator[Entry]:
         raise CheckpointDamaged(f"{file} is truncated or is not a safetensors file") from error
     for name, shape in shapes.items():
         yield name, shape, functools.partial(handle.get_tensor, name)
+
+
+def open_tensors(
+    files: Sequence[Path],
+    arch: Architecture,
+    *,
+    conv1d: bool = True,
+    entries: Callable[[Path], Iterator[Entry]] = safetensors_entries,
+    say: Callable[[str], None] = log.warning,
+) -> Reader:
+    """Map weight files and check that they hold one model; nothing is copied before it is asked for.
+
+    Args:
+        files: all shards.
+        arch: what the tensors must be.
+        conv1d: whether matrices are stored as transformers' Conv1D does, inputs first.
+        entries: what yields a file's tensors.
+        say: is told what is left out.
+
+    Raises:
+        CheckpointDamaged: truncated, or a tensor is missing, unexpected or of another shape.
+        UnsupportedModel: tied by its config, yet with an output matrix of its own.
+    """
+    where = files[0] if len(files) == 1 else files[0].parent
+    stored: dict[str, tuple[Shape, Read]] = {}
+    for file in files:
+        for name, shape, read in entries(file):
+            if name.endswith(BUFFERS):
+                continue
+            canonical = name if name.startswith(_PREFIX) or name == HEAD else f"{_PREFIX}{name}"
+            if canonical in stored:
+                raise CheckpointDamaged(f"{file.parent} holds the tensor {name!r:.80} twice")
+            turned = conv1d and canonical.endswith(_TRANSPOSED)
+            stored[canonical] = (shape[::-1], functools.partial(_turned, read)) if turned else (shape, read)
+    # the heads of other tasks
+    unused = [name for name in sorted(stored) if name.removeprefix(_PREFIX).split(".")[0] not in _NETWORK]
+    for name in unused:
+        del stored[name]
+    if unused:
+        names = ", ".join(f"{name.removeprefix(_PREFIX)!r:.80}" for name in unused)
+        say(f"{where} holds what a language model does not use; left out: {names}")
+    if arch.tied and HEAD in stored:
+        _take_out_head(stored, arch, where)
+    check_shapes(arch, {name: shape for name, (shape, _) in stored.items()}, where)
+    return lambda name: stored[name][1]()
+
+
+def _turned(read: Read) -> torch.Tensor:
+    return read().t().contiguous()
+
+
+def _take_out_head(stored: dict[str, tuple[Shape, Read]], arch: Architecture, where: Path) -> None:
+    """Take out an output matrix that is the embedding; if it is all there is of the two, it is kept as that."""
+    import torch
+
+    head = stored.pop(HEAD)
+    tokens = stored.setdefault(TOKENS, head)
+    same = head[0] == tokens[0] == (arch.vocab_size, arch.n_embd)
+    if tokens is not head and not (same and torch.equal(head[1]().float(), tokens[1]().float())):
+        raise UnsupportedModel(
+            f"{where} holds an lm_head.weight of its own, yet its config says tie_word_embeddings",
+            hint='if the output matrix is meant to be separate, set "tie_word_embeddings": false in config.json',
+        )

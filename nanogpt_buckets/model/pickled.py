@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from nanogpt_buckets import node
 from nanogpt_buckets.child import serve
 from nanogpt_buckets.errors import CheckpointDamaged, ModelError, UnsupportedModel
-from nanogpt_buckets.model import convert, huggingface
+from nanogpt_buckets.model import huggingface, prepared
 from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.model.convert import HEAD, TOKENS
+from nanogpt_buckets.model.prepared import HEAD, TOKENS, Known
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,7 @@ def _tensors(stored: Any, path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     if not isinstance(stored, dict):
         raise CheckpointDamaged(f"{path} is not a checkpoint: it holds no tensors by name")
     for name, tensor in stored.items():
-        if str(name).endswith(convert.BUFFERS):
+        if str(name).endswith(huggingface.BUFFERS):
             continue
         plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.is_quantized:
@@ -183,7 +183,7 @@ def read_checkpoint(path: Path) -> tuple[Architecture, str | None, dict[str, tor
             raise CheckpointDamaged(f"{path} does not hold one plain tensor under the name {short!r:.80}")
         state[short] = tensor
     arch = _architecture(args or {}, state, path)
-    convert.check_shapes(arch, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
+    prepared.check_shapes(arch, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
     dataset = (_fields(entries.get("config")) or {}).get("dataset")
     return arch, dataset if isinstance(dataset, str) else None, state
 
@@ -195,6 +195,8 @@ def _fields(value: Any) -> dict[Any, Any] | None:
 
 def _architecture(args: Mapping[Any, Any], state: dict[str, torch.Tensor], path: Path) -> Architecture:
     """Return the architecture; an output matrix that is the token embedding is taken out of the tensors."""
+    import torch
+
     for name in args:
         if name not in (*_DEFAULTS, *_NO_EFFECT):
             raise UnsupportedModel(
@@ -208,20 +210,13 @@ def _architecture(args: Mapping[Any, Any], state: dict[str, torch.Tensor], path:
     # erf also when training started from OpenAI's weights: nanoGPT computes it whatever it loads
     fields |= {"n_inner": 4 * fields["n_embd"] if isinstance(fields["n_embd"], int) else 0, "activation": "gelu"}
     tied = Architecture(**fields)
-    convert.check_size(tied, path.stat().st_size, path)
-    if _is_tied(tokens, head, (tied.vocab_size, tied.n_embd)):
-        del state[HEAD]
-        return tied
+    prepared.check_size(tied, path.stat().st_size, path)
+    if tokens is not None and head is not None and tokens.shape == head.shape == (tied.vocab_size, tied.n_embd):
+        same = tokens.data_ptr() == head.data_ptr() and tokens.stride() == head.stride()
+        if same or torch.equal(tokens, head):
+            del state[HEAD]
+            return tied
     return Architecture(**fields, tied=False)
-
-
-def _is_tied(tokens: torch.Tensor | None, head: torch.Tensor | None, shape: tuple[int, int]) -> bool:
-    import torch
-
-    if tokens is None or head is None or not tokens.shape == head.shape == shape:
-        return False
-    same = tokens.data_ptr() == head.data_ptr() and tokens.stride() == head.stride()
-    return same or torch.equal(tokens, head)
 
 
 def _bound_memory(size: int) -> None:
@@ -247,19 +242,20 @@ def _handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any
     try:
         if request["architecture"] is None:
             arch, dataset, state = read_checkpoint(files[0])
-            read: convert.Reader = state.__getitem__
+            read: prepared.Reader = state.__getitem__
         else:
             arch, dataset = Architecture.from_json(request["architecture"]), None
             read = huggingface.open_tensors(
                 files, arch, entries=_of_folder, say=lambda text: emit("said", message=text)
             )
         with node.writing():
-            digest = convert.write_prepared(Path(request["directory"]) / convert.PREPARED, arch, request["dtype"], read)
+            staged = Path(request["directory"]) / prepared.PREPARED
+            digest = prepared.write_prepared(staged, arch, request["dtype"], read)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         raise CheckpointDamaged(f"{files[0]} needs more memory than its {size} bytes explain") from error
-    return {"digest": digest, "architecture": arch.to_json(), "dataset": dataset}
+    return Known(digest, arch, dataset).to_json()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Callable, Iterable
 
 from nanogpt_buckets.builder import Listener, build_missing
+from nanogpt_buckets.choice import default_plan, remember_plan
 from nanogpt_buckets.contract import Executable
-from nanogpt_buckets.default_plan import default_plan, remember_plan
 from nanogpt_buckets.errors import BackendUnavailable, BucketsError, CacheError, ChildFailed, CompileFailed, UsageError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for

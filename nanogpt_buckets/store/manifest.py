@@ -33,13 +33,7 @@ _ROLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True)
 class Blob:
-    """A file of an entry, named by its content.
-
-    Args:
-        role: what the backend calls it; a plain word, never a path.
-        sha256: 64 lowercase hex digits.
-        size: in bytes.
-    """
+    """A file of an entry, named by its content; its role is what the backend calls it, a plain word and no path."""
 
     role: str
     sha256: str
@@ -107,11 +101,7 @@ def require_digest(text: str) -> str:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Return the bytes of a manifest file.
-
-    Raises:
-        TypeError: it holds a float, or something else that is not plain JSON.
-    """
+    """Return the bytes of a manifest file; a TypeError if it holds a float, or anything that is not plain JSON."""
     body = {"format": FORMAT, **asdict(manifest)}
     digest = hashlib.sha256(keys.canonical_json(body)).hexdigest()
     return keys.canonical_json({"sha256": digest, "body": body}) + b"\n"
@@ -162,12 +152,7 @@ def encode_mark(manifest: str, why: str) -> bytes:
 
 
 def why_rejected(data: bytes, manifest: str) -> str | None:
-    """Read a mark: why it rejects this manifest, or None if it is another one's, replaced since.
-
-    Raises:
-        CorruptEntry: it is no mark.
-        IncompatibleEntry: a newer release wrote it.
-    """
+    """Read a mark: why it rejects this manifest, or None if it is another one's, replaced since."""
     mark = parse(data, _MARK)
     require_format(mark, MARK_FORMAT, ("format", "manifest", "why"), _MARK)
     _check(mark, {str: _is_plain}, _MARK)
@@ -187,9 +172,8 @@ def require_format(document: Mapping[str, Any], known: int, names: Iterable[str]
     unknown = sorted(set(document) - set(names))
     if version > known or (version == known and unknown):
         why = f"format {str(version)[:20]}" if version > known else f"a field {unknown[0][:80]!r}"
-        raise IncompatibleEntry(
-            f"{what} is a newer release's: it has {why}", hint="pip install --upgrade nanogpt-buckets"
-        )
+        hint = "pip install --upgrade nanogpt-buckets"
+        raise IncompatibleEntry(f"{what} is a newer release's: it has {why}", hint=hint)
     if set(document) != set(names):
         _corrupt(f"{what} lacks fields")
 

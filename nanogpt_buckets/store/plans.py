@@ -35,11 +35,8 @@ class SavedPlan:
 class Pins:
     """What plans keep from being pruned.
 
-    Args:
-        buckets: (family, bucket) -> the plans that name it.
-        families: of which every entry stays, for a plan that this release cannot read names them.
-        everything: nothing may go: a plan that cannot be read names no family at all.
-        notes: what a person should know.
+    `buckets` are (family, bucket) -> the plans that name it. A plan that this release cannot read keeps every entry of
+    the `families` it names, and `everything` if it names none. `notes` are what a person should know.
     """
 
     buckets: dict[tuple[str, Bucket], list[str]] = field(default_factory=dict)
@@ -54,32 +51,19 @@ class Pins:
 
 
 class Plans:
-    """The plans of one store.
-
-    Args:
-        store: where they are.
-    """
+    """The plans of one store."""
 
     def __init__(self, store: Store) -> None:
         self._directory = store.directory
 
     def names(self) -> list[str]:
-        """Return the names of all plans, sorted.
-
-        Raises:
-            CacheError: they cannot be listed, or others could have written the store.
-        """
+        """Return the names of all plans, sorted."""
         found = self._directory.names("plans")
         names = [name.removesuffix(".json") for name in found if name.endswith(".json")]
         return [name for name in names if _NAME.fullmatch(name)]
 
     def load(self, name: str) -> SavedPlan | None:
-        """Return a plan, or None if there is none.
-
-        Raises:
-            UsageError: the name is not a plain word.
-            CacheError: it is damaged, a newer release's, or cannot be read or believed; the kind says which.
-        """
+        """Return a plan, or None if there is none; a CacheError says by its kind why it is of no use."""
         where = f"plan {name} in {self._directory.root}"
         try:
             document = parse(self._directory.get(_file(name), limit=MAX_BYTES), "it")
@@ -94,14 +78,8 @@ class Plans:
     def change(self, name: str, function: Callable[[SavedPlan | None], SavedPlan | None]) -> None:
         """Read a plan, change it and write it, so that whoever does so meanwhile loses nothing.
 
-        Args:
-            name: the plan's.
-            function: given what is saved, None if there is nothing or it is damaged; returns what to save, None for
-                nothing. It may be called several times.
-
-        Raises:
-            IncompatibleEntry: a newer release wrote it; it is left alone.
-            CacheError: it cannot be written.
+        `function` is given what is saved, None if there is nothing or it is damaged, and returns what to save, None for
+        nothing; it may be called several times. What a newer release wrote is an IncompatibleEntry, and left alone.
         """
         taken = self._directory.path(_file(name))
         with self._directory.locked("plans", _LOCK_TIMEOUT_S) as alone:

@@ -11,7 +11,6 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.files import Doomed, doom, remove
@@ -21,7 +20,7 @@ from nanogpt_buckets.store.manifest import Manifest
 from nanogpt_buckets.store.plans import Plans, without
 from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.trust import check_location
-from nanogpt_buckets.versions import version_tuple
+from nanogpt_buckets.versions import installed, version_tuple
 
 # A blob that no entry names may be one whose manifest is about to be written.
 _YOUNG_S = 3600.0
@@ -31,12 +30,9 @@ _STALE_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Deletion:
-    """What would be deleted, in the order in which it would be, and what was left out and why.
+    """What would be deleted, in that order; `notes` are what a person should know.
 
-    Args:
-        files: to delete.
-        notes: what a person should know.
-        unplanned: (plan, bucket) pairs: buckets that go out of plans, since they were deleted by name.
+    `unplanned` are (plan, bucket) pairs: buckets that go out of plans, since they were deleted by name.
     """
 
     files: tuple[Doomed, ...]
@@ -55,13 +51,7 @@ class Deletion:
 
 
 def plan_removal(store: Store, prefixes: Iterable[str]) -> Deletion:
-    """Plan to delete the entries whose keys begin so, and the blobs that they alone name.
-
-    Raises:
-        UsageError: a beginning is not one key's.
-        CacheError: there is no such entry.
-        UntrustedStore: others could have written the store.
-    """
+    """Plan to delete the entries whose keys begin so, as `Store.find` takes them, and the blobs they alone name."""
     check_location(store.root)
     found = [store.find(prefix) for prefix in prefixes]
     pins = Plans(store).pins()
@@ -83,8 +73,7 @@ def plan_prune(
     """Plan to delete what is damaged or of no use, and more if asked.
 
     Damaged entries, blobs that no entry names, and what killed processes left always go; every byte is read to find
-    them. Entries of a saved plan stay whatever their age and size, unless `planned` says otherwise, they are damaged or
-    an old toolchain's.
+    them. Entries of a saved plan stay whatever their age and size, unless they are damaged or an old toolchain's.
 
     Args:
         store: the store.
@@ -93,10 +82,6 @@ def plan_prune(
         old_toolchains: delete entries made for older versions of the libraries that are installed here.
         planned: age and size count for entries of plans too; the plans still name them.
         on_entry: called when an entry has been read.
-
-    Raises:
-        UntrustedStore: others could have written the store.
-        TransientError: a directory cannot be listed this time.
     """
     check_location(store.root)
     notes: list[str] = []
@@ -130,11 +115,7 @@ def plan_prune(
 
 
 def delete(store: Store, deletion: Deletion, on_file: Callable[[Doomed], None] | None = None) -> int:
-    """Do what was planned and return the bytes freed.
-
-    Raises:
-        CacheError: something could not be deleted; the rest was.
-    """
+    """Do what was planned and return the bytes freed; a CacheError if something could not be: the rest was."""
     freed, refused = 0, ""
     for file in deletion.files:
         try:
@@ -164,12 +145,9 @@ def _outdated(manifest: Manifest) -> str:
     """Say which library of an entry is older than the one installed here, if any is."""
     runtime = manifest.parts["family"].get("runtime", {})
     for library, made_for in runtime.items():
-        try:
-            installed = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-        if version_tuple(made_for) < version_tuple(installed):
-            return f"made for {library} {made_for}, {installed} is installed"
+        here = installed(library)
+        if here is not None and version_tuple(made_for) < version_tuple(here):
+            return f"made for {library} {made_for}, {here} is installed"
     return ""
 
 

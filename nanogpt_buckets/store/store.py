@@ -65,11 +65,7 @@ class Store:
         return Miss(Status.CORRUPT, family, key, f"rejected: {why}", manifest=manifest) if why else manifest
 
     def family(self, family: str) -> list[Found]:
-        """Look at every entry of one family, by key; one miss without a key if the store cannot be believed.
-
-        Raises:
-            TransientError: the directory cannot be listed this time.
-        """
+        """Look at every entry of one family, by key; one miss without a key if the store cannot be believed."""
         try:
             return self._look_at_all(family)
         except UntrustedStore as error:
@@ -81,12 +77,7 @@ class Store:
             yield from self._look_at_all(family)
 
     def find(self, prefix: str) -> Found:
-        """Return what is known of the one entry whose key begins so.
-
-        Raises:
-            UsageError: the beginning is no hex digits, or several keys begin so.
-            CacheError: none does.
-        """
+        """Return what is known of the one entry whose key begins so; a UsageError if several do, or none can."""
         if re.fullmatch(r"[0-9a-f]{1,64}", prefix) is None:
             raise UsageError(f"{prefix!r} is not the beginning of a key", hint="nanogpt-buckets cache ls")
         found = [entry for entry in self.entries() if entry.key.startswith(prefix)]

@@ -28,12 +28,8 @@ _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 def check_location(root: Path, *further: Path) -> None:
     """Raise unless only this user, or root, can have made a store's directories, and `further` ones in it.
 
-    One that does not exist yet is fine, if others cannot make it.
-
-    Raises:
-        CacheError: one of them is no directory.
-        UntrustedStore: somebody else owns or can write one, or can put another in its place.
-        TransientError: one cannot be examined this time.
+    One that does not exist yet is fine, if others cannot make it. The kind of CacheError says what is wrong: others
+    can, it is no directory, or it cannot be examined this time.
     """
     found = check_way(root, _ELSEWHERE)
     for place in (root, *(root / name for name in _INSIDE), *further):

@@ -34,13 +34,7 @@ class Verification:
 def verify(store: Store, on_file: Callable[[int], None] | None = None) -> Verification:
     """Read everything: each manifest with its blobs, and each blob whether or not a manifest names it.
 
-    Args:
-        store: the store.
-        on_file: called with the size of each blob once it is read.
-
-    Raises:
-        UntrustedStore: others could have written the store.
-        TransientError: a directory cannot be listed this time.
+    `on_file` is called with the size of each blob once it is read.
     """
     check_location(store.root)
     # before the blobs: what a manifest names was stored before it

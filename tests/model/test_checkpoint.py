@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import safetensors
 import torch
+from networks import random_network
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
@@ -27,10 +28,9 @@ from nanogpt_buckets.errors import (
     UnsupportedModel,
     UsageError,
 )
-from nanogpt_buckets.model import checkpoint, convert, gpt, huggingface, pickled
+from nanogpt_buckets.model import checkpoint, gpt, huggingface, pickled, prepared
 from nanogpt_buckets.model.architecture import GPT2_SIZES, Architecture
 from nanogpt_buckets.model.checkpoint import open_model
-from nanogpt_buckets.model.initial import init_weights
 
 TINY = Architecture(n_layer=2, n_head=3, n_embd=48, n_inner=192, block_size=100, vocab_size=211)
 NANO_ARGS = {
@@ -178,7 +178,7 @@ def test_shapes_are_those_of_the_network():
         with torch.device("meta"):
             network = gpt.GPT(arch)
 
-        assert dict(convert.canonical_shapes(arch)) == {n: tuple(t.shape) for n, t in network.state_dict().items()}
+        assert prepared.canonical_shapes(arch) == {n: tuple(t.shape) for n, t in network.state_dict().items()}
 
 
 # the demo
@@ -383,8 +383,18 @@ def test_an_unknown_dtype():
 # Hugging Face folders
 
 
+# Bookkeeping, training, generation and the heads of other tasks.
+IRRELEVANT = (
+    "transformers_version", "output_hidden_states", "output_attentions", "return_dict", "dtype", "torch_dtype",
+    "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "initializer_range", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "_name_or_path", "n_ctx", "gradient_checkpointing", "task_specific_params",
+)  # fmt: skip
+
+
 def test_every_field_of_the_config_is_accounted_for():
-    tables = {*huggingface.HONOURED, *huggingface.REFUSED, *huggingface.IRRELEVANT, *huggingface.CHECKED}
+    tables = {*huggingface.HONOURED, *huggingface.REFUSED, "model_type", "architectures", *IRRELEVANT}
 
     assert set(GPT2Config().to_dict()) - tables == set()
     assert huggingface.ALIASES.items() == GPT2Config.attribute_map.items()
@@ -623,9 +633,7 @@ def test_gpt2_with_the_real_hub_offline(tmp_path):
 
 def nano_state(*, tied: bool = True, vocab_size: int = 211, seed: int = 0) -> dict[str, torch.Tensor]:
     arch = Architecture(2, 3, 48, 192, 100, vocab_size, activation="gelu", tied=tied)
-    network = gpt.GPT(arch)
-    init_weights(network, torch.Generator().manual_seed(seed))
-    state = dict(network.state_dict())
+    state = dict(random_network(arch, seed=seed).state_dict())
     if tied:
         state["lm_head.weight"] = state["transformer.wte.weight"]
     return state
@@ -699,7 +707,7 @@ def test_names_of_compiled_models_and_masks(tmp_path):
 
     arch, _, tensors = read(nano(tmp_path / "ckpt.pt", state))
 
-    assert tensors.keys() == dict(convert.canonical_shapes(arch)).keys()
+    assert tensors.keys() == prepared.canonical_shapes(arch).keys()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in tensors.items())
 
 
@@ -790,7 +798,7 @@ def test_the_form_before_zip_files(tmp_path):
     content = {"model": nano_state(), "model_args": NANO_ARGS}
     torch.save(content, path, _use_new_zipfile_serialization=False)
 
-    assert read(path)[2].keys() == dict(convert.canonical_shapes(read(path)[0])).keys()
+    assert read(path)[2].keys() == prepared.canonical_shapes(read(path)[0]).keys()
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 20_000, -100])

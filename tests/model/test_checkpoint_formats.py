@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import random_network
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +33,6 @@ from nanogpt_buckets.errors import BucketsError, CheckpointDamaged, ModelError, 
 from nanogpt_buckets.model import gpt
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.checkpoint import open_model
-from nanogpt_buckets.model.initial import init_weights
 from nanogpt_buckets.model.pickled import read_checkpoint
 
 SIZES = {"n_layer": 2, "n_head": 3, "n_embd": 48, "n_positions": 100, "vocab_size": 211, "initializer_range": 0.2}
@@ -43,9 +43,7 @@ NANO_ARGS = {
 
 
 def nano_state() -> dict[str, torch.Tensor]:
-    network = gpt.GPT(Architecture(2, 3, 48, 192, 100, 211, activation="gelu"))
-    init_weights(network, torch.Generator().manual_seed(0))
-    state = dict(network.state_dict())
+    state = dict(random_network(Architecture(2, 3, 48, 192, 100, 211, activation="gelu")).state_dict())
     return state | {"lm_head.weight": state["transformer.wte.weight"]}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import random_network
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -12,7 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from nanogpt_buckets.model import gpt
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.checkpoint import open_model
-from nanogpt_buckets.model.initial import init_weights
 
 ODD = {"n_layer": 3, "n_head": 3, "n_embd": 48, "n_positions": 100, "vocab_size": 211, "initializer_range": 0.2}
 LOWERINGS = [gpt.Lowering("sdpa"), gpt.Lowering("explicit")]
@@ -209,9 +209,7 @@ def test_logits_are_those_of_nanogpt(bias, tied, tmp_path):
 
 def test_from_weights_copies_nothing_and_misses_nothing():
     arch = Architecture(2, 3, 48, 192, 100, 211)
-    source = gpt.GPT(arch)
-    init_weights(source, torch.Generator().manual_seed(0))
-    state = dict(source.state_dict())
+    state = dict(random_network(arch).state_dict())
 
     network = gpt.from_weights(arch, state)
 
@@ -226,8 +224,7 @@ def test_from_weights_copies_nothing_and_misses_nothing():
 def test_no_position_sees_what_comes_after_it(lowering):
     torch.manual_seed(4)
     arch = Architecture(2, 3, 48, 192, 100, 211)
-    network = gpt.GPT(arch, lowering).eval()
-    init_weights(network)
+    network = random_network(arch, lowering).eval()
     ids = torch.randint(0, 211, (1, 20))
     changed = ids.clone()
     changed[:, 11:] = (changed[:, 11:] + 7) % 211

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from nanogpt_buckets import node
 from nanogpt_buckets.errors import ModelError
 from nanogpt_buckets.files import remove
-from nanogpt_buckets.model import convert
+from nanogpt_buckets.model import prepared
 from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.node import prune
 
@@ -77,8 +77,8 @@ def test_damage_is_found_said_and_healed(folder, damage, keep_times, caplog):
 def test_a_file_is_read_whole_once_and_again_when_it_is_another(folder, monkeypatch):
     path = open_model(folder).weights("float32").path
     read = []
-    whole = convert.digest_of
-    monkeypatch.setattr(convert, "digest_of", lambda *a: read.append(1) or whole(*a))
+    whole = prepared.digest_of
+    monkeypatch.setattr(prepared, "digest_of", lambda *a: read.append(1) or whole(*a))
 
     open_model(folder).weights("float32")
     assert read == []

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nanogpt_buckets.errors import TokenizerError, UnknownCharacter
 from nanogpt_buckets.model.tokenization import gpt2 as gpt2_module
 from nanogpt_buckets.model.tokenization.base import StreamDecoder, decode
-from nanogpt_buckets.model.tokenization.characters import characters, find_meta, from_meta
+from nanogpt_buckets.model.tokenization.characters import CharacterTokenizer, find_meta, from_meta
 from nanogpt_buckets.model.tokenization.folder import from_folder
 from nanogpt_buckets.model.tokenization.gpt2 import gpt2
 
@@ -200,7 +200,7 @@ def test_meta_pickle_round_trip(tmp_path):
 
 def test_a_character_outside_is_named(tmp_path):
     with pytest.raises(UnknownCharacter, match=r"'\?' \(U\+003F\) at position 1 is not among the 4"):
-        characters(LETTERS).encode("a?")
+        CharacterTokenizer(LETTERS).encode("a?")
 
 
 class Evil:

@@ -17,7 +17,7 @@ from nanogpt_buckets.cli.generate import _prompt
 from nanogpt_buckets.errors import TokenizerError, UsageError
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.checkpoint import Model
-from nanogpt_buckets.model.tokenization.characters import characters
+from nanogpt_buckets.model.tokenization.characters import CharacterTokenizer
 from nanogpt_buckets.model.tokenization.choice import tokenizer_for
 
 PLAN = Plan.grid(batch=[1, 2], seq=[16])
@@ -28,7 +28,7 @@ def model(kind: str, rows: int, path=None) -> Model:
 
 
 def alphabet(size: int):
-    return characters({n: chr(0x4E00 + n) for n in range(size)})
+    return CharacterTokenizer({n: chr(0x4E00 + n) for n in range(size)})
 
 
 @pytest.mark.parametrize(

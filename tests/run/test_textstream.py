@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt_buckets.errors import UsageError
-from nanogpt_buckets.model.tokenization.characters import characters
+from nanogpt_buckets.model.tokenization.characters import CharacterTokenizer
 from nanogpt_buckets.model.tokenization.gpt2 import gpt2
 from nanogpt_buckets.run.generation import TextStream, stop_strings
 
-ABC = characters(dict(enumerate("ab|")))
+ABC = CharacterTokenizer(dict(enumerate("ab|")))
 
 
 def run(ids, stops, tokenizer=ABC):

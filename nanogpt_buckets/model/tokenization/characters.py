@@ -21,22 +21,20 @@ from nanogpt_buckets.model.tokenization.base import ByteTable, Tokenizer, well_f
 _META_MAX_BYTES = 8 * 1024 * 1024
 
 
-def characters(symbols: Mapping[int, str]) -> Tokenizer:
-    """Return a tokenizer whose tokens are single characters.
+class CharacterTokenizer(ByteTable):
+    """A tokenizer whose tokens are single characters.
 
     Args:
         symbols: id -> character.
     """
-    return _CharacterTokenizer(symbols)
 
-
-class _CharacterTokenizer(ByteTable):
     def __init__(self, symbols: Mapping[int, str]) -> None:
         self._ids = {character: token for token, character in symbols.items()}
         start = self._ids.get("\n", min(symbols, default=None))
         super().__init__({token: well_formed(text).encode() for token, text in symbols.items()}, start)
 
     def encode(self, text: str, *, plain_text: bool = False) -> list[int]:
+        """See `Tokenizer`."""
         text = well_formed(text)
         for position, character in enumerate(text):
             if character not in self._ids:
@@ -78,19 +76,16 @@ def from_meta(path: Path) -> Tokenizer:
         raise TokenizerError(f"the tokenizer {str(path)!r} cannot be read: {reason}") from None
     try:
         _refuse_large_numbers(content)
-        meta = _PlainUnpickler(content).load()
+        meta = _PlainUnpickler(io.BytesIO(content)).load()
     except TokenizerError as error:
         raise TokenizerError(f"{path} {error.message}", hint=error.hint) from None
     except Exception:  # a damaged pickle may raise nearly anything
         raise TokenizerError(f"{path} is not a meta.pkl: it is truncated or something else") from None
-    return characters(_checked_symbols(path, meta))
+    return CharacterTokenizer(_checked_symbols(path, meta))
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings, lists and dicts; refuses every global, so nothing can run."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__(io.BytesIO(content))
 
     def find_class(self, module: str, name: str) -> Any:
         raise TokenizerError(f"asks for the Python object {module:.99}.{name:.99}, which no meta.pkl needs")

@@ -11,7 +11,7 @@ from pathlib import Path
 from nanogpt_buckets.errors import TokenizerError, UsageError
 from nanogpt_buckets.model.checkpoint import Model
 from nanogpt_buckets.model.tokenization.base import Tokenizer
-from nanogpt_buckets.model.tokenization.characters import characters, find_meta, from_meta
+from nanogpt_buckets.model.tokenization.characters import CharacterTokenizer, find_meta, from_meta
 from nanogpt_buckets.model.tokenization.folder import from_folder
 from nanogpt_buckets.model.tokenization.gpt2 import gpt2
 from nanogpt_buckets.values import shown
@@ -34,7 +34,7 @@ def tokenizer_for(model: Model, choice: TokenizerChoice = None) -> Tokenizer:
         TokenizerError: none was found, it cannot be read, or its size is not the model's.
     """
     rows = model.architecture.vocab_size
-    tokenizer, name = _explicit(choice, rows) if choice is not None else _found(model)
+    tokenizer, name = _read(_found(model) if choice is None else choice, rows)
     if not _fits(tokenizer.n_vocab, rows, model.kind):
         raise TokenizerError(f"{name} has {tokenizer.n_vocab} tokens and the model {rows}: they do not belong together")
     return tokenizer
@@ -47,7 +47,7 @@ def _fits(tokens: int, rows: int, kind: str) -> bool:
     return 0 <= rows - tokens < (max(unit, 8, rows // 50) if kind == "huggingface" else unit if unit >= 64 else 1)
 
 
-def _explicit(choice: str | os.PathLike[str] | Tokenizer, rows: int) -> tuple[Tokenizer, str]:
+def _read(choice: str | os.PathLike[str] | Tokenizer, rows: int) -> tuple[Tokenizer, str]:
     if choice == "gpt2":
         return gpt2(), "GPT-2's tokenizer"
     if isinstance(choice, Tokenizer):
@@ -62,21 +62,21 @@ def _explicit(choice: str | os.PathLike[str] | Tokenizer, rows: int) -> tuple[To
     return from_folder(path, rows), f"the tokenizer in {path}"
 
 
-def _found(model: Model) -> tuple[Tokenizer, str]:
-    rows = model.architecture.vocab_size
+def _found(model: Model) -> str | Path | Tokenizer:
+    """Return the choice that goes with a model."""
     if model.kind == "gpt2":
-        return gpt2(), "GPT-2's tokenizer"
+        return "gpt2"
     if model.characters is not None:
-        return characters(dict(enumerate(model.characters))), "the demo's alphabet"
+        return CharacterTokenizer(dict(enumerate(model.characters)))
     assert model.path is not None
-    folder = model.path if model.path.is_dir() else model.path.parent
     if model.kind == "huggingface":
-        return from_folder(folder, rows), f"the tokenizer in {folder}"
-    meta = find_meta(folder, model.dataset)
+        return model.path
+    meta = find_meta(model.path.parent, model.dataset)
     if meta is not None:
-        return from_meta(meta), str(meta)
+        return meta
+    rows = model.architecture.vocab_size
     if rows in _GPT2_VOCAB_SIZES:
-        return gpt2(), "GPT-2's tokenizer"
+        return "gpt2"
     raise TokenizerError(
         f"the checkpoint has {rows} tokens, which is not GPT-2's vocabulary, and no meta.pkl was found beside it or in "
         "its dataset's folder",
