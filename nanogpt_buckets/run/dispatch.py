@@ -7,10 +7,12 @@ built, or of how an executable came to be.
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,10 +20,14 @@ from torch import Tensor
 from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.errors import NonFiniteLogits
 from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.run.kvcache import KVCache
 from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.steps import step_named
 
 Cost = Callable[[Bucket], int]
+RECOMPUTE = "recompute"
+KV = "kv"
+STRATEGIES = ("auto", KV, RECOMPUTE)
 
 
 def cheapest(buckets: Iterable[Bucket], batch_size: int, length: int, cost: Cost) -> Bucket | None:
@@ -33,8 +39,12 @@ def cheapest(buckets: Iterable[Bucket], batch_size: int, length: int, cost: Cost
     return min(fitting, key=lambda b: (cost(b), b.seq_len, b.batch_size), default=None)
 
 
-def group(lengths: Sequence[int], buckets: Sequence[Bucket], cost: Cost) -> list[tuple[Bucket, list[int]]]:
+def group(
+    lengths: Sequence[int], buckets: Sequence[Bucket], cost: Cost, slots: Sequence[int] | None = None
+) -> list[tuple[Bucket, list[int]]]:
     """Cut rows of these lengths into groups that each fill one bucket, (bucket, rows), at the least total cost.
+
+    Where rows are bound to `slots`, which rise with lengths, a group takes all from its first row's to its last's.
 
     For costs that never fall with length, contiguous groups of the sorted lengths are optimal; a dynamic programme
     over where they end finds the best: F[j] = min over i < j of F[i] + c(bucket for rows i..j-1).
@@ -43,6 +53,7 @@ def group(lengths: Sequence[int], buckets: Sequence[Bucket], cost: Cost) -> list
         ValueError: some row fits no bucket; callers settle coverage first.
     """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    places = range(len(order)) if slots is None else [slots[row] for row in order]
     widest = max((bucket.batch_size for bucket in buckets), default=0)
     best: list[tuple[float, int, Bucket | None]] = [(0, 0, None)]  # cost so far, start of last group, its bucket
     for end in range(1, len(order) + 1):
@@ -50,7 +61,7 @@ def group(lengths: Sequence[int], buckets: Sequence[Bucket], cost: Cost) -> list
         options = [
             (best[start][0] + cost(bucket), start, bucket)
             for start in range(max(0, end - widest), end)
-            if (bucket := cheapest(buckets, end - start, longest, cost))
+            if (bucket := cheapest(buckets, places[end - 1] - places[start] + 1, longest, cost))
         ]
         if not options:
             raise ValueError(f"no bucket holds {longest} tokens")
@@ -64,27 +75,76 @@ def group(lengths: Sequence[int], buckets: Sequence[Bucket], cost: Cost) -> list
     return groups[::-1]
 
 
+def needed(batches: Iterable[Sequence[int]], more_tokens: int, block_size: int, strategy: str) -> dict[str, int]:
+    """Return the longest row each step of a strategy has to hold in batches as `buckets_used` takes them."""
+    lengths = [length for batch in batches for length in batch]
+    last = max(lengths) + more_tokens
+    if strategy == RECOMPUTE:
+        return {RECOMPUTE: min(last, block_size)}
+    remembered = [length for length in lengths if length <= block_size]
+    need = {"prefill": max(remembered)} if remembered else {}
+    if more_tokens and remembered and min(remembered) < block_size:
+        need["decode"] = min(last, block_size)
+    return need | ({RECOMPUTE: block_size} if last > block_size else {})
+
+
+def reach(buckets: Iterable[Bucket], need: Mapping[str, int]) -> bool:
+    """Whether for every step some bucket holds a row of that length."""
+    held = list(buckets)
+    return all(any(b.step == step and b.holds(1, length) for b in held) for step, length in need.items())
+
+
 def buckets_used(
-    batches: Iterable[Sequence[int]], more_tokens: int, buckets: Sequence[Bucket], cost: Cost, block_size: int
+    batches: Iterable[Sequence[int]],
+    more_tokens: int,
+    buckets: Sequence[Bucket],
+    cost: Cost,
+    block_size: int,
+    strategy: str,
 ) -> set[Bucket]:
     """Return the buckets used by batches of rows that have these lengths at their first step and go together.
 
-    Each row gains `more_tokens` before its last step, one a step; contexts do not grow beyond `block_size`. A
-    ValueError if some row outgrows every bucket.
+    Each row gains `more_tokens` before its last step, one a step. Recomputed contexts do not grow beyond `block_size`.
+    A ValueError if some row outgrows every bucket.
     """
     rungs = sorted({bucket.seq_len for bucket in buckets})
     used: set[Bucket] = set()
     for lengths in batches:
-        before: list[int] = []
+        before: list[tuple[str, int]] = []
         for grown in range(more_tokens + 1):
-            now = [min(length + grown, block_size) for length in lengths]
-            places = [bisect.bisect_left(rungs, length) for length in now]
+            now = [(step_for(strategy, length + grown, grown == 0, block_size), length + grown) for length in lengths]
+            now = [(step, min(length, block_size)) for step, length in now]
+            places = [(step, bisect.bisect_left(rungs, length)) for step, length in now]
             if places != before:  # grouped anew whenever one of them outgrows a rung
-                used |= {bucket for bucket, _ in group(now, buckets, cost)}
+                for step in {step for step, _ in now}:
+                    mine = [length for other, length in now if other == step]
+                    used |= {bucket for bucket, _ in group(mine, of_step(buckets, step), cost)}
             before = places
-            if min(now) == block_size:
+            if min(lengths) + grown > block_size:
                 break
     return used
+
+
+def step_for(strategy: str, length: int, first: bool, block_size: int) -> str:
+    """Return the step that runs a row of this length: past block_size the crop moves every position, so it is anew."""
+    if strategy == RECOMPUTE or length > block_size:
+        return RECOMPUTE
+    return "prefill" if first else "decode"
+
+
+def of_step(buckets: Iterable[Bucket], step: str) -> list[Bucket]:
+    """Return the buckets of one step."""
+    return [bucket for bucket in buckets if bucket.step == step]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One execution of a bucket: which contexts, by index, are in which of its rows, and the state it finds."""
+
+    bucket: Bucket
+    members: Sequence[int]
+    rows: Sequence[int]
+    state: Sequence[Tensor] = ()
 
 
 class Dispatcher:
@@ -98,7 +158,7 @@ class Dispatcher:
     ) -> None:
         self._executables = executables
         self._cost = cost
-        self._block_size = block_size
+        self.block_size = self._block_size = block_size
         self._report = report
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="core") if at_once > 1 else None
 
@@ -110,27 +170,98 @@ class Dispatcher:
         """
         cropped = [context[-self._block_size :] for context in contexts]
         self._report.crops += sum(len(context) > self._block_size for context in contexts)
-        groups = group([len(context) for context in cropped], buckets, self._cost)
+        groups = group([len(context) for context in cropped], of_step(buckets, RECOMPUTE), self._cost)
+        return self.run_calls([Call(b, members, range(len(members))) for b, members in groups], cropped)
+
+    def calls(
+        self, step: str, lengths: Sequence[int], buckets: Sequence[Bucket], cache: KVCache, rows: Sequence[int]
+    ) -> list[Call]:
+        """Return the calls of a step that run some rows of a cache, in the order of their slots."""
+        slots = [cache.slot(row) for row in rows]
+        calls = []
+        for bucket, members in group(lengths, of_step(buckets, step), self._cost, slots):
+            first = slots[members[0]]
+            calls.append(Call(bucket, members, [slots[m] - first for m in members], cache.views(first, bucket)))
+        return calls
+
+    def run_calls(self, calls: Sequence[Call], contexts: Sequence[Sequence[int]]) -> Tensor:
+        """Return the logits (N, V) that follow N contexts, each of which is in one call."""
         run = map if self._pool is None else self._pool.map
-        contexts_of = [[cropped[row] for row in members] for _, members in groups]
-        done = list(run(self._run_bucket, [bucket for bucket, _ in groups], contexts_of))
+        done = list(run(functools.partial(self._run_bucket, contexts), calls))
         self._report.count_overlap(span for _, span in done)
         rows: dict[int, Tensor] = {}
-        for (bucket, members), (logits, (start, end)) in zip(groups, done, strict=True):
-            self._report.count_step(bucket, [len(cropped[row]) for row in members], end - start)
-            rows |= dict(zip(members, logits, strict=True))
+        for call, (logits, (start, end)) in zip(calls, done, strict=True):
+            self._report.count_step(call.bucket, [len(contexts[row]) for row in call.members], end - start)
+            rows |= dict(zip(call.members, logits, strict=True))
         return torch.stack([rows[row] for row in range(len(contexts))])  # (N, V)
 
-    def _run_bucket(self, bucket: Bucket, contexts: list[Sequence[int]]) -> tuple[Tensor, tuple[float, float]]:
-        """Return the logits (n, V) of n contexts, and from when to when the bucket ran."""
-        executable, step = self._executables(bucket), step_named(bucket.step)
-        inputs = step.pack(contexts, bucket)
+    def _run_bucket(self, contexts: Sequence[Sequence[int]], call: Call) -> tuple[Tensor, tuple[float, float]]:
+        """Return the logits (n, V) of the n contexts of a call, and from when to when the bucket ran."""
+        executable, step = self._executables(call.bucket), step_named(call.bucket.step)
+        packed: list[Sequence[int]] = [()] * (max(call.rows) + 1)
+        for row, member in zip(call.rows, call.members, strict=True):
+            packed[row] = contexts[member]
+        inputs = step.pack(packed, call.bucket)
         start = time.perf_counter()
-        outputs = executable(*inputs)
+        outputs = executable(*inputs, *call.state)
         end = time.perf_counter()
-        logits = step.logits(outputs, len(contexts))  # (n, V)
+        logits = step.logits(outputs, len(packed))[list(call.rows)]  # (n, V)
         # NaN if any logit is; several times faster than asking each
         if not all(math.isfinite(extreme) for extreme in logits.aminmax()):
             hint = "the weights may hold NaN or infinite values; see how the model was trained or saved"
-            raise NonFiniteLogits(f"bucket {bucket} returned logits that are not finite", hint=hint)
+            raise NonFiniteLogits(f"bucket {call.bucket} returned logits that are not finite", hint=hint)
         return logits, (start, end)
+
+
+class Batch:
+    """The rows of one batch, from their first step to their last: recomputed at each, or remembered in a `KVCache`."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        buckets: Sequence[Bucket],
+        contexts: Sequence[Sequence[int]],
+        cache: KVCache | None,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._buckets = buckets
+        self._cache = cache
+        self._first = True
+        # slots rise with lengths; samples of one prompt are neighbours
+        order = sorted(range(len(contexts)), key=lambda row: (len(contexts[row]), list(contexts[row])))
+        self._rank = {row: place for place, row in enumerate(order)}
+
+    def logits(self, contexts: Mapping[int, Sequence[int]]) -> Tensor:
+        """Return the logits (n, V) that follow the rows that still run, by number, in that order."""
+        cache, block_size = self._cache, self._dispatcher.block_size
+        grown = [row for row, context in contexts.items() if len(context) > block_size]
+        if cache is None or len(grown) == len(contexts):
+            return self._dispatcher.run(list(contexts.values()), self._buckets)
+        kept = sorted((row for row in contexts if row not in set(grown)), key=self._rank.__getitem__)
+        made = dict(zip(kept, self._remembered(cache, kept, [contexts[row] for row in kept]), strict=True))
+        if grown:
+            made |= zip(grown, self._dispatcher.run([contexts[row] for row in grown], self._buckets), strict=True)
+        self._first = False
+        return torch.stack([made[row] for row in contexts])  # (n, V)
+
+    def _remembered(self, cache: KVCache, rows: list[int], contexts: list[Sequence[int]]) -> list[Tensor]:
+        """Return the logits of rows in the order of their slots."""
+        places = [self._rank[row] for row in rows]
+        if not self._first:
+            cache.close_gaps(places, [len(context) - 1 for context in contexts])
+            calls = self._dispatcher.calls("decode", [len(c) for c in contexts], self._buckets, cache, places)
+            return list(self._dispatcher.run_calls(calls, contexts))
+        # a prompt is run once, and what is remembered of it copied for its other samples
+        heads = [i for i, context in enumerate(contexts) if i == 0 or list(context) != list(contexts[i - 1])]
+        own = [contexts[i] for i in heads]
+        calls = self._dispatcher.calls(
+            "prefill", [len(c) for c in own], self._buckets, cache, [places[i] for i in heads]
+        )
+        found = list(self._dispatcher.run_calls(calls, own))
+        logits = []
+        for i, context in enumerate(contexts):
+            head = bisect.bisect_right(heads, i) - 1
+            if heads[head] != i:
+                cache.copy(places[heads[head]], places[i], len(context))
+            logits.append(found[head])
+        return logits

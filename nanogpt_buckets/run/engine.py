@@ -24,8 +24,9 @@ from nanogpt_buckets.errors import TokenizerError, UsageError
 from nanogpt_buckets.model.tokenization.base import Tokenizer
 from nanogpt_buckets.model.tokenization.choice import TokenizerChoice, tokenizer_for
 from nanogpt_buckets.plan.bucket import Bucket, Plan
-from nanogpt_buckets.run.dispatch import Dispatcher
+from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, Batch, Dispatcher
 from nanogpt_buckets.run.generation import Generation, Prompt, Row, Token, as_prompts, stop_strings, token_ids
+from nanogpt_buckets.run.kvcache import KVCache
 from nanogpt_buckets.run.loader import Compiled, Uncompiled
 from nanogpt_buckets.run.misses import Buckets
 from nanogpt_buckets.run.options import Sampling, SamplingOptions
@@ -46,7 +47,7 @@ class Engine:
     """
 
     def __init__(self, choice: Choice, buckets: Buckets, report: Report, tokenizer: TokenizerChoice = None) -> None:
-        self._arch = choice.model.architecture
+        self._arch, self._dtype = choice.model.architecture, choice.dtype
         self._end_tokens = choice.model.end_tokens
         self._buckets = buckets
         self._report = report
@@ -72,6 +73,7 @@ class Engine:
         on_miss: str = "promote",
         cached_only: bool = False,
         lazy: bool = False,
+        strategy: str = "auto",
         on_progress: Listener | None = None,
         **options: Unpack[Options],
     ) -> Engine:
@@ -85,6 +87,8 @@ class Engine:
                 call needs before its first step.
             cached_only: never compile, whatever else is said.
             lazy: load each bucket when it is first needed.
+            strategy: "kv" runs a prompt once and keeps what it remembers, "recompute" runs the whole context for each
+                token; "auto" is "kv" where buckets for it are planned.
             on_progress: told what becomes of each bucket that is compiled; see `build`.
             options: backend, target, dtype, compiler_args, cores, cache_dir; see `Options`.
 
@@ -96,7 +100,7 @@ class Engine:
         loader = Uncompiled(choice) if choice.backend is None else Compiled(choice)
         report = Report(choice.backend_name, choice.model.name)
         on_miss = "promote" if cached_only and on_miss == "build" else on_miss
-        buckets = Buckets(loader, plan, report, on_miss, on_progress)
+        buckets = Buckets(loader, plan, report, on_miss, on_progress, strategy)
         engine = cls(choice, buckets, report, tokenizer)
         if not lazy:
             with engine._alone():
@@ -158,15 +162,18 @@ class Engine:
         rows = self._rows(as_prompts(prompts), 1, None, False)
         if not rows:
             return torch.empty(0, self._arch.vocab_size, dtype=torch.float32, device="cpu")
-        buckets = self._cover([rows], 1)
+        way, buckets = self._cover([rows], 1)
         with self._timed():
-            return self._dispatcher.run([row.ids for row in rows], buckets)
+            batch = self._batch(rows, way, buckets)
+            return batch.logits({number: row.ids for number, row in enumerate(rows)})
 
     def warmup(self) -> None:
         """Load every bucket of the plan and run each once, so that the first request pays for nothing."""
         with self._alone():
             for bucket in self._buckets.load_all():
-                self._buckets.executable(bucket)(*step_named(bucket.step).pack([], bucket))
+                executable = self._buckets.executable(bucket)
+                state = (view.blank() for view in executable.interface.state)
+                executable(*step_named(bucket.step).pack([], bucket), *state)
 
     def report(self) -> Report:
         """Return a copy of the counters since load."""
@@ -212,11 +219,11 @@ class Engine:
             rows += [Row(ids, index, sample, self.tokenizer, stops) for sample in range(num_samples)]
         return rows
 
-    def _cover(self, batches: list[list[Row]], max_new_tokens: int) -> list[Bucket]:
+    def _cover(self, batches: list[list[Row]], max_new_tokens: int) -> tuple[str, list[Bucket]]:
         """Settle, before the first step, which buckets will run; the last step sees one token less than the result."""
         lengths = [[len(row.ids) for row in batch] for batch in batches if batch]
         if not lengths or max_new_tokens == 0:
-            return []
+            return RECOMPUTE, []
         with self._alone():
             return self._buckets.cover(lengths, max_new_tokens - 1)
 
@@ -224,18 +231,27 @@ class Engine:
         """Settle what will run, then return each row as it gains a token, with the text that this makes certain."""
         # nanoGPT draws sample after sample from one generator
         batches = [[row] for row in rows] if sampling.rng == "nanogpt" else [rows]
-        return self._run(batches, sampling, max_new_tokens, self._cover(batches, max_new_tokens))
+        return self._run(batches, sampling, max_new_tokens, *self._cover(batches, max_new_tokens))
+
+    def _batch(self, rows: list[Row], way: str, buckets: list[Bucket]) -> Batch:
+        cache = None
+        if way == KV:
+            widest = max(bucket.batch_size for bucket in buckets)
+            cache = KVCache(self._arch, self._dtype, len(rows), widest)
+            self._report.kv_bytes = max(self._report.kv_bytes, cache.bytes)
+        return Batch(self._dispatcher, buckets, [row.ids for row in rows], cache)
 
     def _run(
-        self, batches: list[list[Row]], sampling: Sampling, max_new_tokens: int, buckets: list[Bucket]
+        self, batches: list[list[Row]], sampling: Sampling, max_new_tokens: int, way: str, buckets: list[Bucket]
     ) -> Iterator[tuple[Row, str | None]]:
         """Run the rows of one batch together, the batches one after another."""
         ends = () if sampling.ignore_eos else self._end_tokens
         generator = torch.Generator().manual_seed(sampling.seed % 2**64)
-        for active in batches if max_new_tokens else []:
+        for rows in batches if max_new_tokens else []:
+            numbers, active, batch = {id(row): n for n, row in enumerate(rows)}, rows, self._batch(rows, way, buckets)
             while active:
                 with self._timed():
-                    logits = self._dispatcher.run([row.ids for row in active], buckets)  # (N, V)
+                    logits = batch.logits({numbers[id(row)]: row.ids for row in active})  # (N, V)
                     tokens = self._draw(logits, active, sampling, generator)
                     pieces = [row.accept(t, max_new_tokens, ends) for row, t in zip(active, tokens, strict=True)]
                     self._report.new_tokens += len(active)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from nanogpt_buckets.builder import Listener, build_missing
 from nanogpt_buckets.choice import default_plan, remember_plan
@@ -15,7 +15,7 @@ from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.errors import BackendUnavailable, BucketsError, CacheError, ChildFailed, CompileFailed, UsageError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
-from nanogpt_buckets.run.dispatch import buckets_used
+from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, STRATEGIES, buckets_used, needed, reach
 from nanogpt_buckets.run.loader import Compiled, Loader
 from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.selection import Selection, explain_miss
@@ -42,10 +42,18 @@ class Buckets:
     """
 
     def __init__(
-        self, loader: Loader, plan: Iterable[Bucket] | None, report: Report, on_miss: str, on_progress: Listener | None
+        self,
+        loader: Loader,
+        plan: Iterable[Bucket] | None,
+        report: Report,
+        on_miss: str,
+        on_progress: Listener | None,
+        strategy: str = "auto",
     ) -> None:
-        if on_miss not in ON_MISS:
-            raise UsageError(f"on_miss {shown(on_miss)} is unknown", hint=f"choices: {', '.join(ON_MISS)}")
+        for name, value, choices in (("on_miss", on_miss, ON_MISS), ("strategy", strategy, STRATEGIES)):
+            if value not in choices:
+                raise UsageError(f"{name} {shown(value)} is unknown", hint=f"choices: {', '.join(choices)}")
+        self._strategy = strategy
         self._choice = loader.choice
         self._block_size = loader.choice.model.architecture.block_size
         self._report = report
@@ -72,8 +80,8 @@ class Buckets:
             raise next(iter(self._loader.refused.values()))
         return sorted(self._loader.loaded)
 
-    def cover(self, batches: list[list[int]], more_tokens: int) -> list[Bucket]:
-        """Decide which buckets may run rows, as `buckets_used` takes them; all of them are loaded.
+    def cover(self, batches: list[list[int]], more_tokens: int) -> tuple[str, list[Bucket]]:
+        """Decide how rows, as `buckets_used` takes them, are run, and which buckets may: all of them are loaded.
 
         Raises:
             CacheMiss: nothing that is built reaches the longest row, and nothing may be compiled.
@@ -81,19 +89,40 @@ class Buckets:
         """
         self._loader.forgive()
         cost, block_size = self._choice.cost, self._block_size
-        call = functools.partial(buckets_used, batches, more_tokens, cost=cost, block_size=block_size)
-        need = min(max(max(lengths) for lengths in batches) + more_tokens, block_size)
-        if self._builds:
-            self._build_for(call, need)
+        needs = {way: needed(batches, more_tokens, block_size, way) for way in self._ways()}
         while True:
+            # what was wanted first is what a miss is about
+            way = next((way for way, need in needs.items() if reach(self._at_hand(need), need)), next(iter(needs)))
+            need = needs[way]
+            call = functools.partial(buckets_used, batches, more_tokens, cost=cost, block_size=block_size, strategy=way)
+            if self._builds:
+                self._build_for(call, need)
             buckets = self._at_hand(need)
-            if not _reach(buckets, need):
-                refused = [error for bucket, error in self._loader.refused.items() if bucket.holds(1, need)]
-                raise refused[0] if refused else self._miss(f"no bucket that is built holds {need} tokens", need)
+            if not reach(buckets, need):
+                raise self._refusal(need)
             used = call(buckets)
             if all([self._load(bucket) for bucket in sorted(used)]):
                 self._say_promotions(call, used)
-                return [bucket for bucket in buckets if bucket in self._loader.loaded]
+                return way, [bucket for bucket in buckets if bucket in self._loader.loaded]
+
+    def _ways(self) -> tuple[str, ...]:
+        """Return the strategies that may be tried, in order."""
+        if self._strategy != "auto":
+            return (self._strategy,)
+        remembers = any(bucket.step != RECOMPUTE for bucket in self._plan)
+        return (KV, RECOMPUTE) if remembers else (RECOMPUTE, KV)
+
+    def _refusal(self, need: Mapping[str, int]) -> BucketsError:
+        """Return why a call cannot be run."""
+        for step, length in need.items():
+            if not reach(self._at_hand(need), {step: length}):
+                known = self._loader.refused.items()
+                refused = [error for bucket, error in known if bucket.step == step and bucket.holds(1, length)]
+                what = "bucket" if step == RECOMPUTE else f"{step} bucket"
+                if not refused:
+                    return self._miss(f"no {what} that is built holds {length} tokens", step, length)
+                return refused[0]
+        raise AssertionError("everything is there")
 
     def close(self) -> None:
         """Close every executable and let go of the weights."""
@@ -121,10 +150,10 @@ class Buckets:
         elif not self._builds and (self._chosen or not self._compiled.selection.usable):
             raise self._miss("no bucket of the plan is built" if self._chosen else "no bucket is built")
 
-    def _at_hand(self, need: int) -> list[Bucket]:
+    def _at_hand(self, need: Mapping[str, int]) -> list[Bucket]:
         """Return what may run: the plan's buckets, and any other that is built if those do not reach."""
         planned = self._loader.available(self._plan)
-        if self._chosen or self._compiled is None or _reach(planned, need):
+        if self._chosen or self._compiled is None or reach(planned, need):
             return planned
         return sorted({*planned, *self._loader.available(self._compiled.selection.usable)})
 
@@ -136,21 +165,22 @@ class Buckets:
 
     # --- misses -------------------------------------------------------------------------------------------------------
 
-    def _build_for(self, call: _Call, need: int) -> None:
+    def _build_for(self, call: _Call, need: Mapping[str, int]) -> None:
         """Compile the buckets this run would use, and one that reaches its end if the plan has none.
 
         Where that cannot be done and what is built reaches, what is built runs.
         """
         assert self._compiled is not None
         wanted = self._plan
-        if not _reach(wanted, need):
-            wanted = sorted({*wanted, Bucket(1, rung_for(need, self._block_size))})
+        lacking = [step for step, length in need.items() if not reach(wanted, {step: length})]
+        if lacking:
+            wanted = sorted({*wanted, *(Bucket(1, rung_for(need[step], self._block_size), step) for step in lacking)})
         missing = [b for b in sorted(call(wanted)) if not self._compiled.has(b) or not self._load(b)]
         if missing:
             try:
                 self._build(self._compiled, missing)
             except _UNBUILT as error:
-                if not _reach(self._at_hand(need), need):
+                if not reach(self._at_hand(need), need):
                     raise
                 log.warning("%s; running what is built instead", error.message)
                 return
@@ -183,12 +213,10 @@ class Buckets:
             log.warning("bucket %s is %s; a larger one runs in its place (%s)", bucket, state, command)
         self._said |= missed
 
-    def _miss(self, what: str, need: int = 0) -> BucketsError:
+    def _miss(self, what: str, step: str = RECOMPUTE, need: int = 0) -> BucketsError:
         """Return the error of a miss; what is here and cannot be used gives it its kind and reason."""
         assert self._compiled is not None
-        lacking = [b for b in self._plan if not self._compiled.has(b) and b.holds(1, need)]
+        lacking = [
+            b for b in self._plan if not self._compiled.has(b) and b.holds(1, need) and (b.step == step or not need)
+        ]
         return explain_miss(self._choice, self._compiled.selection, what, lacking, need)
-
-
-def _reach(buckets: Iterable[Bucket], need: int) -> bool:
-    return any(bucket.holds(1, need) for bucket in buckets)

@@ -41,6 +41,7 @@ class Report:
         promotions: calls that ran longer buckets than planned because one was not built.
         seconds: time spent in generate, stream and logits.
         overlap_s: time by which steps on several cores overlapped: the buckets' own seconds count it more than once.
+        kv_bytes: most memory that keys and values of one batch took.
         seed: seed of the last call, chosen here if the caller gave none.
     """
 
@@ -55,6 +56,7 @@ class Report:
     promotions: int = 0
     seconds: float = 0.0
     overlap_s: float = 0.0
+    kv_bytes: int = 0
     seed: int | None = None
     _last: Bucket | None = field(default=None, repr=False)
 
