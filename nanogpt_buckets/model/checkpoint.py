@@ -66,21 +66,19 @@ class Model:
         """
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        arch = self.architecture
         source = _gpt2_file(self.name) if self.kind == "gpt2" else self.path or _DEMO
         known = prepared.recall(source, dtype)
-        fits = known is not None and known.architecture == self.architecture
-        weights = prepared.mapped(known.digest, self.architecture, dtype) if known and fits else None
-        if weights is None:
-            if not source.exists():
-                raise ModelNotFound(f"{source} is gone, and with it what the weights of {self.name} are prepared from")
-            arch = None if self.kind == "nanogpt" else self.architecture
-            known = _prepare(source, dtype, arch, conv1d=self.kind != "demo")
-            if known.architecture != self.architecture:
-                raise ModelError(f"{source} was replaced by a checkpoint of another architecture while in use")
-            weights = prepared.mapped(known.digest, self.architecture, dtype)
-            if weights is None:
-                raise CacheError(f"the prepared weights {known.digest} cannot be read back")
-        return weights
+        if known and known.architecture == arch and (weights := prepared.mapped(known.digest, arch, dtype)):
+            return weights
+        if not source.exists():
+            raise ModelNotFound(f"{source} is gone, and with it what the weights of {self.name} are prepared from")
+        known = _prepare(source, dtype, None if self.kind == "nanogpt" else arch, conv1d=self.kind != "demo")
+        if known.architecture != arch:
+            raise ModelError(f"{source} was replaced by a checkpoint of another architecture while in use")
+        if weights := prepared.mapped(known.digest, arch, dtype):
+            return weights
+        raise CacheError(f"the prepared weights {known.digest} cannot be read back")
 
 
 def open_model(name: str | os.PathLike[str]) -> Model:
@@ -102,7 +100,9 @@ def open_model(name: str | os.PathLike[str]) -> Model:
         if size in GPT2_SIZES:
             return Model(size, "gpt2", None, GPT2_SIZES[size])
         if text == "demo":
-            return _demo()
+            config = huggingface.read_json(_DEMO / huggingface.CONFIG)
+            arch = Architecture.from_json(config["architecture"])
+            return Model(text, "demo", None, arch, characters=config["characters"])
     if not text:
         raise ModelNotFound("the model's name is empty", hint=f"accepted: {_ACCEPTED}")
     # abspath, not resolve: the name that the user knows is kept
@@ -125,12 +125,6 @@ def _from_path(kind: str, path: Path, arch: Architecture) -> Model:
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", base).lstrip(".")[:80] or "model"
     suffix = hashlib.sha256(canonical_json(arch.to_json())).hexdigest()[:8]
     return Model(f"{plain}-{suffix}", kind, path, arch)
-
-
-def _demo() -> Model:
-    config = huggingface.read_json(_DEMO / huggingface.CONFIG)
-    arch = Architecture.from_json(config["architecture"])
-    return Model("demo", "demo", None, arch, characters=config["characters"])
 
 
 def _gpt2_file(size: str) -> Path:

@@ -55,9 +55,6 @@ class _Unread:
         made.args, made.fields = args, {}
         return made
 
-    def __init__(self, *args: Any) -> None:
-        pass  # object's own takes none
-
     def __setstate__(self, state: Any) -> None:
         self.fields = state if isinstance(state, dict) else {}
 
@@ -158,18 +155,7 @@ def _of_folder(file: Path) -> Iterator[huggingface.Entry]:
 
 
 def read_checkpoint(path: Path) -> tuple[Architecture, str | None, dict[str, torch.Tensor]]:
-    """Unpickle a nanoGPT checkpoint without running anything it names.
-
-    Args:
-        path: a file that train.py wrote with torch.save.
-
-    Returns:
-        Architecture, the name of the dataset it was trained on if known, and canonical name -> tensor.
-
-    Raises:
-        CheckpointDamaged: truncated, something else, or with forbidden pickles inside.
-        UnsupportedModel: it has an option that we do not know.
-    """
+    """Return a nanoGPT checkpoint's architecture, its dataset's name if known, and canonical name -> tensor."""
     loaded = _load(path)
     entries = loaded if isinstance(loaded, dict) else {}
     args = _fields(entries.get("model_args"))
