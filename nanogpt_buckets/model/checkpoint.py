@@ -54,15 +54,9 @@ class Model:
     end_tokens: tuple[int, ...] = ()
 
     def weights(self, dtype: str) -> Weights:
-        """Return the weights, prepared on this node the first time and mapped from then on.
+        """Return the weights, prepared on this node the first time and mapped from then on; else a ModelError says why.
 
-        Args:
-            dtype: "float32" or "bfloat16".
-
-        Raises:
-            ModelNotFound: they are neither here nor to be had.
-            ModelError: they are damaged, or not this architecture's.
-            CacheError: this node's directory cannot be written, or is not only this user's.
+        A CacheError if this node's directory cannot be written, or is not only this user's.
         """
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -85,14 +79,8 @@ def open_model(name: str | os.PathLike[str]) -> Model:
     """Find out what a name means and what the model's architecture is.
 
     Args:
-        name: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl", also with "openai-community/" before it; "demo"; a
-            folder as transformers saves it; a nanoGPT checkpoint, or a folder with ckpt.pt. A folder of one of the
-            fixed names is meant by "./gpt2".
-
-    Raises:
-        ModelNotFound: it is none of these.
-        UnsupportedModel: it would not be computed exactly.
-        CheckpointDamaged: it cannot be what it looks like.
+        name: one of `GPT2_SIZES`, also with "openai-community/" before it; "demo"; a folder as transformers saves it; a
+            nanoGPT checkpoint, or a folder with ckpt.pt. A folder of one of the fixed names is meant by "./gpt2".
     """
     text = os.fsdecode(name)
     if isinstance(name, str):

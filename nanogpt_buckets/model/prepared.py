@@ -118,9 +118,14 @@ def digest_of(
     arch: Architecture, dtype: str, read: Reader, write: Callable[[memoryview], object] = lambda data: None
 ) -> str:
     """Return the weights digest: sha256 over the sorted tensors, each as one line of JSON and little-endian bytes."""
+    import torch
+
     digest = hashlib.sha256()
     for name, shape in sorted(canonical_shapes(arch).items()):
-        data = _bytes(name, read(name), dtype)
+        tensor = read(name).detach()
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise UnsupportedModel(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
+        data = tensor.to(getattr(torch, dtype)).contiguous().reshape(-1).view(torch.uint8).numpy().data
         digest.update(canonical_json({"name": name, "dtype": dtype, "shape": shape}) + b"\n")
         digest.update(data)
         write(data)
@@ -139,15 +144,6 @@ def _header(arch: Architecture, dtype: str) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def _bytes(name: str, tensor: torch.Tensor, dtype: str) -> memoryview:
-    import torch
-
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise UnsupportedModel(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
-    tensor = tensor.detach().to(getattr(torch, dtype)).contiguous()
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def recall(source: Path, dtype: str) -> Known | None:

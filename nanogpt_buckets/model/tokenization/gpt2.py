@@ -22,7 +22,7 @@ _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|(
 
 @functools.cache
 def byte_symbols() -> dict[str, int]:
-    """Return GPT-2's printable stand-in for each byte, in token order: itself where Latin-1 prints it, else from 256."""
+    """Return GPT-2's stand-in for each byte, in token order: itself where Latin-1 prints it, else from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
