@@ -13,6 +13,7 @@ import contextlib
 import errno
 import functools
 import re
+import resource
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -210,9 +211,7 @@ def _bound_memory(size: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    with contextlib.suppress(ImportError, OSError):
-        import resource
-
+    with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         taken = [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData:")]
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
