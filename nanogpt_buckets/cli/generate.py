@@ -94,6 +94,8 @@ def _prompt(prompt: str | None, start: str | None) -> str:
 
 def _read(prompt: str) -> bytes:
     if prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("it is closed")
         return sys.stdin.buffer.read()
     with open(os.path.expanduser(prompt.removeprefix("FILE:")), "rb") as file:
         return file.read()

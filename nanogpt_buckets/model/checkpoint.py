@@ -54,47 +54,33 @@ class Model:
     end_tokens: tuple[int, ...] = ()
 
     def weights(self, dtype: str) -> Weights:
-        """Return the weights, prepared on this node the first time and mapped from then on.
+        """Return the weights, prepared on this node the first time and mapped from then on; else a ModelError says why.
 
-        Args:
-            dtype: "float32" or "bfloat16".
-
-        Raises:
-            ModelNotFound: they are neither here nor to be had.
-            ModelError: they are damaged, or not this architecture's.
-            CacheError: this node's directory cannot be written, or is not only this user's.
+        A CacheError if this node's directory cannot be written, or is not only this user's.
         """
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        arch = self.architecture
         source = _gpt2_file(self.name) if self.kind == "gpt2" else self.path or _DEMO
         known = prepared.recall(source, dtype)
-        fits = known is not None and known.architecture == self.architecture
-        weights = prepared.mapped(known.digest, self.architecture, dtype) if known and fits else None
-        if weights is None:
-            if not source.exists():
-                raise ModelNotFound(f"{source} is gone, and with it what the weights of {self.name} are prepared from")
-            arch = None if self.kind == "nanogpt" else self.architecture
-            known = _prepare(source, dtype, arch, conv1d=self.kind != "demo")
-            if known.architecture != self.architecture:
-                raise ModelError(f"{source} was replaced by a checkpoint of another architecture while in use")
-            weights = prepared.mapped(known.digest, self.architecture, dtype)
-            if weights is None:
-                raise CacheError(f"the prepared weights {known.digest} cannot be read back")
-        return weights
+        if known and known.architecture == arch and (weights := prepared.mapped(known.digest, arch, dtype)):
+            return weights
+        if not source.exists():
+            raise ModelNotFound(f"{source} is gone, and with it what the weights of {self.name} are prepared from")
+        known = _prepare(source, dtype, None if self.kind == "nanogpt" else arch, conv1d=self.kind != "demo")
+        if known.architecture != arch:
+            raise ModelError(f"{source} was replaced by a checkpoint of another architecture while in use")
+        if weights := prepared.mapped(known.digest, arch, dtype):
+            return weights
+        raise CacheError(f"the prepared weights {known.digest} cannot be read back")
 
 
 def open_model(name: str | os.PathLike[str]) -> Model:
     """Find out what a name means and what the model's architecture is.
 
     Args:
-        name: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl", also with "openai-community/" before it; "demo"; a
-            folder as transformers saves it; a nanoGPT checkpoint, or a folder with ckpt.pt. A folder of one of the
-            fixed names is meant by "./gpt2".
-
-    Raises:
-        ModelNotFound: it is none of these.
-        UnsupportedModel: it would not be computed exactly.
-        CheckpointDamaged: it cannot be what it looks like.
+        name: one of `GPT2_SIZES`, also with "openai-community/" before it; "demo"; a folder as transformers saves it; a
+            nanoGPT checkpoint, or a folder with ckpt.pt. A folder of one of the fixed names is meant by "./gpt2".
     """
     text = os.fsdecode(name)
     if isinstance(name, str):
@@ -102,7 +88,9 @@ def open_model(name: str | os.PathLike[str]) -> Model:
         if size in GPT2_SIZES:
             return Model(size, "gpt2", None, GPT2_SIZES[size])
         if text == "demo":
-            return _demo()
+            config = huggingface.read_json(_DEMO / huggingface.CONFIG)
+            arch = Architecture.from_json(config["architecture"])
+            return Model(text, "demo", None, arch, characters=config["characters"])
     if not text:
         raise ModelNotFound("the model's name is empty", hint=f"accepted: {_ACCEPTED}")
     # abspath, not resolve: the name that the user knows is kept
@@ -125,12 +113,6 @@ def _from_path(kind: str, path: Path, arch: Architecture) -> Model:
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", base).lstrip(".")[:80] or "model"
     suffix = hashlib.sha256(canonical_json(arch.to_json())).hexdigest()[:8]
     return Model(f"{plain}-{suffix}", kind, path, arch)
-
-
-def _demo() -> Model:
-    config = huggingface.read_json(_DEMO / huggingface.CONFIG)
-    arch = Architecture.from_json(config["architecture"])
-    return Model("demo", "demo", None, arch, characters=config["characters"])
 
 
 def _gpt2_file(size: str) -> Path:

@@ -79,12 +79,7 @@ _NOT_GPT2 = "only GPT-2 models are computed exactly"
 
 
 def architecture(folder: Path) -> Architecture:
-    """Read a folder's config.json.
-
-    Raises:
-        UnsupportedModel: not GPT-2, or with something that we do not compute exactly.
-        CheckpointDamaged: it is not a JSON object.
-    """
+    """Return what a folder's config.json says; UnsupportedModel for what would not be computed exactly."""
     config = read_json(folder / CONFIG)
     if config.get("model_type") != "gpt2":
         raise UnsupportedModel(f"{folder} is a {config.get('model_type')!r:.80} model, not 'gpt2'", hint=_NOT_GPT2)
@@ -103,12 +98,7 @@ def architecture(folder: Path) -> Architecture:
 
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
-    """Return the ids after which a folder's model has no more to say, as transformers finds them; () if none is named.
-
-    Raises:
-        UnsupportedModel: they are no token ids.
-        ModelError: generation_config.json or config.json cannot be read.
-    """
+    """Return the ids after which a folder's model has no more to say, as transformers finds them."""
     own = folder / GENERATION
     path = own if own.is_file() else folder / CONFIG
     ends = read_json(path).get("eos_token_id", None if path == own else _DEFAULT_END)
@@ -140,12 +130,7 @@ def _value(config: Mapping[str, Any], name: str, default: Any, folder: Path) -> 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that must hold one JSON object.
-
-    Raises:
-        CheckpointDamaged: it holds something else.
-        ModelError: it cannot be read.
-    """
+    """Return the JSON object that a file holds; CheckpointDamaged for anything else."""
     try:
         # transformers' cache holds symbolic links
         value = json.loads(read_file(Path(os.path.realpath(path)), limit=_MAX_JSON_BYTES))
@@ -161,11 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights, all shards of them, safetensors if there are both kinds.
-
-    Raises:
-        CheckpointDamaged: there are none, the index names something that is no file of this folder, or one is missing.
-    """
+    """Return the files that hold a folder's weights, all of which are there; safetensors if there are both kinds."""
     files = _weight_files(folder)
     for file in files or [folder / SINGLE]:
         if not file.is_file():
@@ -188,12 +169,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def safetensors_entries(file: Path) -> Iterator[Entry]:
-    """Yield what a safetensors file holds.
-
-    Raises:
-        CheckpointDamaged: truncated, or something else.
-        ModelError: it cannot be read.
-    """
+    """Yield what a safetensors file holds."""
     import safetensors
 
     try:
@@ -216,7 +192,7 @@ def open_tensors(
     entries: Callable[[Path], Iterator[Entry]] = safetensors_entries,
     say: Callable[[str], None] = log.warning,
 ) -> Reader:
-    """Map weight files and check that they hold one model; nothing is copied before it is asked for.
+    """Map weight files and check that they hold this model; nothing is copied before it is asked for.
 
     Args:
         files: all shards.
@@ -224,10 +200,6 @@ def open_tensors(
         conv1d: whether matrices are stored as transformers' Conv1D does, inputs first.
         entries: what yields a file's tensors.
         say: is told what is left out.
-
-    Raises:
-        CheckpointDamaged: truncated, or a tensor is missing, unexpected or of another shape.
-        UnsupportedModel: tied by its config, yet with an output matrix of its own.
     """
     where = files[0] if len(files) == 1 else files[0].parent
     stored: dict[str, tuple[Shape, Read]] = {}

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import functools
 import re
+import resource
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -54,9 +55,6 @@ class _Unread:
         made = super().__new__(cls)
         made.args, made.fields = args, {}
         return made
-
-    def __init__(self, *args: Any) -> None:
-        pass  # object's own takes none
 
     def __setstate__(self, state: Any) -> None:
         self.fields = state if isinstance(state, dict) else {}
@@ -158,18 +156,7 @@ def _of_folder(file: Path) -> Iterator[huggingface.Entry]:
 
 
 def read_checkpoint(path: Path) -> tuple[Architecture, str | None, dict[str, torch.Tensor]]:
-    """Unpickle a nanoGPT checkpoint without running anything it names.
-
-    Args:
-        path: a file that train.py wrote with torch.save.
-
-    Returns:
-        Architecture, the name of the dataset it was trained on if known, and canonical name -> tensor.
-
-    Raises:
-        CheckpointDamaged: truncated, something else, or with forbidden pickles inside.
-        UnsupportedModel: it has an option that we do not know.
-    """
+    """Return a nanoGPT checkpoint's architecture, its dataset's name if known, and canonical name -> tensor."""
     loaded = _load(path)
     entries = loaded if isinstance(loaded, dict) else {}
     args = _fields(entries.get("model_args"))
@@ -224,9 +211,7 @@ def _bound_memory(size: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    with contextlib.suppress(ImportError, OSError):
-        import resource
-
+    with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         taken = [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData:")]
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]

@@ -48,13 +48,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Weights:
-    """Prepared weights: memory-mapped, in canonical names and orientation, a tied head absent.
-
-    Args:
-        digest: names exactly these tensors in this dtype.
-        path: the prepared file.
-        tensors: canonical name -> tensor.
-    """
+    """A prepared file and its tensors, mapped: canonical names and orientation, a tied head absent."""
 
     digest: str
     path: Path
@@ -63,13 +57,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Known:
-    """What a source became.
-
-    Args:
-        digest: of its prepared weights.
-        architecture: what it is.
-        dataset: what a nanoGPT checkpoint was trained on, if it says so.
-    """
+    """What a source became; the dataset is what a nanoGPT checkpoint was trained on, if it says so."""
 
     digest: str
     architecture: Architecture
@@ -97,16 +85,7 @@ def canonical_shapes(arch: Architecture) -> Mapping[str, Shape]:
 
 
 def check_shapes(arch: Architecture, found: Mapping[str, Shape], where: Path) -> None:
-    """Raise unless the tensors found are exactly this architecture's.
-
-    Args:
-        arch: the architecture.
-        found: canonical name -> shape, as they will be after transposition.
-        where: the checkpoint, for the message.
-
-    Raises:
-        CheckpointDamaged: a tensor is missing, has another shape, or is not of this architecture.
-    """
+    """Raise CheckpointDamaged unless the names and shapes, as after transposition, are exactly this architecture's."""
     wanted = canonical_shapes(arch)
     for name, shape in wanted.items():
         if name not in found:
@@ -118,32 +97,14 @@ def check_shapes(arch: Architecture, found: Mapping[str, Shape], where: Path) ->
 
 
 def check_size(arch: Architecture, size: int, where: Path) -> None:
-    """Raise unless files of this size can hold all parameters: before work whose amount they do not explain.
-
-    Raises:
-        CheckpointDamaged: they cannot, even with two bytes for each.
-    """
+    """Raise CheckpointDamaged if files so short hold no two bytes for each parameter: before work on that scale."""
     if 2 * arch.n_params > size:
         what = f"its {size} bytes cannot hold {arch.n_params} parameters"
         raise CheckpointDamaged(f"{where} is truncated or is not what it seems: {what}")
 
 
 def write_prepared(path: Path, arch: Architecture, dtype: str, read: Reader) -> str:
-    """Write all parameters to a new safetensors file, one tensor in memory at a time.
-
-    Args:
-        path: the file; must not exist.
-        arch: says which tensors there are; their shapes have been checked.
-        dtype: one of `DTYPES`.
-        read: canonical name -> tensor of any floating dtype.
-
-    Returns:
-        What `digest_of` returns for these tensors.
-
-    Raises:
-        UnsupportedModel: a tensor does not hold floating-point numbers.
-        OSError: the file cannot be written.
-    """
+    """Write tensors whose shapes are checked to a new safetensors file, one at a time, and return their digest."""
     with path.open("xb") as file:
         os.chmod(path, 0o600)
         file.write(_header(arch, dtype))
@@ -157,9 +118,14 @@ def digest_of(
     arch: Architecture, dtype: str, read: Reader, write: Callable[[memoryview], object] = lambda data: None
 ) -> str:
     """Return the weights digest: sha256 over the sorted tensors, each as one line of JSON and little-endian bytes."""
+    import torch
+
     digest = hashlib.sha256()
     for name, shape in sorted(canonical_shapes(arch).items()):
-        data = _bytes(name, read(name), dtype)
+        tensor = read(name).detach()
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise UnsupportedModel(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
+        data = tensor.to(getattr(torch, dtype)).contiguous().reshape(-1).view(torch.uint8).numpy().data
         digest.update(canonical_json({"name": name, "dtype": dtype, "shape": shape}) + b"\n")
         digest.update(data)
         write(data)
@@ -167,7 +133,7 @@ def digest_of(
 
 
 def _header(arch: Architecture, dtype: str) -> bytes:
-    """Return what a safetensors file begins with; the data then follows without gaps, by name."""
+    """What a safetensors file begins with; the data then follows without gaps, by name."""
     spelled, size = DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -178,15 +144,6 @@ def _header(arch: Architecture, dtype: str) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def _bytes(name: str, tensor: torch.Tensor, dtype: str) -> memoryview:
-    import torch
-
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise UnsupportedModel(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
-    tensor = tensor.detach().to(getattr(torch, dtype)).contiguous()
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def recall(source: Path, dtype: str) -> Known | None:
@@ -227,10 +184,7 @@ def settle(staged: Path, digest: str) -> None:
 
 
 def mapped(digest: str, arch: Architecture, dtype: str) -> Weights | None:
-    """Map a prepared file that is these weights; None if it is gone or damaged, and so must be prepared again.
-
-    It is read whole the first time it is met, and whenever it is no longer the file that was read.
-    """
+    """Map a prepared file that is these weights; None if it is gone or damaged, and so must be prepared again."""
     import safetensors
 
     path = sources.weights_path(digest)

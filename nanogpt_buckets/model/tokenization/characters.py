@@ -22,11 +22,7 @@ _META_MAX_BYTES = 8 * 1024 * 1024
 
 
 class CharacterTokenizer(ByteTable):
-    """A tokenizer whose tokens are single characters.
-
-    Args:
-        symbols: id -> character.
-    """
+    """A tokenizer whose tokens are single characters."""
 
     def __init__(self, symbols: Mapping[int, str]) -> None:
         self._ids = {character: token for token, character in symbols.items()}
@@ -47,12 +43,7 @@ class CharacterTokenizer(ByteTable):
 
 
 def find_meta(folder: Path, dataset: str | None) -> Path | None:
-    """Return the meta.pkl beside a checkpoint, else the one in data/<dataset>/ under the working directory.
-
-    Args:
-        folder: where the checkpoint is.
-        dataset: the name the checkpoint was trained with; anything but a plain relative name is ignored.
-    """
+    """Return the meta.pkl beside a checkpoint, else in data/<dataset>/ here; only a plain relative name counts."""
     places = [folder / "meta.pkl"]
     name = PurePosixPath(dataset or "")
     if dataset and not name.is_absolute() and ".." not in name.parts:
@@ -61,14 +52,7 @@ def find_meta(folder: Path, dataset: str | None) -> Path | None:
 
 
 def from_meta(path: Path) -> Tokenizer:
-    """Return the character tokenizer of a nanoGPT meta.pkl, read without running anything it may contain.
-
-    Args:
-        path: a pickle of {"vocab_size", "stoi", "itos"}.
-
-    Raises:
-        TokenizerError: missing, no such pickle, or it asks for any Python object.
-    """
+    """Return the tokenizer of a meta.pkl, a pickle of {"vocab_size", "stoi", "itos"}; TokenizerError if it is not."""
     try:
         content = files.read_file(Path(os.path.realpath(path)), limit=_META_MAX_BYTES)  # it may be a symbolic link
     except (OSError, ValueError, CorruptEntry) as error:

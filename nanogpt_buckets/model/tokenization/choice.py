@@ -71,8 +71,7 @@ def _found(model: Model) -> str | Path | Tokenizer:
     assert model.path is not None
     if model.kind == "huggingface":
         return model.path
-    meta = find_meta(model.path.parent, model.dataset)
-    if meta is not None:
+    if meta := find_meta(model.path.parent, model.dataset):
         return meta
     rows = model.architecture.vocab_size
     if rows in _GPT2_VOCAB_SIZES:

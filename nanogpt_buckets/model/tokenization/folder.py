@@ -36,15 +36,7 @@ _HINT = "prompts may be lists of token ids in Python, or give another tokenizer 
 
 
 def from_folder(path: Path, rows: int | None = None) -> Tokenizer:
-    """Return a folder's own tokenizer.
-
-    Args:
-        path: a folder as `save_pretrained` writes it, or of older days.
-        rows: how many ids the model knows; added tokens beyond are no part of the tokenizer. None is no limit.
-
-    Raises:
-        TokenizerError: there is none, or it cannot be used; the message says why.
-    """
+    """Return a folder's own tokenizer, less added tokens that a model of so many rows does not know."""
     names = _checked_names(path)
     pieces = any(name.endswith(".model") for name in names)
     if not names & _PARTS and not pieces:

@@ -22,10 +22,7 @@ _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|(
 
 @functools.cache
 def byte_symbols() -> dict[str, int]:
-    """Return GPT-2's printable stand-in for each byte, in the order in which byte tokens are numbered.
-
-    Bytes that print in Latin-1 stand for themselves; the others take the code points from 256 on.
-    """
+    """Return GPT-2's stand-in for each byte, in token order: itself where Latin-1 prints it, else from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -41,11 +38,7 @@ def symbols_to_bytes(symbols: str) -> bytes:
 
 @functools.cache
 def gpt2() -> Tokenizer:
-    """Return GPT-2's tokenizer, built from the bundled merge list.
-
-    Raises:
-        TokenizerError: the bundled file is not OpenAI's.
-    """
+    """Return GPT-2's tokenizer, built from the bundled merge list."""
     try:
         content = _VOCAB_BPE.read_bytes()
     except OSError as error:
