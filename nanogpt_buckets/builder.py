@@ -142,6 +142,8 @@ def build_missing(
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs is {jobs}; it must be at least 1")
     plan = (plan if isinstance(plan, Plan) else Plan(plan)).check(choice.model.architecture.block_size)
+    if odd := [bucket for bucket in plan if bucket.step not in backend.steps]:
+        raise UsageError(f"the {backend.name} backend has no {odd[0].step} step", hint="leave --strategy kv out")
     choice.check_memory(plan)
     try:
         rows = _Builder(choice, executor, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)

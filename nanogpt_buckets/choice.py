@@ -21,7 +21,7 @@ from nanogpt_buckets import backends, key, settings
 from nanogpt_buckets.backends.base import DTYPES, Backend
 from nanogpt_buckets.errors import CacheError, PlanError, UsageError
 from nanogpt_buckets.model.checkpoint import Model, open_model
-from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.plan.bucket import STRATEGIES, Bucket, Plan
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.store.entry import manifest_of
 from nanogpt_buckets.store.plans import Plans, SavedPlan
@@ -185,17 +185,18 @@ class Choice:
     def build_command(self, buckets: Iterable[Bucket] = ()) -> str:
         """Return the command that builds these buckets, or the default ladder if there are none, for a hint.
 
-        Where the buckets are no grid, one command for each batch size.
+        Where the buckets are no grid, one command for each batch size; and one for each strategy.
         """
-        lengths: dict[int, list[int]] = {}
+        lengths: dict[tuple[str, int], list[int]] = {}
         for bucket in sorted(buckets):
-            lengths.setdefault(bucket.batch_size, []).append(bucket.seq_len)
-        batches: dict[tuple[int, ...], list[int]] = {}
-        for batch_size, own in lengths.items():
-            batches.setdefault(tuple(own), []).append(batch_size)
+            way = "" if bucket.step in STRATEGIES else " --strategy kv"
+            lengths.setdefault((way, bucket.batch_size), []).append(bucket.seq_len)
+        batches: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for (way, batch_size), own in lengths.items():
+            batches.setdefault((way, tuple(dict.fromkeys(own))), []).append(batch_size)
         grids = [
-            ("" if rows == [1] else f" --batch {','.join(map(str, rows))}") + f" --seq {','.join(map(str, own))}"
-            for own, rows in batches.items()
+            ("" if rows == [1] else f" --batch {','.join(map(str, rows))}") + f" --seq {','.join(map(str, own))}{way}"
+            for (way, own), rows in batches.items()
         ]
         name = self.model.name if self.model.path is None else shlex.quote(str(self.model.path))
         options = "" if self.dtype == "float32" else f" --dtype {self.dtype}"

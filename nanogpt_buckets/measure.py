@@ -81,7 +81,8 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     B, S = bucket.batch_size, bucket.seq_len
     ids = torch.randint(arch.vocab_size, (B, S), generator=generator)  # (B, S)
-    inputs = step_kind.pack(ids.tolist(), bucket)
+    state = (view.blank() for view in executable.interface.state)
+    inputs = (*step_kind.pack(ids.tolist(), bucket), *state)
     own, baseline_logits = (step_kind.logits(run(*inputs), B) for run in (executable, eager))  # 2 x (B, V)
     difference = (own - baseline_logits).abs()  # (B, V)
     step_ms: list[float] = []

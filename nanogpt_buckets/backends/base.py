@@ -16,7 +16,7 @@ from nanogpt_buckets.contract import Contract, Executable, Interface, check_weig
 from nanogpt_buckets.errors import CorruptEntry
 from nanogpt_buckets.findings import Finding
 from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.plan.bucket import STEPS, Bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,13 +86,15 @@ Opened = tuple[Callable[..., Sequence["Tensor"]], Callable[[], None]]
 class Backend(ABC):
     """One compiler with its loader; what most have in common is here.
 
-    `name` is part of the family. `sources` are the files of this backend that shape generated code, relative to the
-    package; `lowering` is how graphs are written for it. `inlines_weights` is True where weights are compiled in.
-    `needs` says what is lacking where `compiler` finds none, and `install` how to get it. `timeout_s` bounds one
-    compilation. `compiler_args` are the user's compiler flags. `cores` is how many steps can run at once.
+    `name` is part of the family, `steps` are those it can compile. `sources` are the files of this backend that shape
+    generated code, relative to the package; `lowering` is how graphs are written for it. `inlines_weights` is True where
+    weights are compiled in. `needs` says what is lacking where `compiler` finds none, and `install` how to get it.
+    `timeout_s` bounds one compilation. `compiler_args` are the user's compiler flags. `cores` is how many steps can run
+    at once.
     """
 
     name: str
+    steps: tuple[str, ...] = STEPS
     sources: tuple[str, ...]
     lowering: ClassVar[dict[str, str]]
     inlines_weights = False

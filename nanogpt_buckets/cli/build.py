@@ -32,7 +32,9 @@ def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, a
     if plan is None:
         saved = default_plan(choice)
         lengths = sorted({b.seq_len for b in saved}) if saved else default_ladder(choice.model.architecture.block_size)
-        plan = saved if saved and wanted["batch"] == (1,) else Plan.grid(batch=wanted["batch"], seq=lengths)
+        grid = Plan.grid(batch=wanted["batch"], seq=lengths, strategy=wanted["strategy"])
+        plan = saved if saved and (wanted["batch"], wanted["strategy"]) == ((1,), "recompute") else grid
+    plan = plan.completed(choice.model.architecture.block_size)
     try:
         with output.BuildProgress() as update:
             report = build_missing(choice, plan, jobs=jobs, on_progress=update)

@@ -17,6 +17,7 @@ from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import model_options, output_options, sampling_options
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenization.base import well_formed
+from nanogpt_buckets.plan.bucket import STRATEGIES
 from nanogpt_buckets.run.options import SamplingOptions
 
 if TYPE_CHECKING:
@@ -38,6 +39,13 @@ _PARTING = "---------------"
 @click.option("--plain-text", is_flag=True, help="<|endoftext|> in the prompt is ordinary text.")
 @click.option("--meta", "--tokenizer", "tokenizer", metavar="PATH", help="A meta.pkl, a tokenizer folder, or gpt2.")
 @click.option("--cached-only", is_flag=True, help="Never compile; exit 3 if nothing that is built reaches.")
+@click.option(
+    "--strategy",
+    type=click.Choice(["auto", *STRATEGIES]),
+    default="auto",
+    show_default=True,
+    help="Run a prompt once and remember it, or the whole context for each token; auto: what is planned.",
+)
 @click.option("--cores", type=click.IntRange(min=1), default=1, help="NeuronCores to run on; each holds every bucket.")
 @click.option("--device", type=click.Choice(["cpu"]), default="cpu", help="sample.py's flag; only cpu.")
 @click.option("--compile", "compiled", type=bool, default=True, metavar="BOOL", help="False runs the eager backend.")
@@ -45,7 +53,7 @@ _PARTING = "---------------"
 def generate(
     prompt: str | None, start: str | None, model: str, init_from: str | None, out_dir: Path | None, options: Options,
     cached_only: bool, compiled: bool, as_json: bool, device: str, tokenizer: str | None, num_samples: int,
-    max_new_tokens: int, stop: tuple[str, ...], plain_text: bool, sampling: SamplingOptions,
+    max_new_tokens: int, stop: tuple[str, ...], plain_text: bool, sampling: SamplingOptions, strategy: str,
 ) -> None:  # fmt: skip
     """Continue PROMPT and print both. `FILE:prompt.txt` reads a file, `-` reads standard input.
 
@@ -65,7 +73,8 @@ def generate(
         from nanogpt_buckets.run.engine import Engine
 
     with output.BuildProgress() as update, Engine.load(
-        model, tokenizer=tokenizer, on_miss="build", cached_only=cached_only, lazy=True, on_progress=update, **options
+        model, tokenizer=tokenizer, on_miss="build", cached_only=cached_only, lazy=True, strategy=strategy,
+        on_progress=update, **options
     ) as engine:  # fmt: skip
         how = {"max_new_tokens": max_new_tokens, "stop": list(stop) or None, "plain_text": plain_text, **sampling}
         if num_samples == 1 and not as_json:

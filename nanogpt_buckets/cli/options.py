@@ -16,7 +16,7 @@ from nanogpt_buckets.choice import EAGER, Options
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.errors import CorruptEntry, PlanError, UsageError
 from nanogpt_buckets.files import read_file
-from nanogpt_buckets.plan.bucket import Plan
+from nanogpt_buckets.plan.bucket import STRATEGIES, Plan
 from nanogpt_buckets.run.options import RNGS, SamplingOptions
 from nanogpt_buckets.settings import expanded
 from nanogpt_buckets.store.manifest import MAX_BYTES, parse
@@ -136,10 +136,11 @@ sampling_options: Callable[[Command], Command] = _together(
 
 
 class PlanOptions(TypedDict):
-    """What --seq, --batch and --plan say."""
+    """What --seq, --batch, --strategy and --plan say."""
 
     seq: tuple[int, ...] | None
     batch: tuple[int, ...]
+    strategy: str
     plan_file: Path | None
 
 
@@ -149,6 +150,13 @@ plan_options: Callable[[Command], Command] = _together(
     PlanOptions.__annotations__,
     click.option("--seq", type=WholeNumbers(), help="Sequence lengths, for example 32,64,128."),
     click.option("--batch", type=WholeNumbers(), default="1", show_default=True, help="Batch sizes."),
+    click.option(
+        "--strategy",
+        type=click.Choice(list(STRATEGIES)),
+        default="recompute",
+        show_default=True,
+        help="Buckets that run the whole context for each token, or a prompt once and remember it.",
+    ),
     click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="A plan.json instead."),
 )
 
@@ -184,7 +192,7 @@ def read_plan(wanted: PlanOptions) -> Plan | None:
     """
     seq, plan_file = wanted["seq"], wanted["plan_file"]
     if plan_file is None:
-        return None if seq is None else Plan.grid(batch=wanted["batch"], seq=seq)
+        return None if seq is None else Plan.grid(batch=wanted["batch"], seq=seq, strategy=wanted["strategy"])
     if seq is not None:
         raise PlanError("--seq and --plan say the same thing twice", hint="give one of them")
     try:

@@ -14,6 +14,8 @@ from nanogpt_buckets.errors import IncompatibleEntry, PlanError
 from nanogpt_buckets.values import shown, whole_number
 
 STEPS = ("recompute", "prefill", "decode")
+# What a plan holds for each way to generate: the whole context for every token, or a prompt once and then its tokens.
+STRATEGIES = {"recompute": ("recompute",), "kv": ("prefill", "decode")}
 # So that ids, and what is counted in tokens, fit in 32 bits.
 _MOST_TOKENS = 2**31 - 1
 
@@ -78,14 +80,22 @@ class Plan(Sequence[Bucket]):
         object.__setattr__(self, "buckets", ordered)
 
     @classmethod
-    def grid(cls, *, batch: Iterable[int] = (1,), seq: Iterable[int]) -> Plan:
-        """Return every pair of a batch size and a sequence length."""
+    def grid(cls, *, batch: Iterable[int] = (1,), seq: Iterable[int], strategy: str = "recompute") -> Plan:
+        """Return every pair of a batch size and a sequence length, for each step of a strategy: "recompute" or "kv"."""
+        if strategy not in STRATEGIES:
+            raise PlanError(f"strategy {shown(strategy)} is unknown", hint=f"strategies: {', '.join(STRATEGIES)}")
         for name, sizes in (("batch", batch), ("seq", seq)):
             if not isinstance(sizes, Iterable):
                 hint = "for example seq=[32, 64]"
                 raise PlanError(f"{name} is {shown(sizes)}; it must be a list of whole numbers", hint=hint)
         lengths = list(seq)
-        return cls(Bucket(batch_size, seq_len) for batch_size in batch for seq_len in lengths)
+        shapes = [(batch_size, seq_len) for batch_size in batch for seq_len in lengths]
+        return cls(Bucket(*shape, step) for shape in shapes for step in STRATEGIES[strategy])
+
+    def completed(self, block_size: int) -> Plan:
+        """Return a plan that also recomputes past block_size, where every position moves, if it remembers up to it."""
+        ends = {b.batch_size for b in self.buckets if b.step == "decode" and b.seq_len == block_size}
+        return self | [Bucket(batch_size, block_size) for batch_size in ends]
 
     def check(self, block_size: int) -> Plan:
         """Return self; a PlanError if a bucket is longer than the positions of a model with this block_size reach."""

@@ -25,9 +25,7 @@ from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.steps import step_named
 
 Cost = Callable[[Bucket], int]
-RECOMPUTE = "recompute"
-KV = "kv"
-STRATEGIES = ("auto", KV, RECOMPUTE)
+RECOMPUTE, KV = "recompute", "kv"
 
 
 def cheapest(buckets: Iterable[Bucket], batch_size: int, length: int, cost: Cost) -> Bucket | None:
@@ -191,7 +189,9 @@ class Dispatcher:
         self._report.count_overlap(span for _, span in done)
         rows: dict[int, Tensor] = {}
         for call, (logits, (start, end)) in zip(calls, done, strict=True):
-            self._report.count_step(call.bucket, [len(contexts[row]) for row in call.members], end - start)
+            most = step_named(call.bucket.step).positions(call.bucket) // call.bucket.batch_size
+            lengths = [min(len(contexts[row]), most) for row in call.members]
+            self._report.count_step(call.bucket, lengths, end - start)
             rows |= dict(zip(call.members, logits, strict=True))
         return torch.stack([rows[row] for row in range(len(contexts))])  # (N, V)
 

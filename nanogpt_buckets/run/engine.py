@@ -310,6 +310,7 @@ def generate(
     plan: Plan | Iterable[Bucket] | None = None,
     tokenizer: TokenizerChoice = None,
     cached_only: bool = False,
+    strategy: str = "auto",
     **options: Unpack[GenerateOptions],
 ) -> str | list[str]:
     """Continue a prompt and return prompt and continuation as text; a list of strings gives a list.
@@ -323,7 +324,14 @@ def generate(
     what: dict[str, Any] = {**options}
     how = {name: what.pop(name) for name in SamplingOptions.__annotations__ if name in what}
     with Engine.load(
-        model, plan=plan, tokenizer=tokenizer, on_miss="build", cached_only=cached_only, lazy=True, **what
+        model,
+        plan=plan,
+        tokenizer=tokenizer,
+        on_miss="build",
+        cached_only=cached_only,
+        lazy=True,
+        strategy=strategy,
+        **what,
     ) as engine:
         if engine.tokenizer is None:
             raise engine._no_tokenizer.with_traceback(None)

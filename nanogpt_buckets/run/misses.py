@@ -13,9 +13,9 @@ from nanogpt_buckets.builder import Listener, build_missing
 from nanogpt_buckets.choice import default_plan, remember_plan
 from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.errors import BackendUnavailable, BucketsError, CacheError, ChildFailed, CompileFailed, UsageError
-from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.plan.bucket import STRATEGIES, Bucket, Plan
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
-from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, STRATEGIES, buckets_used, needed, reach
+from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, buckets_used, needed, reach
 from nanogpt_buckets.run.loader import Compiled, Loader
 from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.selection import Selection, explain_miss
@@ -50,7 +50,7 @@ class Buckets:
         on_progress: Listener | None,
         strategy: str = "auto",
     ) -> None:
-        for name, value, choices in (("on_miss", on_miss, ON_MISS), ("strategy", strategy, STRATEGIES)):
+        for name, value, choices in (("on_miss", on_miss, ON_MISS), ("strategy", strategy, ("auto", *STRATEGIES))):
             if value not in choices:
                 raise UsageError(f"{name} {shown(value)} is unknown", hint=f"choices: {', '.join(choices)}")
         self._strategy = strategy
@@ -138,8 +138,10 @@ class Buckets:
                 log.warning("%s; using what is built", error.message)
             if plan is None:
                 return sorted(b for b in self._compiled.selection.usable if b.seq_len <= self._block_size)
-        chosen = Plan.grid(seq=default_ladder(self._block_size)) if plan is None else Plan(plan)
-        return list(chosen.check(self._block_size))
+        if plan is None:
+            way = KV if self._strategy == KV else RECOMPUTE
+            plan = Plan.grid(seq=default_ladder(self._block_size), strategy=way).completed(self._block_size)
+        return list(Plan(plan).check(self._block_size))
 
     def _check_start(self) -> None:
         if self._compiled is None:

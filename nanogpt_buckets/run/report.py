@@ -15,6 +15,7 @@ from nanogpt_buckets import node
 from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.node.records import LAST_RUN
 from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.steps import step_named
 
 _NAME = "last-run"
 
@@ -96,7 +97,7 @@ class Report:
     @property
     def padded_tokens(self) -> int:
         """Positions computed in vain."""
-        return sum(c.steps * b.batch_size * b.seq_len for b, c in self.buckets.items()) - self.real_tokens
+        return sum(c.steps * step_named(b.step).positions(b) for b, c in self.buckets.items()) - self.real_tokens
 
     @property
     def waste(self) -> float:
@@ -117,7 +118,7 @@ class Report:
         ]
         names = ("backend", "model", "hits", "compiled", "new_tokens", "switches", "crops", "promotions", "seconds")
         derived = ("steps", "real_tokens", "padded_tokens", "waste", "tokens_per_s", "overhead_s")
-        return {name: getattr(self, name) for name in (*names, *derived, "seed")} | {"buckets": rows}
+        return {name: getattr(self, name) for name in (*names, *derived, "kv_bytes", "seed")} | {"buckets": rows}
 
 
 def save_last_run(report: Report) -> None:

@@ -69,6 +69,10 @@ class Decode(KVStep):
         position = torch.tensor([len(row) - 1 for row in rows], dtype=torch.int32, device="cpu")  # (B)
         return input_ids, position
 
+    def positions(self, bucket: Bucket) -> int:
+        """Return B: one position a row."""
+        return bucket.batch_size
+
     def macs(self, arch: Architecture, bucket: Bucket) -> int:
         """Return multiply-adds of B rows of one position, each of which looks back at up to S."""
         C, S = arch.n_embd, bucket.seq_len

@@ -64,6 +64,10 @@ class Step(ABC):
     def macs(self, arch: Architecture, bucket: Bucket) -> int:
         """Return the multiply-adds of one call: only the order of two buckets' costs matters to dispatch."""
 
+    def positions(self, bucket: Bucket) -> int:
+        """Return for how many positions one call computes something."""
+        return bucket.batch_size * bucket.seq_len
+
     def graph(self, gpt: GPT) -> Graph:
         """Return this step as a module over a network, ready to be compiled or run."""
         from nanogpt_buckets.steps.graph import Graph

@@ -44,6 +44,7 @@ class NeuronBackend(Backend):
 
     name = "neuron"
     sources = ("backends/neuron/compile.py", "backends/neuron/flags.py")
+    steps = ("recompute",)
     lowering: ClassVar = {"attention": "explicit"}  # with a finite mask: -inf rows have become NaN on these devices
     inlines_weights = True
     needs = "neuronx-cc"
