@@ -87,8 +87,8 @@ class Backend(ABC):
     """One compiler with its loader; what most have in common is here.
 
     `name` is part of the family, `steps` are those it can compile. `sources` are the files of this backend that shape
-    generated code, relative to the package; `lowering` is how graphs are written for it. `inlines_weights` is True where
-    weights are compiled in. `needs` says what is lacking where `compiler` finds none, and `install` how to get it.
+    generated code, relative to the package; `lowering` is how graphs are written for it. `inlines_weights` is True
+    where weights are compiled in. `needs` says what is lacking where `compiler` finds none, and `install` how to get it.
     `timeout_s` bounds one compilation. `compiler_args` are the user's compiler flags. `cores` is how many steps can run
     at once.
     """
