@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,13 +68,20 @@ def odd_folder(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def odd_cache(odd_folder: Path, once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
-    """A cache directory in which the odd model's four buckets are compiled: 1x16, 1x33, 1x100 and 3x33."""
+    """A cache directory in which the odd model's buckets are compiled.
+
+    1x16, 1x33, 1x100 and 3x33; and prefill 1x33, prefill 1x100, decode 1x33 and decode 3x100.
+    """
 
     def fill(directory: Path) -> None:
         from nanogpt_buckets.builder import build
         from nanogpt_buckets.plan.bucket import Bucket
 
         plan = [Bucket(1, 16), Bucket(1, 33), Bucket(1, 100), Bucket(3, 33)]
+        kv = [Bucket(1, 33, "prefill"), Bucket(1, 100, "prefill"), Bucket(1, 33, "decode"), Bucket(3, 100, "decode")]
+        # apart, so that the default plan is the first's
+        build(kv, model=odd_folder, cache_dir=directory / "cache")
+        shutil.rmtree(directory / "cache" / "v1" / "plans")
         report = build(plan, model=odd_folder, cache_dir=directory / "cache")
         assert (report.compiled, report.failed) == (4, 0), report
 

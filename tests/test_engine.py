@@ -22,6 +22,8 @@ from nanogpt_buckets.store.verify import verify
 
 LADDER = Plan.grid(batch=[1, 3], seq=[16, 33, 100])
 COMPILED = Plan([B(1, 16), B(1, 33), B(1, 100), B(3, 33)])
+KV_LADDER = Plan.grid(batch=[1, 3], seq=[16, 33, 100], strategy="kv").completed(100)
+KV_COMPILED = Plan([B(1, 33, "prefill"), B(1, 100, "prefill"), B(1, 33, "decode"), B(3, 100, "decode"), B(1, 100)])
 EDGES = [1, 2, 15, 16, 17, 32, 33, 34, 99, 100]
 
 
@@ -32,12 +34,14 @@ def oracle(odd_folder):
     return GPT2LMHeadModel.from_pretrained(odd_folder).eval()
 
 
-@pytest.fixture(params=["eager", "inductor"])
+@pytest.fixture(params=["eager", "inductor", "eager-kv", "inductor-kv"])
 def engine(request, odd_folder, monkeypatch):
-    if request.param == "eager":
-        made = Engine.load(odd_folder, plan=LADDER, backend="eager")
+    kv = request.param.endswith("-kv")
+    if request.param.startswith("eager"):
+        made = Engine.load(odd_folder, plan=KV_LADDER if kv else LADDER, backend="eager")
     else:
-        made = Engine.load(odd_folder, plan=COMPILED, cache_dir=request.getfixturevalue("odd_cache"))
+        cache = request.getfixturevalue("odd_cache")
+        made = Engine.load(odd_folder, plan=KV_COMPILED if kv else COMPILED, cache_dir=cache)
     with made:
         yield made
 
@@ -163,6 +167,7 @@ def test_nanogpt_mode_is_nanogpts_own_loop(engine, oracle):
     assert found.token_ids == ids[0].tolist()
 
 
+@pytest.mark.parametrize("engine", ["eager", "inductor"], indirect=True)
 def test_within_a_bucket_pads_future_and_neighbours_change_no_bit(engine):
     engine._buckets.load_all()
     step = engine._buckets.executable(B(3, 33))

@@ -88,7 +88,7 @@ class Backend(ABC):
 
     `name` is part of the family, `steps` are those it can compile. `sources` are the files of this backend that shape
     generated code, relative to the package; `lowering` is how graphs are written for it. `inlines_weights` is True
-    where weights are compiled in. `needs` says what is lacking where `compiler` finds none, and `install` how to get it.
+    where weights are compiled in. `needs` says what is lacking where `compiler` finds none, `install` how to get it.
     `timeout_s` bounds one compilation. `compiler_args` are the user's compiler flags. `cores` is how many steps can run
     at once.
     """

@@ -66,7 +66,7 @@ def one_layer_without_mask():
     step = fresh()
     attention = step.gpt.transformer["h"][2].attn
 
-    def unmasked(x):
+    def unmasked(x, memory=None):
         q, k, v = (t.view(*x.shape[:2], 3, 32).transpose(1, 2) for t in attention.c_attn(x).chunk(3, dim=2))
         y = nn.functional.scaled_dot_product_attention(q, k, v)
         return attention.c_proj(y.transpose(1, 2).reshape(x.shape))
@@ -179,3 +179,112 @@ def test_the_canary_blames_weights_that_are_not_finite_and_names_the_tensor():
 
     with pytest.raises(NonFiniteLogits, match=r"transformer\.h\.1\.mlp\.c_fc\.weight holds NaN"):
         gate.canary(called(step), ARCH, Bucket(1, 16), weights)
+
+
+# steps that keep state
+
+PREFILL, DECODE = Bucket(3, 32, "prefill"), Bucket(3, 32, "decode")
+
+
+def remembering(bucket, gpt=None, change=None):
+    """Return a step over a network as an executable would run it; `change` may alter its inputs or its state."""
+    step = step_named(bucket.step).graph(gpt or from_weights(ARCH, WEIGHTS))
+
+    def run(*tensors):
+        with torch.inference_mode():
+            return (step(*tensors),) if change is None else change(step, *tensors)
+
+    return run
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 32, 64])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+@pytest.mark.parametrize("attention", ["sdpa", "explicit"])
+@pytest.mark.parametrize("linear", ["aten", "sum", "onednn"])
+def test_the_right_step_that_remembers_passes(name, batch_size, seq_len, attention, linear):
+    bucket = Bucket(batch_size, seq_len, name)
+    gpt = from_weights(ARCH, WEIGHTS, Lowering(attention, linear))
+    record = gate.check(remembering(bucket, gpt), ARCH, bucket, WEIGHTS)
+    assert record["relative_error_e9"] < record["tolerance_e9"]
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_the_right_step_in_bfloat16_passes(name):
+    bucket, weights = Bucket(3, 32, name), gate.seeded_weights(ARCH, torch.bfloat16)
+    gate.check(step_named(name).eager(ARCH, bucket, weights), ARCH, bucket, weights)
+
+
+def position_off_by_one(step, ids, position, *state):
+    return (step(ids, (position - 1).clamp(min=0), *state),)
+
+
+def last_token_off_by_one(step, ids, last_index, *state):
+    return (step(ids, (last_index - 1).clamp(min=0), *state),)
+
+
+def write_skipped_in_one_layer(step, ids, where, *state):
+    kept = [tensor.clone() for tensor in state[2:4]]
+    made = step(ids, where, *state)
+    for tensor, old in zip(state[2:4], kept, strict=True):
+        tensor.copy_(old)
+    return (made,)
+
+
+def k_and_v_exchanged_in_one_layer(step, ids, where, *state):
+    first, second, *others = state
+    return (step(ids, where, second, first, *others),) if state[0].shape[2] == 32 else (step(ids, where, *state),)
+
+
+def layers_exchanged_in_state(step, ids, where, *state):
+    return (step(ids, where, *state[2:4], *state[:2], *state[4:]),)
+
+
+def stale_slot_visible(step, ids, position, *state):
+    """Attend to one slot more than has been written, in every layer: the slot after the token's own."""
+    real = torch.arange
+
+    def longer(end, **options):
+        return real(end, **options) - 1 if end == state[0].shape[2] else real(end, **options)
+
+    torch.arange = longer
+    try:
+        return (step(ids, position, *state),)
+    finally:
+        torch.arange = real
+
+
+def padding_rows_are_written(step, ids, where, *state):
+    return (step(ids, where.clamp(min=0), *state),)
+
+
+def row_written_into_its_neighbour(step, ids, where, *state):
+    return (step(ids, where, *(tensor.roll(1, 0) for tensor in state)),)
+
+
+STATE_FAULTS = [
+    (DECODE, position_off_by_one),
+    (PREFILL, last_token_off_by_one),
+    *((bucket, write_skipped_in_one_layer) for bucket in (PREFILL, DECODE)),
+    *((bucket, k_and_v_exchanged_in_one_layer) for bucket in (PREFILL, DECODE)),
+    *((bucket, layers_exchanged_in_state) for bucket in (PREFILL, DECODE)),
+    (DECODE, stale_slot_visible),
+    *((bucket, padding_rows_are_written) for bucket in (PREFILL, DECODE)),
+    *((bucket, row_written_into_its_neighbour) for bucket in (PREFILL, DECODE)),
+]
+
+
+@pytest.mark.parametrize(("bucket", "fault"), STATE_FAULTS)
+def test_a_planted_fault_of_state_fails(bucket, fault):
+    with pytest.raises(GateFailed, match=str(bucket)):
+        gate.check(remembering(bucket, change=fault), ARCH, bucket, WEIGHTS)
+
+
+@pytest.mark.parametrize("bucket", [PREFILL, DECODE], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"activation": "gelu"}, {"layer_norm_epsilon": 1e-6}, {"scale_by_head_size": False}], ids=str
+)
+def test_a_planted_fault_of_the_network_fails(bucket, changes):
+    gpt = from_weights(dataclasses.replace(ARCH, **changes), WEIGHTS)
+    with pytest.raises(GateFailed, match=str(bucket)):
+        gate.check(remembering(bucket, gpt), ARCH, bucket, WEIGHTS)

@@ -1,0 +1,165 @@
+"""What is remembered stays with its row: ragged batches, samples, rows that end, several calls at once."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt_buckets import Bucket, Engine, Plan
+from nanogpt_buckets.errors import CacheMiss, UsageError
+from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.run.dispatch import cheapest, group, needed, reach
+from nanogpt_buckets.run.kvcache import KVCache
+
+ARCH = Architecture(2, 2, 8, 16, 16, 11)
+KV = Plan.grid(batch=[1, 2, 4], seq=[16, 33, 100], strategy="kv").completed(100)
+RECOMPUTE = Plan.grid(seq=[16, 33, 100])
+
+
+@pytest.fixture(scope="module")
+def engines(odd_folder):
+    with (
+        Engine.load(odd_folder, plan=KV, backend="eager") as kv,
+        Engine.load(odd_folder, plan=RECOMPUTE, backend="eager") as recompute,
+    ):
+        yield kv, recompute
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 210), min_size=1, max_size=110), min_size=1, max_size=5),
+    st.integers(1, 3),
+    st.integers(1, 25),
+    st.integers(0, 2**32),
+)
+def test_what_is_remembered_is_what_would_be_computed_again(engines, prompts, samples, new, seed):
+    kv, recompute = engines
+    how = {"num_samples": samples, "max_new_tokens": new, "seed": seed, "temperature": 1.5}
+    assert kv.generate(prompts, **how) == recompute.generate(prompts, **how)
+
+
+def test_rows_that_end_leave_their_neighbours_alone(engines, monkeypatch):
+    """Most rows end at once, so those that are left move to the first slots."""
+    kv, recompute = engines
+    prompts = [[n] * (n % 40 + 1) for n in range(12)]
+    free = recompute.generate(prompts, max_new_tokens=20, seed=3)
+    ends = {row.token_ids[row.prompt_tokens] for row in free[:3] + free[5:9]}
+    moved = []
+    close = KVCache.close_gaps
+    monkeypatch.setattr(KVCache, "close_gaps", lambda self, rows, n: (close(self, rows, n), moved.append(self._slots)))
+    for engine in engines:
+        monkeypatch.setattr(engine, "_end_tokens", tuple(ends))
+    found = kv.generate(prompts, max_new_tokens=20, seed=3)
+    assert found == recompute.generate(prompts, max_new_tokens=20, seed=3)
+    assert {row.new_tokens for row in found} > {1}
+    assert any(slots != sorted(slots) or slots != list(range(12)) for slots in moved)
+
+
+def test_a_prompt_of_several_samples_is_run_once(odd_folder):
+    with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
+        engine.generate([[1, 2, 3]], num_samples=4, max_new_tokens=3)
+        steps = {bucket: count.rows for bucket, count in engine.report().buckets.items()}
+    assert sum(rows for bucket, rows in steps.items() if bucket.step == "prefill") == 1
+    assert steps[Bucket(4, 16, "decode")] == 8
+
+
+def test_streams_threads_and_abandoned_iterators_keep_apart(engines):
+    kv, recompute = engines
+    prompts = [[n, n + 1, n + 2] * 9 for n in range(6)]
+    expected = [recompute.generate([ids], max_new_tokens=15, temperature=0)[0].token_ids for ids in prompts]
+    next(kv.stream(prompts[0], max_new_tokens=15, temperature=0))  # and left there
+    streams = [kv.stream(ids, max_new_tokens=15, temperature=0) for ids in prompts[:3]]
+    interleaved = [list(tokens) for tokens in zip(*streams, strict=True)]
+    found: dict[int, list[int]] = {}
+
+    def run(n: int) -> None:
+        found[n] = kv.generate([prompts[n]], max_new_tokens=15, temperature=0)[0].token_ids
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(3, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n in range(3):
+        assert prompts[n] + [step[n].id for step in interleaved] == expected[n]
+    assert [found[n] for n in range(3, 6)] == expected[3:]
+
+
+def test_memory_is_reported(odd_folder):
+    with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
+        engine.generate([[1], [2]], max_new_tokens=2)
+        arch = engine._arch
+        slots = 2 + 4 - 1  # and three that padding of a bucket of four may hang over
+        assert engine.report().kv_bytes == slots * 2 * arch.n_layer * arch.n_embd * arch.block_size * 4
+
+
+def test_a_strategy_decides_and_auto_follows_the_plan(odd_folder):
+    both = KV | RECOMPUTE
+    for strategy, plan, steps in (
+        ("auto", both, {"prefill", "decode"}),
+        ("recompute", both, {"recompute"}),
+        ("auto", RECOMPUTE, {"recompute"}),
+        ("kv", None, {"prefill", "decode"}),
+    ):
+        with Engine.load(odd_folder, plan=plan, backend="eager", strategy=strategy) as engine:
+            engine.generate([[1, 2]], max_new_tokens=3)
+            assert {bucket.step for bucket in engine.report().buckets} == steps
+    with pytest.raises(UsageError, match="strategy 'fast' is unknown"):
+        Engine.load(odd_folder, backend="eager", strategy="fast")
+
+
+def test_what_a_strategy_lacks_is_a_miss_that_names_the_step(odd_folder, odd_cache):
+    only = [Bucket(1, 33, "prefill"), Bucket(1, 33, "decode")]
+    with Engine.load(odd_folder, plan=only, cache_dir=odd_cache) as engine:
+        engine.generate([[1] * 33], max_new_tokens=1)
+        with pytest.raises(CacheMiss, match="no decode bucket that is built holds 34 tokens"):
+            engine.generate([[1] * 33], max_new_tokens=2)
+        with pytest.raises(CacheMiss, match="no prefill bucket that is built holds 40 tokens"):
+            engine.generate([[1] * 40], max_new_tokens=2)
+
+
+def test_what_is_needed_of_each_step():
+    assert needed([[5, 9]], 0, 16, "kv") == {"prefill": 9}
+    assert needed([[5, 9]], 3, 16, "kv") == {"prefill": 9, "decode": 12}
+    assert needed([[5], [9]], 30, 16, "kv") == {"prefill": 9, "decode": 16, "recompute": 16}
+    assert needed([[16]], 1, 16, "kv") == {"prefill": 16, "recompute": 16}
+    assert needed([[20]], 1, 16, "kv") == {"recompute": 16}
+    assert needed([[5, 9]], 30, 16, "recompute") == {"recompute": 16}
+    assert reach([Bucket(1, 16, "prefill")], {"prefill": 16})
+    assert not reach([Bucket(1, 16)], {"prefill": 16})
+
+
+@given(st.lists(st.tuples(st.integers(1, 16), st.booleans()), min_size=1, max_size=8), st.sets(st.integers(1, 5)))
+def test_groups_of_slots_cover_each_row_once_and_fit_their_buckets(rows, sizes):
+    """Rows rise with their slots, some of which are empty."""
+    lengths = sorted(length for length, _ in rows)
+    slots, slot = [], 0
+    for _, gap in rows:
+        slot += 1 + 2 * gap
+        slots.append(slot)
+    buckets = [Bucket(size, 16, "decode") for size in {1, *sizes}]
+    cost = lambda bucket: 10 + bucket.batch_size  # noqa: E731
+    groups = group(lengths, buckets, cost, slots)
+    assert [row for _, members in groups for row in members] == list(range(len(rows)))
+    for bucket, members in groups:
+        span = slots[members[-1]] - slots[members[0]] + 1
+        assert cheapest(buckets, span, lengths[members[-1]], cost) == bucket
+
+
+def test_moving_and_copying_keep_what_was_written():
+    cache = KVCache(ARCH, "float32", 4, 1)
+    for row in range(4):
+        for tensor in cache.views(cache.slot(row), Bucket(1, 16, "decode")):
+            tensor.fill_(row)
+    cache.copy(3, 2, 5)
+    cache.close_gaps([0, 1, 3], [5, 5, 6])
+    assert [cache.slot(row) for row in (0, 1, 3)] == [0, 1, 3]
+    cache.close_gaps([0, 3], [5, 6])
+    assert [cache.slot(row) for row in (0, 3)] == [0, 1]
+    for slot, first, others, length in ((0, 0, 0, 5), (1, 3, 1, 6), (2, 3, 2, 5)):
+        for tensor in cache.views(slot, Bucket(1, 16, "decode")):
+            assert torch.equal(tensor[0, 0, :, 0], torch.tensor([first] * length + [others] * (16 - length)).float())
