@@ -26,7 +26,7 @@ from nanogpt_buckets.model.tokenization.choice import TokenizerChoice, tokenizer
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, Batch, Dispatcher
 from nanogpt_buckets.run.generation import Generation, Prompt, Row, Token, as_prompts, stop_strings, token_ids
-from nanogpt_buckets.run.kvcache import KVCache
+from nanogpt_buckets.run.kvcache import KVCache, most_rows
 from nanogpt_buckets.run.loader import Compiled, Uncompiled
 from nanogpt_buckets.run.misses import Buckets
 from nanogpt_buckets.run.options import Sampling, SamplingOptions
@@ -244,9 +244,13 @@ class Engine:
     def _run(
         self, batches: list[list[Row]], sampling: Sampling, max_new_tokens: int, way: str, buckets: list[Bucket]
     ) -> Iterator[tuple[Row, str | None]]:
-        """Run the rows of one batch together, the batches one after another."""
+        """Run the rows of one batch together, or as many as can be remembered; the batches one after another."""
         ends = () if sampling.ignore_eos else self._end_tokens
         generator = torch.Generator().manual_seed(sampling.seed % 2**64)
+        if way == KV:
+            most = most_rows(self._arch, self._dtype)
+            ordered = (sorted(rows, key=lambda row: len(row.ids)) for rows in batches)
+            batches = [rows[start : start + most] for rows in ordered for start in range(0, len(rows), most)]
         for rows in batches if max_new_tokens else []:
             numbers, active, batch = {id(row): n for n, row in enumerate(rows)}, rows, self._batch(rows, way, buckets)
             while active:

@@ -13,6 +13,15 @@ from torch import Tensor
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
 
+# 28 rows of GPT-2 124M in float32.
+_MOST_BYTES = 2**31
+
+
+def most_rows(arch: Architecture, dtype: str) -> int:
+    """Return how many rows may be remembered at a time."""
+    row = 2 * arch.n_layer * arch.n_embd * arch.block_size * getattr(torch, dtype).itemsize
+    return max(1, _MOST_BYTES // row)
+
 
 class KVCache:
     """Two tensors a layer, (slots, nh, block_size, hs), for as long as a batch runs.
@@ -27,8 +36,8 @@ class KVCache:
     def __init__(self, arch: Architecture, dtype: str, slots: int, widest: int) -> None:
         shape = (slots + widest - 1, arch.n_head, arch.block_size, arch.n_embd // arch.n_head)
         # zeros cost nothing until they are written, and what is masked must be finite all the same
-        make = torch.zeros
-        self._tensors = [make(shape, dtype=getattr(torch, dtype), device="cpu") for _ in range(2 * arch.n_layer)]
+        kind = getattr(torch, dtype)
+        self._tensors = [torch.zeros(shape, dtype=kind, device="cpu") for _ in range(2 * arch.n_layer)]
         self._slots = list(range(slots))
 
     @property

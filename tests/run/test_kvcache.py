@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from nanogpt_buckets import Bucket, Engine, Plan
 from nanogpt_buckets.errors import CacheMiss, UsageError
-from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.model.architecture import GPT2_SIZES, Architecture
 from nanogpt_buckets.run.dispatch import cheapest, group, needed, reach
-from nanogpt_buckets.run.kvcache import KVCache
+from nanogpt_buckets.run.kvcache import KVCache, most_rows
 
 ARCH = Architecture(2, 2, 8, 16, 16, 11)
 KV = Plan.grid(batch=[1, 2, 4], seq=[16, 33, 100], strategy="kv").completed(100)
@@ -163,3 +163,15 @@ def test_moving_and_copying_keep_what_was_written():
     for slot, first, others, length in ((0, 0, 0, 5), (1, 3, 1, 6), (2, 3, 2, 5)):
         for tensor in cache.views(slot, Bucket(1, 16, "decode")):
             assert torch.equal(tensor[0, 0, :, 0], torch.tensor([first] * length + [others] * (16 - length)).float())
+
+
+def test_more_rows_than_may_be_remembered_take_turns(odd_folder, monkeypatch):
+    prompts = [[n + 1] * (40 - 3 * n) for n in range(7)]
+    with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
+        together = engine.generate(prompts, max_new_tokens=5, seed=1)
+        most = engine.report().kv_bytes
+    monkeypatch.setattr("nanogpt_buckets.run.engine.most_rows", lambda arch, dtype: 3)
+    with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
+        assert engine.generate(prompts, max_new_tokens=5, seed=1) == together
+        assert engine.report().kv_bytes < most
+    assert most_rows(GPT2_SIZES["gpt2"], "float32") == 28
