@@ -19,7 +19,8 @@ _MOST_BYTES = 2**31
 
 def most_rows(arch: Architecture, dtype: str) -> int:
     """Return how many rows may be remembered at a time."""
-    row = 2 * arch.n_layer * arch.n_embd * arch.block_size * getattr(torch, dtype).itemsize
+    kind: torch.dtype = getattr(torch, dtype)
+    row = 2 * arch.n_layer * arch.n_embd * arch.block_size * kind.itemsize
     return max(1, _MOST_BYTES // row)
 
 
