@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -165,12 +166,9 @@ def test_names_do_not_depend_on_process_home_directory_or_hash_seed(tmp_path):
 # --- what is hashed: all that shapes code, and only that --------------------------------------------------------------
 
 
-def hashed(backend: str) -> set[str]:
-    return {
-        *key.GRAPH_SOURCES,
-        *backend_for(backend).sources,
-        *(source for step in STEPS for source in step_named(step).sources),
-    }
+def hashed(backend: str, steps: Sequence[str] = STEPS) -> set[str]:
+    of_steps = (source for step in steps for source in step_named(step).sources)
+    return {*key.GRAPH_SOURCES, *backend_for(backend).sources, *of_steps}
 
 
 COPY = """
@@ -178,7 +176,9 @@ import json, sys
 from nanogpt_buckets import key
 from nanogpt_buckets.backends import BACKENDS, backend_for
 from nanogpt_buckets.backends.worker import source_of
-print(json.dumps({name: source_of(backend_for(name), "recompute") for name in BACKENDS}), key.__file__)
+from nanogpt_buckets.plan.bucket import STEPS
+digests = {name + step: source_of(backend_for(name), step) for name in BACKENDS for step in STEPS}
+print(json.dumps(digests), key.__file__)
 """
 
 
@@ -217,8 +217,8 @@ def test_one_byte_of_any_hashed_file_moves_the_digest_and_of_no_other(copy):
 
     for name in sorted(hashed("inductor") | hashed("neuron")):
         after = changed(copy / "nanogpt_buckets" / name, copy)
-        moved = {backend for backend in BACKENDS if after[backend] != before[backend]}
-        assert moved == {backend for backend in BACKENDS if name in hashed(backend)}, name
+        moved = {which for which in before if after[which] != before[which]}
+        assert moved == {b + step for b in BACKENDS for step in STEPS if name in hashed(b, [step])}, name
     for name in ("errors.py", "backends/base.py", "backends/memfile.py", "steps/gate.py", "run/engine.py"):
         assert changed(copy / "nanogpt_buckets" / name, copy) == before, name
 

@@ -8,6 +8,7 @@ import click
 
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import output_options
+from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.run.report import load_last_run
 
 
@@ -37,6 +38,7 @@ def report(as_json: bool) -> None:
         ("switches", f"{run['switches']} (steps in another bucket than the step before)"),
         ("crops", f"{run['crops']} (contexts cut to block_size)"),
         ("promotions", f"{run['promotions']} (calls that ran longer buckets, for want of the right one)"),
+        ("remembered", f"{output.size(run['kv_bytes'])} of keys and values at most"),
         ("seed", run["seed"]),
     ]
     output.table(("FIELD", "VALUE"), summary)
@@ -44,11 +46,11 @@ def report(as_json: bool) -> None:
     # where a bucket holds far fewer tokens per row than its length, a shorter one would pay
     rows = [
         (
-            f"{r['batch_size']}x{r['seq_len']}",
+            str(Bucket(r["batch_size"], r["seq_len"], r["step"])),
             r["steps"],
-            f"{r['real_tokens'] / r['rows']:.0f} of {r['seq_len']}",
+            f"{r['real_tokens'] / r['rows']:.0f} of {r['positions'] // r['batch_size']}",
             r["real_tokens"],
-            int(r["steps"] * r["batch_size"] * r["seq_len"] - r["real_tokens"]),
+            r["steps"] * r["positions"] - r["real_tokens"],
             f"{1000 * r['seconds'] / r['steps']:.2f} ms",
         )
         for r in run["buckets"]

@@ -25,8 +25,7 @@ class Lowering:
 
     Args:
         attention: "sdpa" calls the fused kernel; "explicit" spells out matmul, finite mask and softmax (for XLA).
-        linear: "aten"; "sum" spells out multiply and sum, which fuse into one loop over the weights (for few rows);
-            "onednn" calls oneDNN on weights as they are (for many rows).
+        linear: "aten"; "sum" spells out multiply and sum, which fuse into one loop over the weights (for few rows).
     """
 
     attention: str = "sdpa"
@@ -67,8 +66,6 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
-    if kernel == "onednn":
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
     if kernel == "aten":
         return F.linear(x, weight, bias)
     y = (x.unsqueeze(-2) * weight).sum(-1)  # (..., 1, C) * (D, C) -> (..., D)

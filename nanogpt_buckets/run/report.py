@@ -113,7 +113,8 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON."""
         rows = [
-            {**bucket.to_json(), "steps": c.steps, "rows": c.rows, "real_tokens": c.tokens, "seconds": c.seconds}
+            {**bucket.to_json(), "positions": step_named(bucket.step).positions(bucket), "steps": c.steps}
+            | {"rows": c.rows, "real_tokens": c.tokens, "seconds": c.seconds}
             for bucket, c in sorted(self.buckets.items())
         ]
         names = ("backend", "model", "hits", "compiled", "new_tokens", "switches", "crops", "promotions", "seconds")

@@ -88,6 +88,24 @@ def test_a_file_is_read_whole_once_and_again_when_it_is_another(folder, monkeypa
     assert read == [1]
 
 
+def test_weights_that_another_process_prepares_meanwhile_are_no_damage(folder, monkeypatch, caplog):
+    """Several processes of a cold node prepare the same weights, and each puts its file in the others' place."""
+    digest = prepared.digest_of
+
+    def replaced(arch, dtype, read, write=lambda data: None):
+        path = next(iter(node.listed("weights", "*.safetensors")), None)
+        if path is not None:
+            shutil.copy(path, twin := path.with_name("twin"))
+            os.replace(twin, path)
+        return digest(arch, dtype, read, write)
+
+    monkeypatch.setattr(prepared, "digest_of", replaced)
+    weights = open_model(folder).weights("float32")
+    assert digest(open_model(folder).architecture, "float32", weights.tensors.__getitem__) == weights.digest
+    assert not caplog.records
+    assert open_model(folder).weights("float32").digest == weights.digest
+
+
 def test_damaged_weights_whose_source_is_gone_are_an_error_that_says_so(folder):
     model = open_model(folder)
     flip(model.weights("float32").path)

@@ -84,13 +84,17 @@ def test_the_buckets_used_are_those_a_run_meets_step_by_step(lengths, buckets, m
         for bucket, _ in group([min(n + grown, block_size) for n in lengths], buckets, area)
     }
 
-    assert buckets_used([lengths], more, buckets, area, block_size) == met
+    assert buckets_used([lengths], more, buckets, area, block_size, "recompute") == met
 
 
 def test_what_outgrows_every_bucket_is_not_covered_by_less():
     with pytest.raises(ValueError, match="no bucket holds 9"):
-        buckets_used([[7]], 2, [Bucket(1, 8)], area, 100)
+        buckets_used([[7]], 2, [Bucket(1, 8)], area, 100, "recompute")
 
 
 def test_a_run_of_any_length_is_settled_at_once():
-    assert buckets_used([[1]], 10**30, [Bucket(1, 4), Bucket(1, 8)], area, 8) == {Bucket(1, 4), Bucket(1, 8)}
+    buckets = [Bucket(1, 4), Bucket(1, 8)]
+    assert buckets_used([[1]], 10**30, buckets, area, 8, "recompute") == set(buckets)
+    kv = [*buckets, *(Bucket(1, n, step) for n in (4, 8) for step in ("prefill", "decode"))]
+    used = {Bucket(1, 8), Bucket(1, 4, "prefill"), Bucket(1, 4, "decode"), Bucket(1, 8, "decode")}
+    assert buckets_used([[1]], 10**30, kv, area, 8, "kv") == used

@@ -69,21 +69,18 @@ def weightless_graph(
 
     step = step_named(bucket.step)
     with torch.device("meta"):
-        graph = step.graph(GPT(arch, Lowering(linear=_kernel(step.positions(bucket), dtype), **lowering)))
+        graph = step.graph(GPT(arch, Lowering(linear=_kernel(step.positions(bucket)), **lowering)))
     graph = graph.to(getattr(torch, dtype)).to_empty(device="cpu").eval().requires_grad_(False)
     state = (view.blank() for view in step.interface(arch, bucket, dtype).state)
     return graph, (*step.pack([], bucket), *state)
 
 
-def _kernel(rows: int, dtype: str) -> str:
+def _kernel(rows: int) -> str:
     """Return how products of so many rows with a weight matrix are written.
 
-    Few are bound by reading the weights once, which a fused loop comes near to and a GEMM does not. float32 is twice as
-    fast in oneDNN as in the default GEMM on some processors; in bfloat16 not every processor has it.
+    Few are bound by reading the weights once, which a fused loop comes near to and a GEMM does not.
     """
-    if rows <= _FEW_ROWS:
-        return "sum"
-    return "onednn" if dtype == "float32" else "aten"
+    return "sum" if rows <= _FEW_ROWS else "aten"
 
 
 def compile_library(
