@@ -45,6 +45,18 @@ def test_grid_is_every_pair_even_from_iterators():
     ]
 
 
+def test_a_strategy_has_steps_of_its_own_and_recomputes_past_block_size():
+    kv = Plan.grid(batch=[1, 2], seq=[8, 16], strategy="kv")
+    assert len(kv) == 8
+    assert {bucket.step for bucket in kv} == {"prefill", "decode"}
+    assert kv.completed(32) == kv
+    assert kv.completed(16) == kv | [Bucket(1, 16), Bucket(2, 16)]
+    assert Plan.grid(seq=[8, 16]).completed(16) == Plan.grid(seq=[8, 16])
+    assert Plan.from_json(json.loads(json.dumps(kv.to_json(model="m", source="build")))) == kv
+    with pytest.raises(PlanError, match="strategy 'fast' is unknown"):
+        Plan.grid(seq=[8], strategy="fast")
+
+
 def test_an_empty_plan_is_refused():
     with pytest.raises(PlanError, match="at least one"):
         Plan([])

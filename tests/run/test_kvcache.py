@@ -120,6 +120,9 @@ def test_what_a_strategy_lacks_is_a_miss_that_names_the_step(odd_folder, odd_cac
             engine.generate([[1] * 33], max_new_tokens=2)
         with pytest.raises(CacheMiss, match="no prefill bucket that is built holds 40 tokens"):
             engine.generate([[1] * 40], max_new_tokens=2)
+        command = engine._buckets._choice.build_command([*only, Bucket(1, 64, "decode"), Bucket(1, 16)])
+    assert "--seq 16 --cache-dir" in command
+    assert "--seq 33,64 --strategy kv --cache-dir" in command
 
 
 def test_what_is_needed_of_each_step():

@@ -60,6 +60,7 @@ def test_json_holds_every_bucket_and_is_plain():
             "step": "recompute",
             "batch_size": 1,
             "seq_len": 4,
+            "positions": 4,
             "steps": 1,
             "rows": 1,
             "real_tokens": 4,
