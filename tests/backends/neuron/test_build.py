@@ -138,7 +138,7 @@ def test_a_ladder_that_does_not_fit_the_cores_memory_is_refused_with_the_one_tha
 
 def test_a_strategy_the_backend_has_not_is_refused(host):
     with pytest.raises(errors.UsageError, match="the neuron backend has no decode step") as caught:
-        host.build(Plan.grid(seq=[8], strategy="kv"))
+        host.build(Plan.grid(seq=[8], strategy="kv"), target="trn1")
     assert caught.value.hint == "leave --strategy kv out"
 
 
