@@ -13,19 +13,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.errors import NonFiniteLogits
+from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.run.kvcache import KVCache
+from nanogpt_buckets.run.kvcache import KVCache, most_rows
 from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.steps import step_named
 
 Cost = Callable[[Bucket], int]
 RECOMPUTE, KV = "recompute", "kv"
+R = TypeVar("R")
 
 
 def cheapest(buckets: Iterable[Bucket], batch_size: int, length: int, cost: Cost) -> Bucket | None:
@@ -152,11 +155,18 @@ class Dispatcher:
     """
 
     def __init__(
-        self, executables: Callable[[Bucket], Executable], cost: Cost, block_size: int, report: Report, at_once: int = 1
+        self,
+        executables: Callable[[Bucket], Executable],
+        cost: Cost,
+        arch: Architecture,
+        dtype: str,
+        report: Report,
+        at_once: int = 1,
     ) -> None:
         self._executables = executables
         self._cost = cost
-        self.block_size = self._block_size = block_size
+        self._arch, self._dtype = arch, dtype
+        self.block_size = arch.block_size
         self._report = report
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="core") if at_once > 1 else None
 
@@ -166,10 +176,21 @@ class Dispatcher:
         Raises:
             NonFiniteLogits: a bucket returned NaN or infinity.
         """
-        cropped = [context[-self._block_size :] for context in contexts]
-        self._report.crops += sum(len(context) > self._block_size for context in contexts)
+        cropped = [context[-self.block_size :] for context in contexts]
+        self._report.crops += sum(len(context) > self.block_size for context in contexts)
         groups = group([len(context) for context in cropped], of_step(buckets, RECOMPUTE), self._cost)
         return self.run_calls([Call(b, members, range(len(members))) for b, members in groups], cropped)
+
+    def remember(self, rows: int, buckets: Iterable[Bucket]) -> KVCache:
+        """Return room for the keys and values of some rows."""
+        cache = KVCache(self._arch, self._dtype, rows, max(bucket.batch_size for bucket in buckets))
+        self._report.kv_bytes = max(self._report.kv_bytes, cache.bytes)
+        return cache
+
+    def parts(self, rows: Sequence[R], way: str) -> list[Sequence[R]]:
+        """Cut rows into as many at a time as can be remembered."""
+        most = most_rows(self._arch, self._dtype) if way == KV else max(1, len(rows))
+        return [rows[start : start + most] for start in range(0, len(rows), most)]
 
     def calls(
         self, step: str, lengths: Sequence[int], buckets: Sequence[Bucket], cache: KVCache, rows: Sequence[int]
@@ -211,57 +232,3 @@ class Dispatcher:
             hint = "the weights may hold NaN or infinite values; see how the model was trained or saved"
             raise NonFiniteLogits(f"bucket {call.bucket} returned logits that are not finite", hint=hint)
         return logits, (start, end)
-
-
-class Batch:
-    """The rows of one batch, from their first step to their last: recomputed at each, or remembered in a `KVCache`."""
-
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        buckets: Sequence[Bucket],
-        contexts: Sequence[Sequence[int]],
-        cache: KVCache | None,
-    ) -> None:
-        self._dispatcher = dispatcher
-        self._buckets = buckets
-        self._cache = cache
-        self._first = True
-        # slots rise with lengths; samples of one prompt are neighbours
-        order = sorted(range(len(contexts)), key=lambda row: (len(contexts[row]), list(contexts[row])))
-        self._rank = {row: place for place, row in enumerate(order)}
-
-    def logits(self, contexts: Mapping[int, Sequence[int]]) -> Tensor:
-        """Return the logits (n, V) that follow the rows that still run, by number, in that order."""
-        cache, block_size = self._cache, self._dispatcher.block_size
-        grown = [row for row, context in contexts.items() if len(context) > block_size]
-        if cache is None or len(grown) == len(contexts):
-            return self._dispatcher.run(list(contexts.values()), self._buckets)
-        kept = sorted((row for row in contexts if row not in set(grown)), key=self._rank.__getitem__)
-        made = dict(zip(kept, self._remembered(cache, kept, [contexts[row] for row in kept]), strict=True))
-        if grown:
-            made |= zip(grown, self._dispatcher.run([contexts[row] for row in grown], self._buckets), strict=True)
-        self._first = False
-        return torch.stack([made[row] for row in contexts])  # (n, V)
-
-    def _remembered(self, cache: KVCache, rows: list[int], contexts: list[Sequence[int]]) -> list[Tensor]:
-        """Return the logits of rows in the order of their slots."""
-        places = [self._rank[row] for row in rows]
-        if not self._first:
-            cache.close_gaps(places, [len(context) - 1 for context in contexts])
-            calls = self._dispatcher.calls("decode", [len(c) for c in contexts], self._buckets, cache, places)
-            return list(self._dispatcher.run_calls(calls, contexts))
-        # a prompt is run once, and what is remembered of it copied for its other samples
-        heads = [i for i, context in enumerate(contexts) if i == 0 or list(context) != list(contexts[i - 1])]
-        own = [contexts[i] for i in heads]
-        calls = self._dispatcher.calls(
-            "prefill", [len(c) for c in own], self._buckets, cache, [places[i] for i in heads]
-        )
-        found = list(self._dispatcher.run_calls(calls, own))
-        logits = []
-        for i, context in enumerate(contexts):
-            head = bisect.bisect_right(heads, i) - 1
-            if heads[head] != i:
-                cache.copy(places[heads[head]], places[i], len(context))
-            logits.append(found[head])
-        return logits

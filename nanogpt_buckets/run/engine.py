@@ -24,9 +24,9 @@ from nanogpt_buckets.errors import TokenizerError, UsageError
 from nanogpt_buckets.model.tokenization.base import Tokenizer
 from nanogpt_buckets.model.tokenization.choice import TokenizerChoice, tokenizer_for
 from nanogpt_buckets.plan.bucket import Bucket, Plan
-from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, Batch, Dispatcher
+from nanogpt_buckets.run.batch import Batch
+from nanogpt_buckets.run.dispatch import RECOMPUTE, Dispatcher
 from nanogpt_buckets.run.generation import Generation, Prompt, Row, Token, as_prompts, stop_strings, token_ids
-from nanogpt_buckets.run.kvcache import KVCache, most_rows
 from nanogpt_buckets.run.loader import Compiled, Uncompiled
 from nanogpt_buckets.run.misses import Buckets
 from nanogpt_buckets.run.options import Sampling, SamplingOptions
@@ -47,7 +47,7 @@ class Engine:
     """
 
     def __init__(self, choice: Choice, buckets: Buckets, report: Report, tokenizer: TokenizerChoice = None) -> None:
-        self._arch, self._dtype = choice.model.architecture, choice.dtype
+        self._arch = choice.model.architecture
         self._end_tokens = choice.model.end_tokens
         self._buckets = buckets
         self._report = report
@@ -59,7 +59,7 @@ class Engine:
                 raise
             self._no_tokenizer = error  # token ids work all the same
         cores = 1 if choice.backend is None else choice.backend.cores
-        self._dispatcher = Dispatcher(buckets.executable, choice.cost, self._arch.block_size, report, cores)
+        self._dispatcher = Dispatcher(buckets.executable, choice.cost, self._arch, choice.dtype, report, cores)
         self._lock = threading.RLock()
         self._closed = False
 
@@ -164,8 +164,8 @@ class Engine:
             return torch.empty(0, self._arch.vocab_size, dtype=torch.float32, device="cpu")
         way, buckets = self._cover([rows], 1)
         with self._timed():
-            batch = self._batch(rows, way, buckets)
-            return batch.logits({number: row.ids for number, row in enumerate(rows)})
+            parts = self._dispatcher.parts(rows, way)
+            return torch.cat([self._batch(part, way, buckets).logits(_numbered(part)) for part in parts])
 
     def warmup(self) -> None:
         """Load every bucket of the plan and run each once, so that the first request pays for nothing."""
@@ -233,13 +233,8 @@ class Engine:
         batches = [[row] for row in rows] if sampling.rng == "nanogpt" else [rows]
         return self._run(batches, sampling, max_new_tokens, *self._cover(batches, max_new_tokens))
 
-    def _batch(self, rows: list[Row], way: str, buckets: list[Bucket]) -> Batch:
-        cache = None
-        if way == KV:
-            widest = max(bucket.batch_size for bucket in buckets)
-            cache = KVCache(self._arch, self._dtype, len(rows), widest)
-            self._report.kv_bytes = max(self._report.kv_bytes, cache.bytes)
-        return Batch(self._dispatcher, buckets, [row.ids for row in rows], cache)
+    def _batch(self, rows: Sequence[Row], way: str, buckets: list[Bucket]) -> Batch:
+        return Batch(self._dispatcher, way, buckets, [row.ids for row in rows])
 
     def _run(
         self, batches: list[list[Row]], sampling: Sampling, max_new_tokens: int, way: str, buckets: list[Bucket]
@@ -247,22 +242,20 @@ class Engine:
         """Run the rows of one batch together, or as many as can be remembered; the batches one after another."""
         ends = () if sampling.ignore_eos else self._end_tokens
         generator = torch.Generator().manual_seed(sampling.seed % 2**64)
-        if way == KV:
-            most = most_rows(self._arch, self._dtype)
-            ordered = (sorted(rows, key=lambda row: len(row.ids)) for rows in batches)
-            batches = [rows[start : start + most] for rows in ordered for start in range(0, len(rows), most)]
-        for rows in batches if max_new_tokens else []:
-            numbers, active, batch = {id(row): n for n, row in enumerate(rows)}, rows, self._batch(rows, way, buckets)
+        ordered = (sorted(rows, key=lambda row: len(row.ids)) for rows in batches)
+        parts = (part for rows in ordered for part in self._dispatcher.parts(rows, way))
+        for rows in parts if max_new_tokens else ():
+            batch, active = self._batch(rows, way, buckets), rows
             while active:
                 with self._timed():
-                    logits = batch.logits({numbers[id(row)]: row.ids for row in active})  # (N, V)
+                    logits = batch.logits(_numbered(rows))  # (N, V)
                     tokens = self._draw(logits, active, sampling, generator)
                     pieces = [row.accept(t, max_new_tokens, ends) for row, t in zip(active, tokens, strict=True)]
                     self._report.new_tokens += len(active)
                 yield from zip(active, pieces, strict=True)
-                active = [row for row in active if not row.done]
+                active = [row for row in rows if not row.done]
 
-    def _draw(self, logits: Tensor, rows: list[Row], sampling: Sampling, generator: torch.Generator) -> list[int]:
+    def _draw(self, logits: Tensor, rows: Sequence[Row], sampling: Sampling, generator: torch.Generator) -> list[int]:
         if self.tokenizer is not None:
             logits = mask_undecodable(logits, self.tokenizer.n_vocab)
         if sampling.rng == "nanogpt":
@@ -295,6 +288,11 @@ class Engine:
             if self._closed:
                 raise UsageError("this engine is closed", hint="load another with Engine.load")
             yield
+
+
+def _numbered(rows: Sequence[Row]) -> dict[int, list[int]]:
+    """Return the contexts of the rows that still run, by number."""
+    return {number: row.ids for number, row in enumerate(rows) if not row.done}
 
 
 def _check_count(name: str, value: object, least: int) -> int:

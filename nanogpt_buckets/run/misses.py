@@ -90,12 +90,14 @@ class Buckets:
         self._loader.forgive()
         cost, block_size = self._choice.cost, self._block_size
         needs = {way: needed(batches, more_tokens, block_size, way) for way in self._ways()}
+        built: set[str] = set()
         while True:
             # what was wanted first is what a miss is about
             way = next((way for way, need in needs.items() if reach(self._at_hand(need), need)), next(iter(needs)))
             need = needs[way]
             call = functools.partial(buckets_used, batches, more_tokens, cost=cost, block_size=block_size, strategy=way)
-            if self._builds:
+            if self._builds and way not in built:
+                built.add(way)
                 self._build_for(call, need)
             buckets = self._at_hand(need)
             if not reach(buckets, need):

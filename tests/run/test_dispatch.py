@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanogpt_buckets.errors import NonFiniteLogits
+from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.run.dispatch import Dispatcher
 from nanogpt_buckets.run.report import Report
@@ -12,6 +13,10 @@ from nanogpt_buckets.steps import step_named
 
 def area(bucket: Bucket) -> int:
     return bucket.batch_size * bucket.seq_len
+
+
+def architecture(block_size: int) -> Architecture:
+    return Architecture(1, 1, 8, 32, block_size, 11)
 
 
 def test_padding_is_on_the_right_and_padding_rows_are_valid():
@@ -30,7 +35,7 @@ def echo(input_ids, last_index):
 
 def test_order_is_restored_and_padding_rows_are_dropped():
     report = Report("eager", "m")
-    dispatcher = Dispatcher(lambda bucket: echo, area, 8, report)
+    dispatcher = Dispatcher(lambda bucket: echo, area, architecture(8), "float32", report)
 
     logits = dispatcher.run([[1, 2, 3, 4, 5], [6], [7, 8]], [Bucket(2, 4), Bucket(1, 8)])
 
@@ -42,7 +47,9 @@ def test_order_is_restored_and_padding_rows_are_dropped():
 def test_long_contexts_are_cropped_to_their_last_block_size_tokens():
     report = Report("eager", "m")
 
-    logits = Dispatcher(lambda bucket: echo, area, 3, report).run([[1, 2, 3, 4, 5]], [Bucket(1, 3)])
+    logits = Dispatcher(lambda bucket: echo, area, architecture(3), "float32", report).run(
+        [[1, 2, 3, 4, 5]], [Bucket(1, 3)]
+    )
 
     assert logits.tolist() == [[5, 3]]
     assert report.crops == 1
@@ -50,7 +57,10 @@ def test_long_contexts_are_cropped_to_their_last_block_size_tokens():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_not_finite_name_the_bucket(value):
-    dispatcher = Dispatcher(lambda b: lambda i, n: (torch.full((1, 2), value),), area, 8, Report("eager", "m"))
+    def run(ids, last_index):
+        return (torch.full((1, 2), value),)
+
+    dispatcher = Dispatcher(lambda bucket: run, area, architecture(8), "float32", Report("eager", "m"))
 
     with pytest.raises(NonFiniteLogits, match="bucket 1x8"):
         dispatcher.run([[1]], [Bucket(1, 8)])
@@ -58,7 +68,7 @@ def test_logits_that_are_not_finite_name_the_bucket(value):
 
 def test_switches_count_changes_of_bucket():
     report = Report("eager", "m")
-    dispatcher = Dispatcher(lambda bucket: echo, area, 8, report)
+    dispatcher = Dispatcher(lambda bucket: echo, area, architecture(8), "float32", report)
     for n in (3, 4, 5, 6, 4):
         dispatcher.run([[1] * n], [Bucket(1, 4), Bucket(1, 8)])
 

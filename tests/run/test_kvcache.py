@@ -173,7 +173,7 @@ def test_more_rows_than_may_be_remembered_take_turns(odd_folder, monkeypatch):
     with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
         together = engine.generate(prompts, max_new_tokens=5, seed=1)
         most = engine.report().kv_bytes
-    monkeypatch.setattr("nanogpt_buckets.run.engine.most_rows", lambda arch, dtype: 3)
+    monkeypatch.setattr("nanogpt_buckets.run.dispatch.most_rows", lambda arch, dtype: 3)
     with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
         assert engine.generate(prompts, max_new_tokens=5, seed=1) == together
         assert engine.report().kv_bytes < most

@@ -56,8 +56,9 @@ def test_host_work_is_never_less_than_nothing_however_many_cores_ran_at_once():
         time.sleep(0.05)
         return [torch.zeros(1, 11)]
 
-    executable = Executable(run, step_named(bucket.step).interface(Architecture(1, 1, 8, 32, 8, 11), bucket, "float32"))
-    dispatcher = Dispatcher(lambda bucket: executable, lambda bucket: 1, 8, report, at_once=2)
+    arch = Architecture(1, 1, 8, 32, 8, 11)
+    executable = Executable(run, step_named(bucket.step).interface(arch, bucket, "float32"))
+    dispatcher = Dispatcher(lambda bucket: executable, lambda bucket: 1, arch, "float32", report, at_once=2)
     start = time.perf_counter()
     dispatcher.run([[1], [2, 3]], [bucket])
     report.seconds = time.perf_counter() - start
