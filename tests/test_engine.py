@@ -23,7 +23,7 @@ from nanogpt_buckets.store.verify import verify
 LADDER = Plan.grid(batch=[1, 3], seq=[16, 33, 100])
 COMPILED = Plan([B(1, 16), B(1, 33), B(1, 100), B(3, 33)])
 KV_LADDER = Plan.grid(batch=[1, 3], seq=[16, 33, 100], strategy="kv").completed(100)
-KV_COMPILED = Plan([B(1, 33, "prefill"), B(1, 100, "prefill"), B(1, 33, "decode"), B(3, 100, "decode"), B(1, 100)])
+KV_COMPILED = Plan([B(1, 100, "prefill"), B(3, 33, "decode"), B(1, 100, "decode"), B(1, 100)])
 EDGES = [1, 2, 15, 16, 17, 32, 33, 34, 99, 100]
 
 

@@ -120,8 +120,10 @@ def test_activations_with_parameters_are_refused(tmp_path, activation):
     assert repr(activation) in refused(tmp_path / "m", UnsupportedModel)
 
 
-@pytest.mark.parametrize("how", [{}, {"shards": 3}, {"zipped": False}, {"shards": 2, "zipped": False}])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("how", "tied"),
+    [({}, True), ({"shards": 3}, False), ({"zipped": False}, False), ({"shards": 2, "zipped": False}, True)],
+)
 def test_pytorch_model_bin_alone(tmp_path, how, tied):
     hf(tmp_path / "m", tie_word_embeddings=tied)
     plain = {dtype: open_model(tmp_path / "m").weights(dtype).digest for dtype in ("float32", "bfloat16")}

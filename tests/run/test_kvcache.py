@@ -113,16 +113,17 @@ def test_a_strategy_decides_and_auto_follows_the_plan(odd_folder):
 
 
 def test_what_a_strategy_lacks_is_a_miss_that_names_the_step(odd_folder, odd_cache):
-    only = [Bucket(1, 33, "prefill"), Bucket(1, 33, "decode")]
+    only = [Bucket(1, 100, "prefill"), Bucket(3, 33, "decode")]
     with Engine.load(odd_folder, plan=only, cache_dir=odd_cache) as engine:
         engine.generate([[1] * 33], max_new_tokens=1)
         with pytest.raises(CacheMiss, match="no decode bucket that is built holds 34 tokens"):
             engine.generate([[1] * 33], max_new_tokens=2)
-        with pytest.raises(CacheMiss, match="no prefill bucket that is built holds 40 tokens"):
-            engine.generate([[1] * 40], max_new_tokens=2)
+        with pytest.raises(CacheMiss, match="no bucket that is built holds 100 tokens"):
+            engine.generate([[1] * 101], max_new_tokens=1)
         command = engine._buckets._choice.build_command([*only, Bucket(1, 64, "decode"), Bucket(1, 16)])
     assert "--seq 16 --cache-dir" in command
-    assert "--seq 33,64 --strategy kv --cache-dir" in command
+    assert "--seq 64,100 --strategy kv --cache-dir" in command
+    assert "--batch 3 --seq 33 --strategy kv --cache-dir" in command
 
 
 def test_what_is_needed_of_each_step():
