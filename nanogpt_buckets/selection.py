@@ -144,7 +144,9 @@ class Selection:
         return found
 
 
-def explain_miss(choice: Choice, selection: Selection, what: str, lacking: list[Bucket], need: int = 0) -> CacheError:
+def explain_miss(
+    choice: Choice, selection: Selection, what: str, lacking: list[Bucket], need: int = 0, step: str = "recompute"
+) -> CacheError:
     """Return the error of a miss, with the kind and the reason of what is here and cannot be used.
 
     Args:
@@ -153,8 +155,9 @@ def explain_miss(choice: Choice, selection: Selection, what: str, lacking: list[
         what: the beginning of the sentence.
         lacking: buckets whose absence is the miss; none if no plan names any.
         need: tokens that a bucket would have to hold.
+        step: of which a bucket would have to be.
     """
-    rung = [Bucket(1, rung_for(need, choice.model.architecture.block_size))] if need else []
+    rung = [Bucket(1, rung_for(need, choice.model.architecture.block_size), step)] if need else []
     command = choice.build_command(lacking or rung)
     message = f"{what} for model {choice.model.name} in {selection.store.root}"
     found = [selection.best(bucket) for bucket in lacking] if lacking else selection.reasons()

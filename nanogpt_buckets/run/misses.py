@@ -223,4 +223,4 @@ class Buckets:
         lacking = [
             b for b in self._plan if not self._compiled.has(b) and b.holds(1, need) and (b.step == step or not need)
         ]
-        return explain_miss(self._choice, self._compiled.selection, what, lacking, need)
+        return explain_miss(self._choice, self._compiled.selection, what, lacking, need, step)

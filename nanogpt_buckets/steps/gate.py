@@ -13,10 +13,9 @@ Knows nothing of compilers, of files or of any one step: how to feed one, it ask
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,17 +68,16 @@ class _Asked:
     arch: Architecture
     bucket: Bucket
     weights: Mapping[str, Tensor]
+    eager: dict[str, Run] = field(default_factory=dict)  # the steps that are not the bucket's, once they are needed
 
     def _part(self, name: str) -> tuple[Bucket, Run]:
         """Return what runs a step of a request: the loaded bucket its own, the eager step the other."""
         if name == self.bucket.step:
             return self.bucket, self.run
-        return self._whole(name)
-
-    @functools.cache  # noqa: B019  it lives as long as a check
-    def _whole(self, name: str) -> tuple[Bucket, Run]:
         whole = Bucket(self.bucket.batch_size, self.arch.block_size, name)
-        return whole, step_named(name).eager(self.arch, whole, self.weights)
+        if name not in self.eager:
+            self.eager[name] = step_named(name).eager(self.arch, whole, self.weights)
+        return whole, self.eager[name]
 
     @property
     def tails(self) -> tuple[int, ...]:

@@ -116,8 +116,9 @@ def test_what_a_strategy_lacks_is_a_miss_that_names_the_step(odd_folder, odd_cac
     only = [Bucket(1, 100, "prefill"), Bucket(3, 33, "decode")]
     with Engine.load(odd_folder, plan=only, cache_dir=odd_cache) as engine:
         engine.generate([[1] * 33], max_new_tokens=1)
-        with pytest.raises(CacheMiss, match="no decode bucket that is built holds 34 tokens"):
+        with pytest.raises(CacheMiss, match="no decode bucket that is built holds 34 tokens") as caught:
             engine.generate([[1] * 33], max_new_tokens=2)
+        assert "--seq 50 --strategy kv" in caught.value.hint
         with pytest.raises(CacheMiss, match="no bucket that is built holds 100 tokens"):
             engine.generate([[1] * 101], max_new_tokens=1)
         command = engine._buckets._choice.build_command([*only, Bucket(1, 64, "decode"), Bucket(1, 16)])

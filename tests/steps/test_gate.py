@@ -1,6 +1,8 @@
 """The gate must pass the right step and fail every planted fault."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -288,3 +290,13 @@ def test_a_planted_fault_of_the_network_fails(bucket, changes):
     gpt = from_weights(dataclasses.replace(ARCH, **changes), WEIGHTS)
     with pytest.raises(GateFailed, match=str(bucket)):
         gate.check(remembering(bucket, gpt), ARCH, bucket, WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["recompute", "prefill", "decode"])
+def test_a_check_keeps_nothing_alive(name):
+    bucket, weights = Bucket(1, 8, name), {k: v.clone() for k, v in WEIGHTS.items()}
+    gone = weakref.ref(weights["transformer.wte.weight"])
+    gate.canary(step_named(name).eager(ARCH, bucket, weights), ARCH, bucket, weights)
+    del weights
+    gc.collect()
+    assert gone() is None
