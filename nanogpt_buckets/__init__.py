@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from nanogpt_buckets.builder import BuildReport, build
     from nanogpt_buckets.errors import BucketsError
     from nanogpt_buckets.plan.bucket import Bucket, Plan
-    from nanogpt_buckets.run.engine import Engine, generate
+    from nanogpt_buckets.run.engine import Engine
+    from nanogpt_buckets.run.generate import generate
     from nanogpt_buckets.run.generation import Generation, Token
     from nanogpt_buckets.run.report import Report
 
@@ -33,7 +34,7 @@ _HOME = {
     "Report": "run.report",
     "Token": "run.generation",
     "build": "builder",
-    "generate": "run.engine",
+    "generate": "run.generate",
 }
 
 __all__ = [

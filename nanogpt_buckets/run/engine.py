@@ -1,7 +1,7 @@
 """Prompts -> text: load a model's buckets, settle coverage, then step, sample and stream.
 
-The loop runs on the host and recomputes the whole context at every step, so rows are stateless: they are regrouped
-into the cheapest buckets at each step. Knows nothing of compilers, files or shapes beyond buckets.
+The loop runs on the host. Rows that recompute are regrouped into the cheapest buckets at each step; what others
+remember stays in their slots (`run/batch.py`). Knows nothing of compilers, files or shapes beyond buckets.
 """
 
 from __future__ import annotations
@@ -36,10 +36,6 @@ from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.values import shown, whole_number
 
 
-class GenerateOptions(Options, SamplingOptions):
-    """What `generate` takes besides its own arguments: how to choose tokens, and what to run on."""
-
-
 class Engine:
     """A model with its loaded buckets. Use `Engine.load`; close it, or use it in a `with` statement.
 
@@ -57,7 +53,7 @@ class Engine:
         except TokenizerError as error:
             if tokenizer is not None:
                 raise
-            self._no_tokenizer = error  # token ids work all the same
+            self.no_tokenizer = error  # token ids work all the same
         cores = 1 if choice.backend is None else choice.backend.cores
         self._dispatcher = Dispatcher(buckets.executable, choice.cost, self._arch, choice.dtype, report, cores)
         self._lock = threading.RLock()
@@ -211,11 +207,11 @@ class Engine:
             if not isinstance(prompt, str):
                 ids = token_ids(prompt, self._arch.vocab_size)
             elif self.tokenizer is None:
-                raise self._no_tokenizer.with_traceback(None)
+                raise self.no_tokenizer.with_traceback(None)
             else:
                 ids = self.tokenizer.encode(prompt, plain_text=plain_text)
             if stops and self.tokenizer is None:
-                raise TokenizerError(f"stop strings need a tokenizer: {self._no_tokenizer}")
+                raise TokenizerError(f"stop strings need a tokenizer: {self.no_tokenizer}")
             rows += [Row(ids, index, sample, self.tokenizer, stops) for sample in range(num_samples)]
         return rows
 
@@ -300,45 +296,3 @@ def _check_count(name: str, value: object, least: int) -> int:
     if number is None or number < least:
         raise UsageError(f"{name} is {shown(value)}; it must be a whole number, {least} or more")
     return number
-
-
-def generate(
-    prompt: Prompt | list[str],
-    *,
-    model: str | os.PathLike[str] = "gpt2",
-    max_new_tokens: int = 100,
-    stop: str | Sequence[str] | None = None,
-    plain_text: bool = False,
-    plan: Plan | Iterable[Bucket] | None = None,
-    tokenizer: TokenizerChoice = None,
-    cached_only: bool = False,
-    strategy: str = "auto",
-    **options: Unpack[GenerateOptions],
-) -> str | list[str]:
-    """Continue a prompt and return prompt and continuation as text; a list of strings gives a list.
-
-    Buckets this needs and that are not built are compiled first; see `Engine.load` and `Engine.generate` for the
-    arguments, the `options` of both included. Load an `Engine` to generate many times.
-
-    Raises:
-        TokenizerError: the model has no tokenizer, so there is no text to return.
-    """
-    what: dict[str, Any] = {**options}
-    how = {name: what.pop(name) for name in SamplingOptions.__annotations__ if name in what}
-    with Engine.load(
-        model,
-        plan=plan,
-        tokenizer=tokenizer,
-        on_miss="build",
-        cached_only=cached_only,
-        lazy=True,
-        strategy=strategy,
-        **what,
-    ) as engine:
-        if engine.tokenizer is None:
-            raise engine._no_tokenizer.with_traceback(None)
-        many = isinstance(prompt, list) and all(isinstance(item, str) for item in prompt)
-        prompts: Any = prompt if many else [prompt]
-        generations = engine.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, plain_text=plain_text, **how)
-    texts = [generation.text or "" for generation in generations]
-    return texts if many else texts[0]
