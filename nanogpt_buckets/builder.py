@@ -18,7 +18,7 @@ from typing import Any, Unpack
 
 from nanogpt_buckets import backends, child, key
 from nanogpt_buckets.backends import host, worker
-from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest
+from nanogpt_buckets.backends.base import TUNINGS, Artifact, Backend, BuildRequest
 from nanogpt_buckets.choice import Choice, Options, choose, remember_plan
 from nanogpt_buckets.errors import BackendUnavailable, BucketsError, ChildFailed, CompileFailed, UsageError
 from nanogpt_buckets.model.architecture import Architecture
@@ -27,6 +27,7 @@ from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.store.entry import Miss, Status, Verified
 from nanogpt_buckets.store.manifest import Blob, Manifest
+from nanogpt_buckets.values import shown
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def build(
     model: str | os.PathLike[str],
     jobs: int | None = None,
     executor: Executor | None = None,
+    tune: str = "off",
     on_progress: Listener | None = None,
     **options: Unpack[Options],
 ) -> BuildReport:
@@ -110,6 +112,8 @@ def build(
         jobs: children at a time; None for as many as processors and memory allow.
         executor: runs `compile_bucket(request)` instead of a child of this process; it may be on another machine, which
             for Neuron must see this one's prepared weights under the same path.
+        tune: "fast" times the kernels that come into question in each child first, which takes some seconds, and keeps
+            what it measured in the manifest; "off" takes what is usually best, and makes the same bytes anywhere.
         on_progress: called from worker threads with a bucket and its phase: "waiting", "waiting for another build",
             "compiling", "checking", "hit", "compiled" or "failed".
         options: backend, target, dtype, compiler_args, cache_dir; see `Options`.
@@ -122,7 +126,9 @@ def build(
         UsageError: an unknown dtype, backend or number of jobs, or a backend that compiles nothing.
         BackendUnavailable: there is something to compile and no compiler.
     """
-    return build_missing(choose(model, **options), plan, jobs=jobs, executor=executor, on_progress=on_progress)
+    return build_missing(
+        choose(model, **options), plan, jobs=jobs, executor=executor, tune=tune, on_progress=on_progress
+    )
 
 
 def build_missing(
@@ -131,6 +137,7 @@ def build_missing(
     *,
     jobs: int | None = None,
     executor: Executor | None = None,
+    tune: str = "off",
     on_progress: Listener | None = None,
     retry: bool = True,
 ) -> BuildReport:
@@ -141,12 +148,14 @@ def build_missing(
     backend, target = choice.compiler, choice.build_target
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs is {jobs}; it must be at least 1")
+    if tune not in TUNINGS:
+        raise UsageError(f"tune {shown(tune)} is unknown", hint=f"choices: {', '.join(TUNINGS)}")
     plan = (plan if isinstance(plan, Plan) else Plan(plan)).check(choice.model.architecture.block_size)
     if odd := [bucket for bucket in plan if bucket.step not in backend.steps]:
         raise UsageError(f"the {backend.name} backend has no {odd[0].step} step", hint="leave --strategy kv out")
     choice.check_memory(plan)
     try:
-        rows = _Builder(choice, executor, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)
+        rows = _Builder(choice, executor, tune, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)
     except KeyboardInterrupt:
         selection = Selection(choice)
         finished = [bucket for bucket in plan if isinstance(selection.own(bucket), Verified)]
@@ -192,11 +201,14 @@ def default_jobs(backend: Backend, arch: Architecture, missing: int) -> int:
 class _Builder:
     """One run of `build`: finds what is missing, compiles it, publishes it."""
 
-    def __init__(self, choice: Choice, executor: Executor | None, on_progress: Listener, retry: bool) -> None:
+    def __init__(
+        self, choice: Choice, executor: Executor | None, tune: str, on_progress: Listener, retry: bool
+    ) -> None:
         self._choice = choice
         self._store = choice.store
         self._selection = Selection(choice)
         self._executor = executor
+        self._tune = tune
         self._tell = on_progress
         self._retry = retry
         self._stopped = False
@@ -296,6 +308,7 @@ class _Builder:
             source=worker.source_of(backend, bucket.step),
             compiler_args=backend.compiler_args,
             weights_path=None if inlined is None else str(inlined),
+            tune=self._tune,
         ).to_json()
         try:
             if self._executor is not None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = ("float32", "bfloat16")
+# Whether kernels are the ones that are usually best, or timed first.
+TUNINGS = ("off", "fast")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class BuildRequest:
     """All a child needs to compile one bucket; plain data, so that it can cross to another process or machine.
 
     `source` is the digest of the files that shape the code, which must be those of whoever compiles; `weights_path`
-    names the prepared weights, where they are compiled in.
+    names the prepared weights, where they are compiled in; `tune` is one of `TUNINGS`.
     """
 
     backend: str
@@ -41,6 +43,7 @@ class BuildRequest:
     source: str
     compiler_args: tuple[str, ...] = ()
     weights_path: str | None = None
+    tune: str = "off"
 
     def to_json(self) -> dict[str, Any]:
         """Return the request as plain JSON."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from nanogpt_buckets.backends.base import TUNINGS
 from nanogpt_buckets.builder import BuildReport, build_missing
 from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
@@ -17,8 +18,12 @@ from nanogpt_buckets.plan.ladder import default_ladder
 @plan_options
 @model_options
 @click.option("-j", "--jobs", type=click.IntRange(min=1), help="Compiler processes at a time. Default: what fits.")
+@click.option(
+    "--tune", type=click.Choice(TUNINGS), default="off", show_default=True,
+    help="fast: time the kernels on this machine first, which takes some seconds a bucket, and take the fastest.",
+)  # fmt: skip
 @output_options
-def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, as_json: bool) -> int:
+def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, tune: str, as_json: bool) -> int:
     """Compile the buckets that are not built yet.
 
     Without --seq or --plan: the saved plan, which earlier builds made, or block_size/8, /4, /2 and block_size where
@@ -37,7 +42,7 @@ def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, a
     plan = plan.completed(choice.model.architecture.block_size)
     try:
         with output.BuildProgress() as update:
-            report = build_missing(choice, plan, jobs=jobs, on_progress=update)
+            report = build_missing(choice, plan, jobs=jobs, tune=tune, on_progress=update)
     except KeyboardInterrupt:
         output.say("finished buckets are kept; the same command goes on from there")
         raise

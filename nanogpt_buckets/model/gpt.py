@@ -25,11 +25,12 @@ class Lowering:
 
     Args:
         attention: "sdpa" calls the fused kernel; "explicit" spells out matmul, finite mask and softmax (for XLA).
-        linear: "aten"; "sum" spells out multiply and sum, which fuse into one loop over the weights (for few rows).
+        linear: by how many rows a product with a weight matrix has, how it is written: "aten"; "rows", which spells
+            out multiply and sum for each, and all fuse into one loop over the weights; "onednn", which calls that.
     """
 
     attention: str = "sdpa"
-    linear: str = "aten"
+    linear: Callable[[int], str] = lambda rows: "aten"
 
 
 class Memory(Protocol):
@@ -65,22 +66,28 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Callable[[int], str]) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])  # (..., C) -> (N, C)
+    kernel = kernels(rows.shape[0])
     if kernel == "aten":
         return F.linear(x, weight, bias)
-    y = (x.unsqueeze(-2) * weight).sum(-1)  # (..., 1, C) * (D, C) -> (..., D)
-    return y if bias is None else y + bias
+    if kernel == "onednn":
+        y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")  # (N, D)
+    else:
+        y = torch.stack([(row * weight).sum(-1) for row in rows])  # N x (C) * (D, C) -> (N, D)
+        y = y if bias is None else y + bias
+    return cast(Tensor, y.view(*x.shape[:-1], -1))
 
 
 class Linear(nn.Linear):
     """nn.Linear, written as the lowering says."""
 
-    def __init__(self, width: int, to: int, *, bias: bool, kernel: str) -> None:
+    def __init__(self, width: int, to: int, *, bias: bool, kernels: Callable[[int], str]) -> None:
         super().__init__(width, to, bias=bias)
-        self.kernel = kernel
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        return _project(x, self.weight, self.bias, self.kernel)
+        return _project(x, self.weight, self.bias, self.kernels)
 
 
 class LayerNorm(nn.Module):
@@ -107,8 +114,8 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, arch: Architecture, layer: int, lowering: Lowering) -> None:
         super().__init__()
-        self.c_attn = Linear(arch.n_embd, 3 * arch.n_embd, bias=arch.bias, kernel=lowering.linear)
-        self.c_proj = Linear(arch.n_embd, arch.n_embd, bias=arch.bias, kernel=lowering.linear)
+        self.c_attn = Linear(arch.n_embd, 3 * arch.n_embd, bias=arch.bias, kernels=lowering.linear)
+        self.c_proj = Linear(arch.n_embd, arch.n_embd, bias=arch.bias, kernels=lowering.linear)
         self.layer = layer
         self.n_head = arch.n_head
         self.scale = _attention_scale(arch, layer)
@@ -149,8 +156,8 @@ class MLP(nn.Module):
 
     def __init__(self, arch: Architecture, lowering: Lowering) -> None:
         super().__init__()
-        self.c_fc = Linear(arch.n_embd, arch.n_inner, bias=arch.bias, kernel=lowering.linear)
-        self.c_proj = Linear(arch.n_inner, arch.n_embd, bias=arch.bias, kernel=lowering.linear)
+        self.c_fc = Linear(arch.n_embd, arch.n_inner, bias=arch.bias, kernels=lowering.linear)
+        self.c_proj = Linear(arch.n_inner, arch.n_embd, bias=arch.bias, kernels=lowering.linear)
         self.activation = _ACTIVATIONS[arch.activation]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -43,15 +43,18 @@ class Decode(KVStep):
         import torch
 
         input_ids, position, *state = tensors
-        B, nh, S, hs = state[0].shape
-        real = (position >= 0).view(B, 1, 1, 1)  # (B, 1, 1, 1)
+        B, nh, S, _ = state[0].shape
+        real = (position >= 0).view(B, 1, 1)  # (B, 1, 1)
         at = position.clamp(min=0)  # (B)
-        slot = at.long().view(B, 1, 1, 1).expand(B, nh, 1, hs)  # (B, nh, 1, hs)
+        # index_put and not scatter: what Inductor makes of the latter copies the whole state, there and back
+        row = torch.arange(B, dtype=at.dtype, device=at.device).unsqueeze(1)  # (B, 1)
+        head = torch.arange(nh, dtype=at.dtype, device=at.device).unsqueeze(0)  # (1, nh)
+        slot = (row, head, at.unsqueeze(1))  # together (B, nh)
         seen = torch.arange(S, dtype=at.dtype, device=at.device) <= at.view(B, 1, 1, 1)  # (B, 1, 1, S)
 
         def remember(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             for held, new in zip(state[2 * layer : 2 * layer + 2], (k, v), strict=True):  # (B, nh, S, hs)
-                held.scatter_(2, slot, torch.where(real, new, held.gather(2, slot)))
+                held.index_put_(slot, torch.where(real, new[:, :, 0], held[slot]))  # (B, nh, hs)
             return state[2 * layer], state[2 * layer + 1], seen
 
         x = gpt.hidden(input_ids, at.unsqueeze(1), remember)  # (B, 1, C)

@@ -5,8 +5,8 @@ row cut and padded at awkward lengths, a different one in each row. Then padding
 are changed, and not one bit may move.
 
 A step that keeps state runs its part of whole requests, some of whose last tokens come one by one, and the eager steps
-run the rest, over as many positions as the model has, so that what either writes must suit the other. State is dirty to
-begin with; what a padding row finds, it leaves.
+run the rest, past the bucket's end, so that what either writes must suit the other. State spans all the positions that
+the model has, and is dirty to begin with; what a padding row finds, it leaves.
 
 Knows nothing of compilers, of files or of any one step: how to feed one, it asks the step.
 """
@@ -74,7 +74,8 @@ class _Asked:
         """Return what runs a step of a request: the loaded bucket its own, the eager step the other."""
         if name == self.bucket.step:
             return self.bucket, self.run
-        whole = Bucket(self.bucket.batch_size, self.arch.block_size, name)
+        reach = min(self.bucket.seq_len + max(_TAILS), self.arch.block_size)
+        whole = Bucket(self.bucket.batch_size, reach, name)
         if name not in self.eager:
             self.eager[name] = step_named(name).eager(self.arch, whole, self.weights)
         return whole, self.eager[name]

@@ -203,10 +203,10 @@ def remembering(bucket, gpt=None, change=None):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", ["prefill", "decode"])
 @pytest.mark.parametrize("attention", ["sdpa", "explicit"])
-@pytest.mark.parametrize("linear", ["aten", "sum"])
+@pytest.mark.parametrize("linear", ["aten", "rows", "onednn"])
 def test_the_right_step_that_remembers_passes(name, batch_size, seq_len, attention, linear):
     bucket = Bucket(batch_size, seq_len, name)
-    gpt = from_weights(ARCH, WEIGHTS, Lowering(attention, linear))
+    gpt = from_weights(ARCH, WEIGHTS, Lowering(attention, lambda rows: linear))
     record = gate.check(remembering(bucket, gpt), ARCH, bucket, WEIGHTS)
     assert record["relative_error_e9"] < record["tolerance_e9"]
 

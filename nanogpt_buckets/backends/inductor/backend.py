@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.versions import version_tuple
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 # What `open` needs of torch, and how long importing it may take.
 _LOADER, _CHILD_TIMEOUT_S = "from torch._C._aoti import AOTIModelContainerRunnerCpu", 120
@@ -41,7 +41,7 @@ class InductorBackend(Backend):
     """See `Backend`."""
 
     name = "inductor"
-    sources = ("backends/inductor/compile.py",)
+    sources = ("backends/inductor/compile.py", "backends/inductor/tune.py")
     lowering: ClassVar = {"attention": "sdpa"}  # fused; everything else is Inductor's choice
     needs = "C++ compiler"
     install = "install g++, or use a cache directory in which they are built"
@@ -72,7 +72,8 @@ class InductorBackend(Backend):
 
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
         """Export the step and compile it to a shared library; runs in a child whose directory is `workdir`."""
-        from nanogpt_buckets.backends.inductor.compile import compile_library, settle, weightless_graph
+        from nanogpt_buckets.backends.inductor.compile import compile_library, kernel_for, settle, weightless_graph
+        from nanogpt_buckets.backends.inductor.tune import tuned
 
         cxx = _cxx_identity(_cxx())
         if cxx is None:
@@ -80,10 +81,17 @@ class InductorBackend(Backend):
         place, arch, bucket = settle(), request.architecture, request.bucket
         from nanogpt_buckets.steps.graph import canonical_name  # imports torch, which must come after settling
 
-        graph, inputs = weightless_graph(arch, bucket, request.dtype, request.lowering)
         start = time.monotonic()
-        clang = "clang version" in cxx
-        content, commands = compile_library(graph, inputs, request.target, place, _cxx(), clang)
+        compiled = functools.partial(
+            compile_library, target=request.target, workdir=place, compiler=_cxx(), is_clang="clang version" in cxx
+        )
+        kernels: Callable[[int], str] = functools.partial(kernel_for, dtype=request.dtype)
+        measured: dict[str, int] = {}
+        if request.tune == "fast":
+            rows = (step_named(bucket.step).positions(bucket), bucket.batch_size)
+            kernels, measured = tuned(arch, request.dtype, rows, functools.partial(_opened, compiled))
+        graph, inputs = weightless_graph(arch, bucket, request.dtype, request.lowering, kernels)
+        content, commands = compiled(graph, inputs)
         interface = step_named(bucket.step).interface(arch, bucket, request.dtype)
         named = [(canonical_name(name), parameter) for name, parameter in sorted(graph.named_parameters())]
         return Artifact(
@@ -92,21 +100,14 @@ class InductorBackend(Backend):
             outputs=interface.outputs,
             weights=tuple(Contract(name, dtype_name(p), tuple(p.shape)) for name, p in named),
             requires=host.requirements(content, commands),
-            stats={"compile_ms": int(1000 * (time.monotonic() - start))},
+            stats={"compile_ms": int(1000 * (time.monotonic() - start)), **measured},
         )
 
     def open(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Opened:
         """Load the library from exactly these bytes and bind the weights."""
-        from torch._C._aoti import AOTIModelContainerRunnerCpu  # type: ignore[import-not-found,unused-ignore]
-
         from nanogpt_buckets.steps.graph import canonical_name
 
-        try:
-            runner: Any = AOTIModelContainerRunnerCpu(library_path(artifact.blobs["library"]), 1)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise IncompatibleEntry(f"the compiled library cannot be loaded here: {reason}") from error
-        names = runner.get_constant_names_to_original_fqns()
+        runner, names = _runner(artifact.blobs["library"])
         # the library keeps pointers into these tensors, so they must live as long as it does
         held = [runner, {constant: weights[canonical_name(name)] for constant, name in names.items()}]
         runner.update_constant_buffer(held[1], False, False, True)
@@ -131,6 +132,33 @@ class InductorBackend(Backend):
         said = done.stderr.strip().splitlines()
         why = said[-1] if said else f"ended with code {done.returncode}"
         yield Finding("backend", "loader", f"torch cannot be used: {why}", Verdict.PROBLEM, "reinstall torch")
+
+
+def _runner(library: bytes) -> tuple[Any, dict[str, str]]:
+    """Return what runs a library of exactly these bytes, and its constants' names with their parameters'.
+
+    Raises:
+        IncompatibleEntry: it cannot be loaded here.
+    """
+    from torch._C._aoti import AOTIModelContainerRunnerCpu  # type: ignore[import-not-found,unused-ignore]
+
+    try:
+        runner: Any = AOTIModelContainerRunnerCpu(library_path(library), 1)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise IncompatibleEntry(f"the compiled library cannot be loaded here: {reason}") from error
+    return runner, runner.get_constant_names_to_original_fqns()
+
+
+def _opened(
+    compiled: Callable[..., tuple[bytes, str]], module: nn.Module, inputs: tuple[Tensor, ...]
+) -> Callable[..., object]:
+    """Compile a module for a trial and return what runs it."""
+    library, _ = compiled(module, inputs, name=f"trial{len(inputs[0])}")
+    runner, names = _runner(library)
+    parameters = dict(module.named_parameters())
+    runner.update_constant_buffer({constant: parameters[name] for constant, name in names.items()}, False, False, True)
+    return lambda *tensors: (runner.run(list(tensors)), parameters)[0]
 
 
 def _cxx() -> tuple[str, ...]:

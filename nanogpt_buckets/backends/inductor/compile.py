@@ -9,6 +9,7 @@ none.
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
@@ -22,17 +23,17 @@ from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from nanogpt_buckets.steps.graph import Graph
 
 # Vector width in bits that goes with each level (1 is scalar code), and what Inductor may believe the CPU has.
 _SIMDLEN = {"x86-64-v4": 512, "x86-64-v3": 256, "x86-64-v2": 1}
 _ISA_NAMES = {"x86-64-v4": ["avx2", "avx512"], "x86-64-v3": ["avx2"], "x86-64-v2": []}
-_FEW_ROWS = 2
-_NAME = "bucket"  # of generated files; by default their names follow from where they are
+# Rows up to which a fused loop was fastest: 1 to 4 of 1, 2, 4 and 8, for GPT-2 124M's matrices.
+_FEW_ROWS = 4
 
 
 def settle() -> Path:
@@ -59,8 +60,19 @@ def _plain(path: str, here: Path) -> str:
     return str(link)
 
 
+def kernel_for(rows: int, dtype: str) -> str:
+    """Return how a product of so many rows with a weight matrix is written, unless it was measured (`tune`).
+
+    Few rows are bound by reading the weights once, which a fused loop comes near to and no GEMM does. Of many, oneDNN
+    is the faster in float32 on the AMD CPUs where this was measured; in bfloat16 aten calls it where it can be used.
+    """
+    if rows <= _FEW_ROWS:
+        return "rows"
+    return "onednn" if dtype == "float32" else "aten"
+
+
 def weightless_graph(
-    arch: Architecture, bucket: Bucket, dtype: str, lowering: Mapping[str, str]
+    arch: Architecture, bucket: Bucket, dtype: str, lowering: Mapping[str, str], kernels: Callable[[int], str]
 ) -> tuple[Graph, tuple[Tensor, ...]]:
     """Return the step with uninitialised storage, for shapes are all the compiler needs, and inputs of zeros."""
     import torch
@@ -69,27 +81,26 @@ def weightless_graph(
 
     step = step_named(bucket.step)
     with torch.device("meta"):
-        graph = step.graph(GPT(arch, Lowering(linear=_kernel(step.positions(bucket)), **lowering)))
+        graph = step.graph(GPT(arch, Lowering(lowering["attention"], kernels)))
     graph = graph.to(getattr(torch, dtype)).to_empty(device="cpu").eval().requires_grad_(False)
     state = (view.blank() for view in step.interface(arch, bucket, dtype).state)
     return graph, (*step.pack([], bucket), *state)
 
 
-def _kernel(rows: int) -> str:
-    """Return how products of so many rows with a weight matrix are written.
-
-    Few are bound by reading the weights once, which a fused loop comes near to and a GEMM does not.
-    """
-    return "sum" if rows <= _FEW_ROWS else "aten"
-
-
 def compile_library(
-    graph: Graph, inputs: tuple[Tensor, ...], target: str, workdir: Path, compiler: Sequence[str], is_clang: bool
+    graph: nn.Module,
+    inputs: tuple[Tensor, ...],
+    target: str,
+    workdir: Path,
+    compiler: Sequence[str],
+    is_clang: bool,
+    name: str = "bucket",
 ) -> tuple[bytes, str]:
     """Export and compile; return the library and the compiler's command lines.
 
     The same bytes wherever it is done: no path, symbol table or line table is kept, and no number of processors counts.
-    `compiler` are the words that begin its commands, `workdir` is what `settle` returned.
+    `compiler` are the words that begin its commands, `workdir` is what `settle` returned. `name` is that of generated
+    files, which torch does not write anew where they are; by default it would follow from where they are.
 
     Raises:
         CompileFailed: the compiler made no library, or this torch runs it in a way of its own.
@@ -98,14 +109,15 @@ def compile_library(
     from torch import _inductor
 
     _pin_instruction_set(target)
-    commands = _pin_commands(compiler, "clang++" if is_clang else "g++", workdir)
-    output = workdir / "library.so"
+    commands = _pin_commands(compiler, "clang++" if is_clang else "g++", workdir, name)
+    output = workdir / f"{name}.so"
     options = {
         "aot_inductor.output_path": str(output),
         "aot_inductor.package_constants_in_so": False,
-        "aot_inductor.model_name_for_generated_files": _NAME,
+        "aot_inductor.model_name_for_generated_files": name,
         "cpp.threads": 16,  # what loops are laid out for; how many run them is found when they run
         "cpp.dynamic_threads": True,  # a one-thread child otherwise compiles OpenMP out for ever
+        "cpp.enable_floating_point_contract_flag": "fast",  # multiply and add in one instruction
         "freezing": False,  # frozen weights would be baked in
         # a header compiled for one bucket is used once, and making it needs an openssl program
         "aot_inductor.precompile_headers": False,
@@ -136,7 +148,7 @@ def _pin_instruction_set(target: str) -> None:
     torch.cpu._is_avx512_bf16_supported = lambda: False
 
 
-def _pin_commands(compiler: Sequence[str], kind: str, workdir: Path) -> list[str]:
+def _pin_commands(compiler: Sequence[str], kind: str, workdir: Path, name: str) -> list[str]:
     """Have torch choose options for this kind of compiler, begin its commands with these words, and list them here."""
     import torch
     from torch._inductor import cpp_builder
@@ -144,12 +156,14 @@ def _pin_commands(compiler: Sequence[str], kind: str, workdir: Path) -> list[str
     places = (workdir, Path(torch.__file__).parents[1])  # the last that fits counts
     begin = shlex.join([*compiler, *(f"-ffile-prefix-map={place}=." for place in places)])
     composed = cpp_builder.CppBuilder.get_command_line
+    composed = getattr(composed, "__wrapped__", composed)  # torch's own, however often this is called
     commands = []
 
+    @functools.wraps(composed)
     def get_command_line(self: cpp_builder.CppBuilder) -> str:
         command = f"{begin}{composed(self).removeprefix(kind)} -g0"
         command += " -Wl,-s,--build-id=none" if " -shared " in command else ""
-        if f"/{_NAME}." in command:  # and not a trial of what the compiler can do
+        if f"/{name}." in command:  # and not a trial of what the compiler can do
             commands.append(command)
         return command
 

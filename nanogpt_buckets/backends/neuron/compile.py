@@ -33,7 +33,7 @@ def graph_with_weights(
 
     step = step_named(bucket.step)
     weights = safetensors.torch.load_file(path)
-    return step.graph(from_weights(arch, weights, Lowering(**lowering))).eval(), step.pack([], bucket)
+    return step.graph(from_weights(arch, weights, Lowering(lowering["attention"]))).eval(), step.pack([], bucket)
 
 
 def trace(
