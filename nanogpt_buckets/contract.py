@@ -6,6 +6,7 @@ nothing of steps or compilers. Imports torch only for type checkers.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,7 +79,10 @@ class Interface:
         wanted = (*self.inputs, *self.state)
         if len(tensors) != len(wanted):
             raise UsageError(f"the bucket takes {len(wanted)} inputs, not {len(tensors)}")
-        for contract, tensor in zip(wanted, tensors, strict=True):
+        # the state of every layer at every step: words for what is wrong are looked for only if something is
+        held = tensors[len(self.inputs) :]
+        right = all(_layout(tensor) == layout for tensor, layout in zip(held, self._layouts, strict=True))
+        for contract, tensor in zip(self.inputs if right else wanted, tensors, strict=False):
             if fault := contract.fault(tensor):
                 raise UsageError(f"the bucket cannot take this input: {fault}")
             if (limit := self.limits.get(contract.name)) is not None:
@@ -86,6 +90,12 @@ class Interface:
                 if not (low in limit and high in limit):
                     value = high if low in limit else low
                     raise UsageError(f"{contract.name} {value} is out of range: it must be {limit[0]} to {limit[-1]}")
+
+    @functools.cached_property
+    def _layouts(self) -> list[object]:
+        import torch
+
+        return [(getattr(torch, view.dtype), view.shape, view.strides) for view in self.state]
 
     def check_outputs(self, tensors: Sequence[Tensor]) -> None:
         """Check what came back; a DeviceError says what is not what the step returns."""
@@ -130,6 +140,10 @@ def refuse_forked(running: bool = False) -> None:
         )
     if running:
         _ran_in.add(process)
+
+
+def _layout(tensor: Tensor) -> object:
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 def dtype_name(tensor: Tensor) -> str:
