@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nanogpt_buckets.run.generate import generate
     from nanogpt_buckets.run.generation import Generation, Token
     from nanogpt_buckets.run.report import Report
+    from nanogpt_buckets.run.score import Score
 
 _HOME = {
     "Bucket": "plan.bucket",
@@ -32,6 +33,7 @@ _HOME = {
     "Generation": "run.generation",
     "Plan": "plan.bucket",
     "Report": "run.report",
+    "Score": "run.score",
     "Token": "run.generation",
     "build": "builder",
     "generate": "run.generate",
@@ -45,6 +47,7 @@ __all__ = [
     "Generation",
     "Plan",
     "Report",
+    "Score",
     "Token",
     "__version__",
     "build",

@@ -21,7 +21,7 @@ from nanogpt_buckets import backends, key, settings
 from nanogpt_buckets.backends.base import DTYPES, Backend
 from nanogpt_buckets.errors import CacheError, PlanError, UsageError
 from nanogpt_buckets.model.checkpoint import Model, open_model
-from nanogpt_buckets.plan.bucket import STRATEGIES, Bucket, Plan
+from nanogpt_buckets.plan.bucket import OPTIONS, Bucket, Plan
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.store.entry import manifest_of
 from nanogpt_buckets.store.plans import Plans, SavedPlan
@@ -189,7 +189,7 @@ class Choice:
         """
         lengths: dict[tuple[str, int], list[int]] = {}
         for bucket in sorted(buckets):
-            way = "" if bucket.step in STRATEGIES else " --strategy kv"
+            way = f" {OPTIONS[bucket.step]}" if bucket.step in OPTIONS else ""
             lengths.setdefault((way, bucket.batch_size), []).append(bucket.seq_len)
         batches: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for (way, batch_size), own in lengths.items():

@@ -40,8 +40,9 @@ class Spread:
 class Figures:
     """What was measured of one bucket's entry.
 
-    Loading is reading, verifying and opening, with files in the page cache. A step has every row full and makes one
-    token per row; `eager_ms` is the same uncompiled, `speed_up` that of the medians. Differences are the logits'.
+    Loading is reading, verifying and opening, with files in the page cache. A step has every row full; its
+    tokens are those it chooses or scores. `eager_ms` is the same uncompiled, `speed_up` that of the medians.
+    Differences are of logits, or of log-probabilities.
     """
 
     bucket: Bucket
@@ -83,8 +84,8 @@ def measure(
     ids = torch.randint(arch.vocab_size, (B, S), generator=generator)  # (B, S)
     state = (view.blank() for view in executable.interface.state)
     inputs = (*step_kind.pack(ids.tolist(), bucket), *state)
-    own, baseline_logits = (step_kind.logits(run(*inputs), B) for run in (executable, eager))  # 2 x (B, V)
-    difference = (own - baseline_logits).abs()  # (B, V)
+    own, expected = (step_kind.answers(run(*inputs), B) for run in (executable, eager))  # 2 x (B, ...)
+    difference = (own - expected).abs()  # (B, ...)
     step_ms: list[float] = []
     eager_ms: list[float] = []
     for _ in range(runs):
@@ -102,7 +103,7 @@ def measure(
         load_ms=load_ms,
         step_ms=step,
         eager_ms=baseline,
-        tokens_per_s=1000 * B / step.median,
+        tokens_per_s=1000 * step_kind.tokens(bucket) / step.median,
         speed_up=baseline.median / step.median,
         max_difference=difference.max().item(),
         mean_difference=difference.mean().item(),

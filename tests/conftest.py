@@ -70,7 +70,7 @@ def odd_folder(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
 def odd_cache(odd_folder: Path, once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """A cache directory in which the odd model's buckets are compiled.
 
-    1x16, 1x33, 1x100 and 3x33; and prefill 1x100, decode 3x33 and decode 1x100.
+    1x16, 1x33, 1x100 and 3x33; prefill 1x100, decode 3x33 and decode 1x100; and score 3x33.
     """
 
     def fill(directory: Path) -> None:
@@ -79,8 +79,8 @@ def odd_cache(odd_folder: Path, once: Callable[[str, Callable[[Path], None]], Pa
 
         plan = [Bucket(1, 16), Bucket(1, 33), Bucket(1, 100), Bucket(3, 33)]
         kv = [Bucket(1, 100, "prefill"), Bucket(3, 33, "decode"), Bucket(1, 100, "decode")]
-        report = build(plan + kv, model=odd_folder, cache_dir=directory / "cache")
-        assert (report.compiled, report.failed) == (7, 0), report
+        report = build([*plan, *kv, Bucket(3, 33, "score")], model=odd_folder, cache_dir=directory / "cache")
+        assert (report.compiled, report.failed) == (8, 0), report
         # the default plan recomputes
         shutil.rmtree(directory / "cache" / "v1" / "plans")
         assert build(plan, model=odd_folder, cache_dir=directory / "cache").hits == 4

@@ -57,6 +57,17 @@ def test_a_strategy_has_steps_of_its_own_and_recomputes_past_block_size():
         Plan.grid(seq=[8], strategy="fast")
 
 
+def test_buckets_that_score_are_a_plan_of_their_own_and_hold_two_tokens():
+    plan = Plan.grid(batch=[1, 2], seq=[8, 16], strategy="score")
+    assert {bucket.step for bucket in plan} == {"score"}
+    assert plan.completed(16) == plan
+    assert str(plan[0]) == "1x8 score"
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json(model="m", source="build")))) == plan
+    with pytest.raises(PlanError, match="no token comes before another"):
+        Plan.grid(seq=[8, 1], strategy="score")
+    assert default_ladder(8, 2) == [2, 4, 8]
+
+
 def test_an_empty_plan_is_refused():
     with pytest.raises(PlanError, match="at least one"):
         Plan([])

@@ -20,6 +20,7 @@ _DEBUG_VARIABLE = "NANOGPT_BUCKETS_DEBUG"
 _COMMANDS = {
     "build": "Compile the buckets of a plan that are not built yet.",
     "generate": "Continue a prompt.",
+    "score": "Say how likely texts are: log-probabilities and perplexity.",
     "status": "Say which buckets of a plan are built.",
     "bench": "Time the built buckets and compare them with the eager model.",
     "report": "Say what the last run on this machine did.",

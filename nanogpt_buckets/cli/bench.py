@@ -25,12 +25,12 @@ _RESTLESS = 3
 @click.option("--runs", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps of each kind.")
 @output_options
 def bench(wanted: PlanOptions, model: str, options: Options, runs: int, as_json: bool) -> None:
-    """Time each built bucket and compare it with the eager model: speed-up and difference of the logits.
+    """Time each built bucket and compare it with the eager model: speed-up and difference of what they return.
 
     Without --seq or --plan: what is built of the model's default plan. Compiled and eager steps take turns; figures are
     medians, with the smallest and largest in brackets. LOAD is reading, verifying and opening the library, its weights
-    at hand. TOKENS/S counts steps alone. Differences are of logits, absolute; what a bucket must keep to is relative:
-    2e-5 of the largest logit in float32. Exit 3 if a bucket is not built.
+    at hand. TOKENS/S counts steps alone, tokens chosen or scored. Differences are of logits, or log-probabilities,
+    absolute; what a bucket must keep to is relative: 2e-5 of the largest in float32. Exit 3 if a bucket is not built.
 
     Example: nanogpt-buckets bench --model demo
     """

@@ -10,7 +10,7 @@ from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import PlanOptions, model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import CompileFailed
-from nanogpt_buckets.plan.bucket import Plan
+from nanogpt_buckets.plan.bucket import SHORTEST, Plan
 from nanogpt_buckets.plan.ladder import default_ladder
 
 
@@ -28,7 +28,7 @@ def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, t
 
     Without --seq or --plan: the saved plan, which earlier builds made, or block_size/8, /4, /2 and block_size where
     there is none, in each batch size of --batch. Needs neither weights nor network. The buckets are added to the
-    model's default plan, which generate uses.
+    model's default plan, which generate and score use.
 
     Example: nanogpt-buckets build --model demo --seq 32,64,128
     """
@@ -36,7 +36,9 @@ def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, t
     choice = choose(model, **options)
     if plan is None:
         saved = default_plan(choice)
-        lengths = sorted({b.seq_len for b in saved}) if saved else default_ladder(choice.model.architecture.block_size)
+        shortest = SHORTEST.get(wanted["strategy"], 1)
+        lengths = sorted({b.seq_len for b in saved or () if b.seq_len >= shortest})
+        lengths = lengths or default_ladder(choice.model.architecture.block_size, shortest)
         grid = Plan.grid(batch=wanted["batch"], seq=lengths, strategy=wanted["strategy"])
         plan = saved if saved and (wanted["batch"], wanted["strategy"]) == ((1,), "recompute") else grid
     plan = plan.completed(choice.model.architecture.block_size)

@@ -16,7 +16,7 @@ from nanogpt_buckets.choice import EAGER, Options
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.errors import CorruptEntry, PlanError, UsageError
 from nanogpt_buckets.files import read_file
-from nanogpt_buckets.plan.bucket import STRATEGIES, Plan
+from nanogpt_buckets.plan.bucket import PURPOSES, Plan
 from nanogpt_buckets.run.options import RNGS, SamplingOptions
 from nanogpt_buckets.settings import expanded
 from nanogpt_buckets.store.manifest import MAX_BYTES, parse
@@ -152,11 +152,12 @@ plan_options: Callable[[Command], Command] = _together(
     click.option("--batch", type=WholeNumbers(), default="1", show_default=True, help="Batch sizes."),
     click.option(
         "--strategy",
-        type=click.Choice(list(STRATEGIES)),
+        type=click.Choice(list(PURPOSES)),
         default="recompute",
         show_default=True,
         help="Buckets that run the whole context for each token, or a prompt once and remember it.",
     ),
+    click.option("--score", "strategy", flag_value="score", help="Buckets that score texts instead."),
     click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="A plan.json instead."),
 )
 

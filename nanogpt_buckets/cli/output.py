@@ -178,17 +178,28 @@ def _watched() -> bool:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal how much of something is done; yields a function to call with each amount."""
+def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
+    """Show on a terminal how much of something is done; yields a function to call with each amount.
+
+    Nothing is live before its first call, so that whatever comes before may show its own progress.
+    """
     if not _watched():
         yield lambda amount: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(what, total=total)
-        yield lambda amount: bars.advance(task, amount)
+    bars = Progress(console=Console(stderr=True), transient=True)
+    task = bars.add_task(what, total=total)
+
+    def advance(amount: float) -> None:
+        bars.start()  # once more changes nothing
+        bars.advance(task, amount)
+
+    try:
+        yield advance
+    finally:
+        bars.stop()
 
 
 class BuildProgress:

@@ -17,7 +17,7 @@ from nanogpt_buckets.run.report import load_last_run
 def report(as_json: bool) -> None:
     """Say what the last run on this machine did: buckets, padding, switches, speed.
 
-    A run is one generate command, or one Engine from load to close.
+    A run is one generate or score command, or one Engine from load to close.
 
     Example: nanogpt-buckets report
     """
@@ -31,6 +31,7 @@ def report(as_json: bool) -> None:
         ("ended", f"{output.age(time.time() - run['ended'])} ago"),
         ("buckets loaded", f"{run['hits']} that were built already, {run['compiled']} compiled for this run"),
         ("new tokens", run["new_tokens"]),
+        ("scored tokens", run.get("scored_tokens", 0)),
         ("speed", f"{run['tokens_per_s']:.1f} tokens/s"),
         ("steps", f"{run['steps']}, each with {1000 * run['overhead_s']:.2f} ms outside its bucket (sampling, text)"),
         ("real tokens", run["real_tokens"]),

@@ -13,9 +13,15 @@ from typing import Any
 from nanogpt_buckets.errors import IncompatibleEntry, PlanError
 from nanogpt_buckets.values import shown, whole_number
 
-STEPS = ("recompute", "prefill", "decode")
+STEPS = ("recompute", "prefill", "decode", "score")
 # What a plan holds for each way to generate: the whole context for every token, or a prompt once and then its tokens.
 STRATEGIES = {"recompute": ("recompute",), "kv": ("prefill", "decode")}
+# What a plan can be for: ways to generate, or to score texts.
+PURPOSES = STRATEGIES | {"score": ("score",)}
+# What tells `build` which steps are meant, where it is not told so anyway.
+OPTIONS = {"prefill": "--strategy kv", "decode": "--strategy kv", "score": "--score"}
+# A text of one token has none that another precedes.
+SHORTEST = {"score": 2}
 # So that ids, and what is counted in tokens, fit in 32 bits.
 _MOST_TOKENS = 2**31 - 1
 
@@ -45,6 +51,11 @@ class Bucket:
             )
         if self.step not in STEPS:
             raise PlanError(f"step {shown(self.step)} is unknown", hint=f"steps: {', '.join(STEPS)}")
+        if self.seq_len < SHORTEST.get(self.step, 1):
+            raise PlanError(
+                f"a {self.step} bucket of seq_len {self.seq_len} is of no use: no token comes before another in it",
+                hint=f"{self.step} buckets hold {SHORTEST[self.step]} tokens or more",
+            )
 
     def holds(self, batch_size: int, length: int) -> bool:
         """Whether `batch_size` rows of up to `length` tokens fit; a length of exactly seq_len does."""
@@ -81,16 +92,16 @@ class Plan(Sequence[Bucket]):
 
     @classmethod
     def grid(cls, *, batch: Iterable[int] = (1,), seq: Iterable[int], strategy: str = "recompute") -> Plan:
-        """Return every pair of a batch size and a sequence length, for each step of a strategy: "recompute" or "kv"."""
-        if strategy not in STRATEGIES:
-            raise PlanError(f"strategy {shown(strategy)} is unknown", hint=f"strategies: {', '.join(STRATEGIES)}")
+        """Return every pair of a batch size and a sequence length, for each step of a strategy, or for "score"."""
+        if strategy not in PURPOSES:
+            raise PlanError(f"strategy {shown(strategy)} is unknown", hint=f"strategies: {', '.join(PURPOSES)}")
         for name, sizes in (("batch", batch), ("seq", seq)):
             if not isinstance(sizes, Iterable):
                 hint = "for example seq=[32, 64]"
                 raise PlanError(f"{name} is {shown(sizes)}; it must be a list of whole numbers", hint=hint)
         lengths = list(seq)
         shapes = [(batch_size, seq_len) for batch_size in batch for seq_len in lengths]
-        return cls(Bucket(*shape, step) for shape in shapes for step in STRATEGIES[strategy])
+        return cls(Bucket(*shape, step) for shape in shapes for step in PURPOSES[strategy])
 
     def completed(self, block_size: int) -> Plan:
         """Return a plan that also recomputes past block_size, where every position moves, if it remembers up to it."""

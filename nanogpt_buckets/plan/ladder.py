@@ -6,9 +6,9 @@ Knows nothing of traffic or measured cost.
 from __future__ import annotations
 
 
-def default_ladder(block_size: int) -> list[int]:
+def default_ladder(block_size: int, shortest: int = 1) -> list[int]:
     """Return block_size/8, /4, /2 and block_size itself: each further rung costs a compile and saves less."""
-    return sorted({max(1, block_size // divisor) for divisor in (8, 4, 2, 1)})
+    return sorted({max(shortest, block_size // divisor) for divisor in (8, 4, 2, 1)})
 
 
 def rung_for(length: int, block_size: int) -> int:

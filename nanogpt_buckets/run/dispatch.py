@@ -27,7 +27,7 @@ from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.steps import step_named
 
 Cost = Callable[[Bucket], int]
-RECOMPUTE, KV = "recompute", "kv"
+RECOMPUTE, KV, SCORE = "recompute", "kv", "score"
 R = TypeVar("R")
 
 
@@ -80,8 +80,8 @@ def needed(batches: Iterable[Sequence[int]], more_tokens: int, block_size: int, 
     """Return the longest row each step of a strategy has to hold in batches as `buckets_used` takes them."""
     lengths = [length for batch in batches for length in batch]
     last = max(lengths) + more_tokens
-    if strategy == RECOMPUTE:
-        return {RECOMPUTE: min(last, block_size)}
+    if strategy != KV:
+        return {strategy: min(last, block_size)}
     remembered = [length for length in lengths if length <= block_size]
     need = {"prefill": max(remembered)} if remembered else {}
     if more_tokens and remembered and min(remembered) < block_size:
@@ -128,7 +128,9 @@ def buckets_used(
 
 def step_for(strategy: str, length: int, first: bool, block_size: int) -> str:
     """Return the step that runs a row of this length: past block_size the crop moves every position, so it is anew."""
-    if strategy == RECOMPUTE or length > block_size:
+    if strategy != KV:
+        return strategy
+    if length > block_size:
         return RECOMPUTE
     return "prefill" if first else "decode"
 
@@ -178,8 +180,12 @@ class Dispatcher:
         """
         cropped = [context[-self.block_size :] for context in contexts]
         self._report.crops += sum(len(context) > self.block_size for context in contexts)
-        groups = group([len(context) for context in cropped], of_step(buckets, RECOMPUTE), self._cost)
-        return self.run_calls([Call(b, members, range(len(members))) for b, members in groups], cropped)
+        return self.run_calls(self.stateless(RECOMPUTE, cropped, buckets), cropped)
+
+    def stateless(self, step: str, contexts: Sequence[Sequence[int]], buckets: Sequence[Bucket]) -> list[Call]:
+        """Return the calls of a step that keeps nothing, each context in one of them; the shortest come first."""
+        groups = group([len(context) for context in contexts], of_step(buckets, step), self._cost)
+        return [Call(bucket, members, range(len(members))) for bucket, members in groups]
 
     def remember(self, rows: int, buckets: Iterable[Bucket]) -> KVCache:
         """Return room for the keys and values of some rows."""
@@ -205,19 +211,24 @@ class Dispatcher:
 
     def run_calls(self, calls: Sequence[Call], contexts: Sequence[Sequence[int]]) -> Tensor:
         """Return the logits (N, V) that follow N contexts, each of which is in one call."""
+        rows = self.answers(calls, contexts)
+        return torch.stack([rows[row] for row in range(len(contexts))])  # (N, V)
+
+    def answers(self, calls: Sequence[Call], contexts: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+        """Return what calls answer, by the index of a context: logits (V), or what else it is."""
         run = map if self._pool is None else self._pool.map
         done = list(run(functools.partial(self._run_bucket, contexts), calls))
         self._report.count_overlap(span for _, span in done)
         rows: dict[int, Tensor] = {}
-        for call, (logits, (start, end)) in zip(calls, done, strict=True):
+        for call, (found, (start, end)) in zip(calls, done, strict=True):
             most = step_named(call.bucket.step).positions(call.bucket) // call.bucket.batch_size
             lengths = [min(len(contexts[row]), most) for row in call.members]
             self._report.count_step(call.bucket, lengths, end - start)
-            rows |= dict(zip(call.members, logits, strict=True))
-        return torch.stack([rows[row] for row in range(len(contexts))])  # (N, V)
+            rows |= dict(zip(call.members, found, strict=True))
+        return rows
 
     def _run_bucket(self, contexts: Sequence[Sequence[int]], call: Call) -> tuple[Tensor, tuple[float, float]]:
-        """Return the logits (n, V) of the n contexts of a call, and from when to when the bucket ran."""
+        """Return the answers (n, ...) for the n contexts of a call, and from when to when the bucket ran."""
         executable, step = self._executables(call.bucket), step_named(call.bucket.step)
         packed: list[Sequence[int]] = [()] * (max(call.rows) + 1)
         for row, member in zip(call.rows, call.members, strict=True):
@@ -226,9 +237,9 @@ class Dispatcher:
         start = time.perf_counter()
         outputs = executable(*inputs, *call.state)
         end = time.perf_counter()
-        logits = step.logits(outputs, len(packed))[list(call.rows)]  # (n, V)
-        # NaN if any logit is; several times faster than asking each
-        if not all(math.isfinite(extreme) for extreme in logits.aminmax()):
+        answers = step.answers(outputs, len(packed))[list(call.rows)]  # (n, ...)
+        # NaN if any value is; several times faster than asking each
+        if not all(math.isfinite(extreme) for extreme in answers.aminmax()):
             hint = "the weights may hold NaN or infinite values; see how the model was trained or saved"
             raise NonFiniteLogits(f"bucket {call.bucket} returned logits that are not finite", hint=hint)
-        return logits, (start, end)
+        return answers, (start, end)

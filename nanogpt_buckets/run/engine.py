@@ -1,4 +1,4 @@
-"""Prompts -> text: load a model's buckets, settle coverage, then step, sample and stream.
+"""Prompts -> text, and texts -> scores: load a model's buckets, settle coverage, then step, sample and stream.
 
 The loop runs on the host. Rows that recompute are regrouped into the cheapest buckets at each step; what others
 remember stays in their slots (`run/batch.py`). Knows nothing of compilers, files or shapes beyond buckets.
@@ -10,7 +10,7 @@ import copy
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Unpack
 
@@ -25,13 +25,14 @@ from nanogpt_buckets.model.tokenization.base import Tokenizer
 from nanogpt_buckets.model.tokenization.choice import TokenizerChoice, tokenizer_for
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.run.batch import Batch
-from nanogpt_buckets.run.dispatch import RECOMPUTE, Dispatcher
+from nanogpt_buckets.run.dispatch import RECOMPUTE, SCORE, Call, Dispatcher
 from nanogpt_buckets.run.generation import Generation, Prompt, Row, Token, as_prompts, stop_strings, token_ids
 from nanogpt_buckets.run.loader import Compiled, Uncompiled
 from nanogpt_buckets.run.misses import Buckets
 from nanogpt_buckets.run.options import Sampling, SamplingOptions
 from nanogpt_buckets.run.report import Report, save_last_run
 from nanogpt_buckets.run.sampling import draw_nanogpt, draw_per_row, mask_undecodable
+from nanogpt_buckets.run.score import Score, check_stride, score_windows, windows
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.values import shown, whole_number
 
@@ -96,7 +97,7 @@ class Engine:
         loader = Uncompiled(choice) if choice.backend is None else Compiled(choice)
         report = Report(choice.backend_name, choice.model.name)
         on_miss = "promote" if cached_only and on_miss == "build" else on_miss
-        buckets = Buckets(loader, plan, report, on_miss, on_progress, strategy)
+        buckets = Buckets(loader, plan, report, on_miss, on_progress, strategy, lazy)
         engine = cls(choice, buckets, report, tokenizer)
         if not lazy:
             with engine._alone():
@@ -163,6 +164,47 @@ class Engine:
             parts = self._dispatcher.parts(rows, way)
             return torch.cat([self._batch(part, way, buckets).logits(_numbered(part)) for part in parts])
 
+    def score(
+        self,
+        texts: Prompt | Iterable[Prompt],
+        *,
+        stride: int | None = None,
+        plain_text: bool = False,
+        on_progress: Callable[[float], None] = lambda amount: None,
+    ) -> list[Score]:
+        """Say how likely each text is, token by token; nothing is put in front, so the first token has no probability.
+
+        A text of less than two tokens has a `Score` without log-probabilities, whose loss and perplexity are None.
+
+        Args:
+            texts: strings or lists of token ids, several or one.
+            stride: a text longer than block_size slides a window of that length over itself by so many tokens, and
+                each token is scored once, past the first window after block_size - stride tokens or more; None for
+                half of block_size. Small strides cost more and give long texts more context.
+            plain_text: `<|endoftext|>` in a text is ordinary text.
+            on_progress: told after each pass how many texts it did; a part of a long one counts as part of one text.
+
+        Raises:
+            UsageError: the stride is not a whole number from 1 to block_size - 1, or a token id is none.
+            CacheMiss: no score bucket that is built holds the longest text, and none may be compiled.
+        """
+        stride = check_stride(stride, self._arch.block_size)
+        ids = [self._encode(text, plain_text) for text in as_prompts(texts)]
+        parts = windows(ids, self._arch.block_size, stride)
+        contexts = [part.ids for part in parts]
+        with self._alone():
+            lengths = [len(context) for context in contexts]
+            _, buckets = self._buckets.cover([lengths], 0, (SCORE,)) if parts else (SCORE, [])
+            calls = self._dispatcher.stateless(SCORE, contexts, buckets)
+
+        def run(call: Call) -> Mapping[int, Tensor]:
+            with self._timed():
+                found = self._dispatcher.answers([call], contexts)
+                self._report.scored_tokens += sum(parts[number].new for number in call.members)
+                return found
+
+        return score_windows(ids, parts, calls, run, on_progress)
+
     def warmup(self) -> None:
         """Load every bucket of the plan and run each once, so that the first request pays for nothing."""
         with self._alone():
@@ -204,16 +246,18 @@ class Engine:
         rows: list[Row] = []
         stops = stop_strings(stop)
         for index, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                ids = token_ids(prompt, self._arch.vocab_size)
-            elif self.tokenizer is None:
-                raise self.no_tokenizer.with_traceback(None)
-            else:
-                ids = self.tokenizer.encode(prompt, plain_text=plain_text)
+            ids = self._encode(prompt, plain_text)
             if stops and self.tokenizer is None:
                 raise TokenizerError(f"stop strings need a tokenizer: {self.no_tokenizer}")
             rows += [Row(ids, index, sample, self.tokenizer, stops) for sample in range(num_samples)]
         return rows
+
+    def _encode(self, text: Prompt, plain_text: bool) -> list[int]:
+        if not isinstance(text, str):
+            return token_ids(text, self._arch.vocab_size)
+        if self.tokenizer is None:
+            raise self.no_tokenizer.with_traceback(None)
+        return self.tokenizer.encode(text, plain_text=plain_text)
 
     def _cover(self, batches: list[list[Row]], max_new_tokens: int) -> tuple[str, list[Bucket]]:
         """Settle, before the first step, which buckets will run; the last step sees one token less than the result."""

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from nanogpt_buckets.builder import Listener, build_missing
 from nanogpt_buckets.choice import default_plan, remember_plan
 from nanogpt_buckets.contract import Executable
-from nanogpt_buckets.errors import BackendUnavailable, BucketsError, CacheError, ChildFailed, CompileFailed, UsageError
-from nanogpt_buckets.plan.bucket import STRATEGIES, Bucket, Plan
+from nanogpt_buckets.errors import (
+    BackendUnavailable,
+    BucketsError,
+    CacheError,
+    CacheMiss,
+    ChildFailed,
+    CompileFailed,
+    UsageError,
+)
+from nanogpt_buckets.plan.bucket import SHORTEST, STRATEGIES, Bucket, Plan
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
 from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, buckets_used, needed, reach
 from nanogpt_buckets.run.loader import Compiled, Loader
@@ -49,6 +57,7 @@ class Buckets:
         on_miss: str,
         on_progress: Listener | None,
         strategy: str = "auto",
+        lazy: bool = False,
     ) -> None:
         for name, value, choices in (("on_miss", on_miss, ON_MISS), ("strategy", strategy, ("auto", *STRATEGIES))):
             if value not in choices:
@@ -65,7 +74,7 @@ class Buckets:
         self._built_here: set[Bucket] = set()
         self._chosen = plan is not None
         self._plan = self._wanted(plan)
-        self._check_start()
+        self._check_start(lazy)
 
     def executable(self, bucket: Bucket) -> Executable:
         """Return what runs a bucket that `cover` returned."""
@@ -80,8 +89,12 @@ class Buckets:
             raise next(iter(self._loader.refused.values()))
         return sorted(self._loader.loaded)
 
-    def cover(self, batches: list[list[int]], more_tokens: int) -> tuple[str, list[Bucket]]:
+    def cover(
+        self, batches: list[list[int]], more_tokens: int, ways: Sequence[str] | None = None
+    ) -> tuple[str, list[Bucket]]:
         """Decide how rows, as `buckets_used` takes them, are run, and which buckets may: all of them are loaded.
+
+        Without `ways` they generate, as the engine's strategy says.
 
         Raises:
             CacheMiss: nothing that is built reaches the longest row, and nothing may be compiled.
@@ -89,7 +102,7 @@ class Buckets:
         """
         self._loader.forgive()
         cost, block_size = self._choice.cost, self._block_size
-        needs = {way: needed(batches, more_tokens, block_size, way) for way in self._ways()}
+        needs = {way: needed(batches, more_tokens, block_size, way) for way in ways or self._ways()}
         built: set[str] = set()
         while True:
             # what was wanted first is what a miss is about
@@ -111,7 +124,7 @@ class Buckets:
         """Return the strategies that may be tried, in order."""
         if self._strategy != "auto":
             return (self._strategy,)
-        remembers = any(bucket.step != RECOMPUTE for bucket in self._plan)
+        remembers = any(bucket.step in STRATEGIES[KV] for bucket in self._plan)
         return (KV, RECOMPUTE) if remembers else (RECOMPUTE, KV)
 
     def _refusal(self, need: Mapping[str, int]) -> BucketsError:
@@ -122,7 +135,9 @@ class Buckets:
                 refused = [error for bucket, error in known if bucket.step == step and bucket.holds(1, length)]
                 what = "bucket" if step == RECOMPUTE else f"{step} bucket"
                 if not refused:
-                    return self._miss(f"no {what} that is built holds {length} tokens", step, length)
+                    none = self._compiled is not None and not self._compiled.selection.usable
+                    reaches = f"no {what} that is built holds {length} tokens"
+                    return self._miss("no bucket is built" if none else reaches, step, length)
                 return refused[0]
         raise AssertionError("everything is there")
 
@@ -145,21 +160,27 @@ class Buckets:
             plan = Plan.grid(seq=default_ladder(self._block_size), strategy=way).completed(self._block_size)
         return list(Plan(plan).check(self._block_size))
 
-    def _check_start(self) -> None:
+    def _check_start(self, lazy: bool) -> None:
+        """Refuse what no call could run; what is `lazy` learns at its first call what that one lacks."""
         if self._compiled is None:
             return
         ready = self._loader.available(self._plan)
         if ready:
             self._choice.check_memory(Plan(ready))
-        elif not self._builds and (self._chosen or not self._compiled.selection.usable):
+        elif not (self._builds or lazy) and (self._chosen or not self._compiled.selection.usable):
             raise self._miss("no bucket of the plan is built" if self._chosen else "no bucket is built")
 
     def _at_hand(self, need: Mapping[str, int]) -> list[Bucket]:
         """Return what may run: the plan's buckets, and any other that is built if those do not reach."""
         planned = self._loader.available(self._plan)
-        if self._chosen or self._compiled is None or reach(planned, need):
+        if self._chosen or reach(planned, need):
             return planned
+        if self._compiled is None:  # where every shape runs, an unplanned step has its ladder
+            return [*planned, *(bucket for step in need for bucket in self._ladder(step))]
         return sorted({*planned, *self._loader.available(self._compiled.selection.usable)})
+
+    def _ladder(self, step: str) -> list[Bucket]:
+        return [Bucket(1, rung, step) for rung in default_ladder(self._block_size, SHORTEST.get(step, 1))]
 
     def _load(self, bucket: Bucket) -> bool:
         new = bucket not in self._loader.loaded
@@ -219,7 +240,9 @@ class Buckets:
 
     def _miss(self, what: str, step: str = RECOMPUTE, need: int = 0) -> BucketsError:
         """Return the error of a miss; what is here and cannot be used gives it its kind and reason."""
-        assert self._compiled is not None
+        if self._compiled is None:
+            hint = "give a plan that has one, or none: uncompiled, every shape runs"
+            return CacheMiss(what.replace("that is built", "of the plan"), hint=hint)
         lacking = [
             b for b in self._plan if not self._compiled.has(b) and b.holds(1, need) and (b.step == step or not need)
         ]

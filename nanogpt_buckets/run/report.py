@@ -40,7 +40,7 @@ class Report:
         switches: steps that ran in another bucket than the step before.
         crops: contexts cut to their last block_size tokens.
         promotions: calls that ran longer buckets than planned because one was not built.
-        seconds: time spent in generate, stream and logits.
+        seconds: time spent in generate, stream, logits and score.
         overlap_s: time by which steps on several cores overlapped: the buckets' own seconds count it more than once.
         kv_bytes: most memory that keys and values of one batch took.
         seed: seed of the last call, chosen here if the caller gave none.
@@ -52,6 +52,7 @@ class Report:
     hits: int = 0
     compiled: int = 0
     new_tokens: int = 0
+    scored_tokens: int = 0
     switches: int = 0
     crops: int = 0
     promotions: int = 0
@@ -107,8 +108,8 @@ class Report:
 
     @property
     def tokens_per_s(self) -> float:
-        """New tokens per second."""
-        return self.new_tokens / self.seconds if self.seconds else 0.0
+        """New and scored tokens per second."""
+        return (self.new_tokens + self.scored_tokens) / self.seconds if self.seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON."""
@@ -117,7 +118,8 @@ class Report:
             | {"rows": c.rows, "real_tokens": c.tokens, "seconds": c.seconds}
             for bucket, c in sorted(self.buckets.items())
         ]
-        names = ("backend", "model", "hits", "compiled", "new_tokens", "switches", "crops", "promotions", "seconds")
+        names = ["backend", "model", "hits", "compiled", "new_tokens", "scored_tokens", "switches", "crops"]
+        names += ["promotions", "seconds"]
         derived = ("steps", "real_tokens", "padded_tokens", "waste", "tokens_per_s", "overhead_s")
         return {name: getattr(self, name) for name in (*names, *derived, "kv_bytes", "seed")} | {"buckets": rows}
 

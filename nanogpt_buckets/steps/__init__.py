@@ -5,9 +5,10 @@ from __future__ import annotations
 from nanogpt_buckets.steps.decode import Decode
 from nanogpt_buckets.steps.prefill import Prefill
 from nanogpt_buckets.steps.recompute import Recompute
+from nanogpt_buckets.steps.score import Score
 from nanogpt_buckets.steps.step import Step
 
-_STEPS: dict[str, Step] = {step.name: step for step in (Recompute(), Prefill(), Decode())}
+_STEPS: dict[str, Step] = {step.name: step for step in (Recompute(), Prefill(), Decode(), Score())}
 
 
 def step_named(name: str) -> Step:

@@ -1,8 +1,8 @@
 """The equivalence gate: a compiled bucket is published only if it computes what the eager model computes.
 
-One eager float32 forward of a full row gives, by causality, the reference for every length. The bucket is fed the same
-row cut and padded at awkward lengths, a different one in each row. Then padding, future tokens and neighbouring rows
-are changed, and not one bit may move.
+One eager float32 forward of a full row gives, by causality, the step's reference for every length. The bucket is fed
+the same row cut and padded at awkward lengths, a different one in each row. Then padding, future tokens and
+neighbouring rows are changed, and not one bit may move.
 
 A step that keeps state runs its part of whole requests, some of whose last tokens come one by one, and the eager steps
 run the rest, past the bucket's end, so that what either writes must suit the other. State spans all the positions that
@@ -62,7 +62,7 @@ _DIRT = 100.0
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """A loaded bucket, to be asked for the logits that follow contexts."""
+    """A loaded bucket, to be asked about contexts: for the logits that follow, say."""
 
     run: Run
     arch: Architecture
@@ -95,7 +95,7 @@ class _Asked:
     def __call__(
         self, contexts: Sequence[Sequence[int]], tail: int | None = None, filler: Tensor | None = None
     ) -> Tensor:
-        """Return the logits (n, V) that follow each of n contexts, whose last `tail` tokens come one by one."""
+        """Return the answers (n, ...) for each of n contexts, whose last `tail` tokens come one by one."""
         tail, state = self.tails[-1] if tail is None else tail, self.dirty(filler)
         for left in range(tail, 0, -1):
             self.call(state, contexts, tail, left, filler)
@@ -111,13 +111,13 @@ class _Asked:
     def call(
         self, state: list[Tensor], contexts: Sequence[Sequence[int]], tail: int, left: int, filler: Tensor | None = None
     ) -> Tensor:
-        """Make one call of a request, after which `left` tokens are; its logits."""
+        """Make one call of a request, after which `left` tokens are; its answers."""
         step = step_named(self.bucket.step)
         bucket, run = self._part(step.opened_by if left == tail else step.continued_by)
         heads = [context[: max(0, len(context) - left)] for context in contexts]
         views = (tensor[:, :, : bucket.seq_len] for tensor in state)
         inputs = step_named(bucket.step).pack(heads, bucket, filler if bucket is self.bucket else None)
-        return step_named(bucket.step).logits(run(*inputs, *views), len(contexts))
+        return step_named(bucket.step).answers(run(*inputs, *views), len(contexts))
 
 
 def check(
@@ -129,18 +129,18 @@ def check(
     `rounds`, float32 is computed in less precision, as asked for, and so judged as bfloat16 is.
 
     Raises:
-        GateFailed: logits differ by more than the tolerance, or a bit moved that must not.
+        GateFailed: answers differ by more than the tolerance, or a bit moved that must not.
     """
     generator = torch.Generator().manual_seed(bucket.batch_size * 100_003 + bucket.seq_len)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, bucket.seq_len), generator=generator, dtype=torch.int32)
-    lengths = awkward_lengths(bucket.seq_len)
+    lengths = step_named(bucket.step).lengths(bucket.seq_len)
     ask = _Asked(run, arch, bucket, weights)
     with torch.inference_mode():
         error, tolerance = _worst_error(ask, rows, lengths, rounds)
         if not error <= tolerance:  # NaN fails too
-            raise GateFailed(f"bucket {bucket} differs from the eager model by {error:.1e} of the largest logit")
+            raise GateFailed(f"bucket {bucket} differs from the eager model by {error:.1e} of the largest value")
         if cause := _moved_by(ask, rows, lengths):
-            raise GateFailed(f"bucket {bucket} returns other logits after {cause}")
+            raise GateFailed(f"bucket {bucket} returns something else after {cause}")
         if _writes_elsewhere(ask, rows):
             raise GateFailed(f"bucket {bucket} writes into the state of rows that are not its own")
     return {
@@ -152,29 +152,24 @@ def check(
     }
 
 
-def awkward_lengths(seq_len: int) -> list[int]:
-    """Return the lengths worth testing in a bucket: its edges and its middle."""
-    return sorted({max(1, n) for n in (1, seq_len // 2, seq_len // 2 + 1, seq_len - 1, seq_len) if n <= seq_len})
-
-
 def _worst_error(ask: _Asked, rows: Tensor, lengths: list[int], rounds: bool) -> tuple[float, float]:
-    """Return the largest error, relative to the largest reference logit, and what is allowed."""
+    """Return the largest error, relative to the largest value of the reference, and what is allowed."""
     exact = {name: w.float() for name, w in ask.weights.items()}
     worst = noise = 0.0
     for tail in ask.tails:
         if ask.opens and tail:  # the prompt fills the bucket, and what follows outgrows it
             rows = torch.cat([rows, rows.flip(1)], 1)[:, : min(rows.shape[1] + tail, ask.arch.block_size)]
             lengths = [min(length + tail, rows.shape[1]) for length in lengths]
-        reference = _logits_at(exact, ask.arch, rows, lengths)  # (B, n, V)
+        reference = _reference(exact, ask, rows, lengths)  # (B, n, ...)
         scale = reference.abs().max().item()
         for shift in range(len(lengths)):
             own = [(row + shift) % len(lengths) for row in range(len(rows))]
-            logits = ask(_cut(rows, [lengths[n] for n in own]), tail)  # (B, V)
-            expected = torch.stack([reference[row, n] for row, n in enumerate(own)])  # (B, V)
-            worst = max(worst, _error(logits, expected, scale))
+            found = ask(_cut(rows, [lengths[n] for n in own]), tail)  # (B, ...)
+            expected = torch.stack([reference[row, n] for row, n in enumerate(own)])  # (B, ...)
+            worst = max(worst, _error(found, expected, scale))
         if rounds or any(w.dtype != torch.float32 for w in ask.weights.values()):
             rounded = {name: w.bfloat16() for name, w in ask.weights.items()}
-            noise = max(noise, _error(_logits_at(rounded, ask.arch, rows, lengths), reference, scale))
+            noise = max(noise, _error(_reference(rounded, ask, rows, lengths), reference, scale))
     return worst, BFLOAT16_FACTOR * noise or FLOAT32_TOLERANCE
 
 
@@ -183,11 +178,9 @@ def _error(found: Tensor, expected: Tensor, scale: float) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _logits_at(weights: Mapping[str, Tensor], arch: Architecture, rows: Tensor, lengths: list[int]) -> Tensor:
-    """Return eager logits (B, n, V) after each length, from one forward of the full rows."""
-    gpt = from_weights(arch, weights)
-    hidden = gpt.hidden(rows)[:, [n - 1 for n in lengths]]  # (B, S, C) -> (B, n, C)
-    return gpt.head(hidden)
+def _reference(weights: Mapping[str, Tensor], ask: _Asked, rows: Tensor, lengths: list[int]) -> Tensor:
+    """Return what eager weights answer at each length, (B, n, ...)."""
+    return step_named(ask.bucket.step).reference(from_weights(ask.arch, weights), ask.bucket, rows, lengths)
 
 
 def _cut(rows: Tensor, lengths: Sequence[int]) -> list[list[int]]:
@@ -196,7 +189,7 @@ def _cut(rows: Tensor, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _moved_by(ask: _Asked, rows: Tensor, lengths: list[int]) -> str | None:
-    """Change what a row's logits may not depend on; return what moved a bit of them."""
+    """Change what a row's answer may not depend on; return what moved a bit of it."""
     contexts = _cut(rows, [lengths[row % len(lengths)] for row in range(len(rows))])
     before, vocab_size = ask(contexts), ask.arch.vocab_size
     others = (rows + 1) % vocab_size  # (B, S)
@@ -231,24 +224,24 @@ def canary(
     """Run one short row on a user's weights and compare it with the eager model: the pair fits together.
 
     Raises:
-        GateFailed: the logits are not those weights' logits.
+        GateFailed: the answers are not those of these weights.
         NonFiniteLogits: those weights give no finite logits, whoever computes them.
     """
     length = min(8, bucket.seq_len)
     generator = torch.Generator().manual_seed(length)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, length), generator=generator, dtype=torch.int32)
     with torch.inference_mode():
-        gpt = from_weights(arch, weights)
-        expected = gpt.head(gpt.hidden(rows)[:, -1])  # (B, V)
+        ask = _Asked(run, arch, bucket, weights)
+        expected = _reference(weights, ask, rows, [length])[:, 0]  # (B, ...)
         if not expected.isfinite().all():
             raise NonFiniteLogits(_not_finite(weights), hint="look how the model was trained or saved")
-        error = _error(_Asked(run, arch, bucket, weights)(rows.tolist()), expected, expected.abs().max().item())
+        error = _error(ask(rows.tolist()), expected, expected.abs().max().item())
     # bfloat16 rounds to 8 bits, and two shapes round differently
     exact = not rounds and all(w.dtype == torch.float32 for w in weights.values())
     tolerance = 10 * FLOAT32_TOLERANCE if exact else 0.1
     if not error <= tolerance:
         raise GateFailed(
-            f"bucket {bucket} with these weights differs from the eager model by {error:.1e} of the largest logit",
+            f"bucket {bucket} with these weights differs from the eager model by {error:.1e} of the largest value",
             hint="run nanogpt-buckets cache verify, then build again",
         )
 

@@ -7,16 +7,10 @@ This file is hashed into the keys of both steps' buckets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from nanogpt_buckets.contract import View
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps.step import Step
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class KVStep(Step):
@@ -31,10 +25,6 @@ class KVStep(Step):
     def continued_by(self) -> str:
         """Return decode."""
         return "decode"
-
-    def logits(self, outputs: Sequence[Tensor], rows: int) -> Tensor:
-        """Return the first rows; the others are padding."""
-        return outputs[0][:rows]  # (B, V) -> (rows, V)
 
     def state(self, arch: Architecture, bucket: Bucket, dtype: str) -> tuple[View, ...]:
         """Return k and v of each layer, (B, nh, S, hs) within (B, nh, block_size, hs)."""

@@ -62,10 +62,6 @@ class Recompute(Step):
             last_index[row] = len(context) - 1
         return input_ids, last_index
 
-    def logits(self, outputs: Sequence[Tensor], rows: int) -> Tensor:
-        """Return the first rows; the others are padding."""
-        return outputs[0][:rows]  # (B, V) -> (rows, V)
-
     def macs(self, arch: Architecture, bucket: Bucket) -> int:
         """Return multiply-adds of B rows of S positions, with logits at one position each."""
         C, S = arch.n_embd, bucket.seq_len

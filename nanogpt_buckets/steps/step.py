@@ -56,13 +56,32 @@ class Step(ABC):
         `filler`, int32 (B, S), is what stands where no real token does; None for id 0.
         """
 
-    @abstractmethod
-    def logits(self, outputs: Sequence[Tensor], rows: int) -> Tensor:
-        """Return the logits (rows, V) that follow each real row, out of a call's outputs."""
+    def answers(self, outputs: Sequence[Tensor], rows: int) -> Tensor:
+        """Return what a call has found out about each of its first rows, (rows, ...): the others are padding."""
+        return outputs[0][:rows]
+
+    def reference(self, gpt: GPT, bucket: Bucket, rows: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return what the answers must be, (B, n, ...): for each of B rows of ids (B, T), cut to each of n lengths.
+
+        Here the logits (B, n, V) that follow. The gate asks it of an eager network; one forward of the full rows is
+        enough, by causality.
+        """
+        return gpt.head(gpt.hidden(rows)[:, [length - 1 for length in lengths]])  # (B, T, C) -> (B, n, V)
+
+    def lengths(self, seq_len: int) -> list[int]:
+        """Return the lengths of contexts that the gate asks about, a bucket's edges and its middle.
+
+        Bits are compared with row 0 at the first of them, row 1 at the second, and so on.
+        """
+        return sorted({max(1, n) for n in (1, seq_len // 2, seq_len // 2 + 1, seq_len - 1, seq_len) if n <= seq_len})
 
     @abstractmethod
     def macs(self, arch: Architecture, bucket: Bucket) -> int:
         """Return the multiply-adds of one call: only the order of two buckets' costs matters to dispatch."""
+
+    def tokens(self, bucket: Bucket) -> int:
+        """Return how many tokens one call chooses, or scores, if every row is full."""
+        return bucket.batch_size
 
     def positions(self, bucket: Bucket) -> int:
         """Return for how many positions one call computes something."""

@@ -142,3 +142,34 @@ def test_generate_compiles_in_a_cold_cache_from_any_script(tmp_path):
             assert done.stdout.startswith("ROMEO:")
             assert done.stdout.count("ROMEO:") == 1, "the script ran once"
             assert "compiling for demo first: 1x32" in done.stderr
+
+
+def test_scores_are_a_row_a_text_and_one_of_all(cli, tmp_path):
+    (tmp_path / "texts.txt").write_text("ROMEO: what is it\n\nA\nJULIET\n" + "to be or not " * 40)
+    run = cli("score", str(tmp_path / "texts.txt"), *DEMO, "--backend=eager")
+
+    assert run.returncode == 0, run.stderr
+    head, *rows = [line.split() for line in run.stdout.decode().splitlines()]
+    assert head == ["LINE", "TOKENS", "LOGPROB", "PERPLEXITY", "TEXT"]
+    assert [row[:2] for row in rows] == [["1", "17"], ["3", "1"], ["4", "6"], ["5", "520"], ["all", "544"]]
+    assert rows[1][2:4] == ["-", "-"]
+    assert run.stderr.startswith(b"1 text has less than two tokens, and so no loss\n540 tokens scored")
+
+
+def test_scores_as_json_are_the_librarys(cli, tmp_path):
+    from nanogpt_buckets import Engine
+
+    lines = ['{"text": "ROMEO: what is it"}', "", '{"prompt": "A", "seed": 3}', json.dumps({"text": "to be " * 60})]
+    run = cli("score", "-", *DEMO, "--backend=eager", "--json", "--stride=99", stdin="\n".join(lines))
+    document = json.loads(run.stdout)
+
+    with Engine.load("demo", backend="eager") as engine:
+        scores = engine.score(["ROMEO: what is it", "A", "to be " * 60], stride=99)
+    assert [row["line"] for row in document["texts"]] == [1, 3, 4]
+    assert [row["logprobs"] for row in document["texts"]] == [pytest.approx(s.logprobs, abs=1e-6) for s in scores]
+    assert [row["perplexity"] for row in document["texts"]] == [pytest.approx(s.perplexity) for s in scores]
+    assert (document["texts"][1]["loss"], document["texts"][1]["logprobs"]) == (None, [])
+    total = document["total"]
+    assert (total["texts"], total["tokens"], total["scored_tokens"]) == (3, 17 + 1 + 360, 16 + 359)
+    assert total["loss"] == pytest.approx(-sum(s.logprob for s in scores) / 375)
+    assert document["report"]["scored_tokens"] == 375

@@ -125,6 +125,7 @@ def a_plan(**fields: Any) -> Callable[[Path], str]:
 BUILD = ("build", "--model=demo")
 STATUS = ("status", "--model=demo")
 GENERATE = ("generate", "a", "--model=demo", "--backend=eager")
+SCORE = ("score", "--model=demo", "--backend=eager")
 NAN, TEN30 = "nan", str(10**30)
 
 WRONG = {
@@ -158,8 +159,8 @@ WRONG = {
         code=2, said="seq_len is 0", hint="build --help",
     ),
     "plan with another step": wrong(
-        *BUILD, "--plan", a_plan(step="score"),
-        code=7, said="has a step 'score'", hint="update nanogpt-buckets",
+        *BUILD, "--plan", a_plan(step="chunk"),
+        code=7, said="has a step 'chunk'", hint="update nanogpt-buckets",
     ),
     "nothing to have a status": wrong(*STATUS, code=1, said="nothing is built or planned", hint="--seq"),
     "status of no buckets": wrong(*STATUS, "--backend=eager", code=2, said="compiles nothing", hint="--backend"),
@@ -221,6 +222,26 @@ WRONG = {
         "generate", "a", "--init-from=resume", "--out-dir=/no/out", code=1, said="/no/out", hint="demo"
     ),
     "device": wrong(*GENERATE, "--device=cuda", code=2, said="cuda", hint="generate --help"),
+    # texts
+    "file to score missing": wrong("score", "/no/such", code=2, said="cannot be read", hint="score --help"),
+    "file to score empty": wrong(*SCORE, in_file("t", b""), code=2, said="is empty", hint="one text a line"),
+    "file of blank lines": wrong(*SCORE, in_file("t", b"\n \n"), code=2, said="is empty", hint="one text a line"),
+    "file to score no text": wrong(*SCORE, in_file("t", b"\xff"), code=2, said="not UTF-8", hint="score --help"),
+    **{f"JSONL {line!r}": wrong(*SCORE, in_file("t", b'{"text": "a"}\n' + line), code=2, said="line 2: ", hint="")
+       for line in (b"{", b"text", b"[]", b"{}", b'{"text": 1}', b'{"text": "a", "prompt": "b"}', b'{"text": "a"} x')},
+    **{f"stride {text}": wrong(
+        *SCORE, f"--stride={text}", in_file("t", b"ab"), code=2, said="stride", hint="score --help")
+       for text in ("0", "-1", "256", "1.5", NAN, TEN30)},
+    "unknown character to score": wrong(
+        *SCORE, in_file("t", "\u6f22".encode()), code=1, said="U+6F22", hint="vocabulary"
+    ),
+    "nothing built to score with": wrong(
+        "score", "--model=demo", "--cached-only", in_file("t", b"ROMEO:"),
+        code=3, said="no bucket is built", hint="nanogpt-buckets build --model demo --seq 32 --score",
+    ),
+    "score buckets of one token": wrong(
+        *BUILD, "--score", "--seq=1,8", code=2, said="no token comes before another", hint="2 tokens or more"
+    ),
     # numbers
     **{f"max_new_tokens {text}": wrong(
         *GENERATE, f"--max-new-tokens={text}", code=2, said="max", hint="generate --help")

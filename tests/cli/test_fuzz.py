@@ -79,6 +79,7 @@ def options_of(paths: list[str]) -> dict[str, list[str]]:
         "--rng": ["per-row", "nanogpt", "x"], "--num-samples": FEW, "--stop": TEXT, "--meta": [*paths, "gpt2"],
         "--start": [*TEXT, *(f"FILE:{p}" for p in paths if not p.endswith("fifo"))],
         "--out-dir": paths, "--cores": FEW, "--device": ["cpu", "cuda"], "--compile": ["True", "False", "x"],
+        "--stride": FEW,
         "--runs": FEW, "--older-than": ["1d", "0s", "-1d", *NUMBER], "--max-size": ["1GB", "0", *NUMBER],
     }  # fmt: skip
 
@@ -91,13 +92,15 @@ FLAGS = [
     "--version",
     "--cached-only",
     "--plain-text",
+    "--score",
     "--dry-run",
     "--yes",
     "-y",
     "--nope",
 ]
 COMMANDS = [
-    ["build"], ["generate"], ["status"], ["bench"], ["report"], ["cache", "ls"], ["cache", "dir"], ["cache", "show"],
+    ["build"], ["generate"], ["score"], ["score", "-"],
+    ["status"], ["bench"], ["report"], ["cache", "ls"], ["cache", "dir"], ["cache", "show"],
     ["cache", "verify"], ["cache", "rm"], ["cache", "prune"], ["cache"], [], ["bild"],
 ]  # fmt: skip
 
@@ -105,7 +108,7 @@ COMMANDS = [
 def command_line(chance: random.Random, options: dict[str, list[str]]) -> list[str]:
     line = list(chance.choice(COMMANDS))
     known = chance.random() < 0.7  # most lines get past the model
-    if known and line and line[0] in ("build", "generate", "status", "bench"):
+    if known and line and line[0] in ("build", "generate", "score", "status", "bench"):
         line += ["--model", "demo", *(["--backend", "eager", "-n", "1"] if line[0] == "generate" else [])]
     for _ in range(chance.choice([0, 1, 1, 2, 3])):
         if chance.random() < 0.2:

@@ -140,6 +140,14 @@ def test_no_color_is_honoured_and_quiet_shows_no_bars(demo_cache):
     assert quiet == ""
 
 
+def test_scoring_shows_how_far_it_is(tmp_path):
+    (tmp_path / "texts").write_text("ROMEO:\nJULIET:\n")
+    shown = on_a_terminal("score", str(tmp_path / "texts"), "--model=demo", "--backend=eager", TERM="xterm-256color")
+
+    assert "scoring" in shown
+    assert "100%" in shown
+
+
 def test_sizes_ages_and_counts_for_people():
     assert [output.size(n) for n in (0, 999, 1000, 1_738_576, 5e9, 7e12)] == [
         "0 B", "999 B", "1.0 kB", "1.7 MB", "5.0 GB", "7.0 TB",

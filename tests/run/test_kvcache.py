@@ -121,10 +121,13 @@ def test_what_a_strategy_lacks_is_a_miss_that_names_the_step(odd_folder, odd_cac
         assert "--seq 50 --strategy kv" in caught.value.hint
         with pytest.raises(CacheMiss, match="no bucket that is built holds 100 tokens"):
             engine.generate([[1] * 101], max_new_tokens=1)
-        command = engine._buckets._choice.build_command([*only, Bucket(1, 64, "decode"), Bucket(1, 16)])
+        command = engine._buckets._choice.build_command(
+            [*only, Bucket(1, 64, "decode"), Bucket(1, 16), Bucket(1, 16, "score")]
+        )
     assert "--seq 16 --cache-dir" in command
     assert "--seq 64,100 --strategy kv --cache-dir" in command
     assert "--batch 3 --seq 33 --strategy kv --cache-dir" in command
+    assert "--seq 16 --score --cache-dir" in command
 
 
 def test_what_is_needed_of_each_step():

@@ -135,7 +135,8 @@ def test_what_comes_after_close_is_one_sentence(odd_folder):
     engine.close()
     engine.close()
 
-    for call in (lambda: next(stream), engine.warmup, lambda: engine.logits(IDS), lambda: engine.generate(IDS)):
+    calls = (lambda: engine.logits(IDS), lambda: engine.generate(IDS), lambda: engine.score(IDS))
+    for call in (lambda: next(stream), engine.warmup, *calls):
         with pytest.raises(UsageError, match="closed"):
             call()
     assert engine.report().new_tokens == 1

@@ -163,7 +163,8 @@ def test_bfloat16_noise_hides_no_mask_fault():
 
 @pytest.mark.parametrize(("seq_len", "lengths"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (64, [1, 32, 33, 63, 64])])
 def test_awkward_lengths(seq_len, lengths):
-    assert gate.awkward_lengths(seq_len) == lengths
+    assert step_named("recompute").lengths(seq_len) == lengths
+    assert sorted(step_named("score").lengths(seq_len)) == lengths
 
 
 def test_the_canary_passes_the_right_pair_and_fails_another():
@@ -292,7 +293,7 @@ def test_a_planted_fault_of_the_network_fails(bucket, changes):
         gate.check(remembering(bucket, gpt), ARCH, bucket, WEIGHTS)
 
 
-@pytest.mark.parametrize("name", ["recompute", "prefill", "decode"])
+@pytest.mark.parametrize("name", ["recompute", "prefill", "decode", "score"])
 def test_a_check_keeps_nothing_alive(name):
     bucket, weights = Bucket(1, 8, name), {k: v.clone() for k, v in WEIGHTS.items()}
     gone = weakref.ref(weights["transformer.wte.weight"])
@@ -300,3 +301,157 @@ def test_a_check_keeps_nothing_alive(name):
     del weights
     gc.collect()
     assert gone() is None
+
+
+# a step that answers for every position
+
+SCORES = [Bucket(1, 32, "score"), Bucket(3, 32, "score")]
+
+
+def scoring(change=None, **architecture):
+    """Return the score step over a network, which `change` may alter."""
+    step = step_named("score").graph(from_weights(dataclasses.replace(ARCH, **architecture), WEIGHTS))
+    return step if change is None else change(step)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("seq_len", [2, 3, 4, 32, 64])
+@pytest.mark.parametrize("attention", ["sdpa", "explicit"])
+@pytest.mark.parametrize("linear", ["aten", "sum"])
+def test_the_right_step_that_scores_passes(batch_size, seq_len, attention, linear):
+    step = step_named("score").graph(from_weights(ARCH, WEIGHTS, Lowering(attention, linear)))
+    record = run_gate(step, Bucket(batch_size, seq_len, "score"))
+    assert record["relative_error_e9"] < record["tolerance_e9"]
+
+
+def scores_the_token_itself(step):
+    return lambda ids, last: step(torch.cat([ids[:, :1], ids[:, :-1]], 1), last)
+
+
+def scores_one_target_further(step):
+    return lambda ids, last: torch.cat([step(ids, last)[:, 1:], step(ids, last)[:, :1]], 1)
+
+
+def scores_one_token_too_few(step):
+    return lambda ids, last: step(ids, (last - 1).clamp(min=0))
+
+
+def scores_one_token_too_many(step):
+    return lambda ids, last: step(ids, (last + 1).clamp(max=31))
+
+
+def scores_padding(step):
+    return lambda ids, last: step(ids, torch.full_like(last, 31))
+
+
+def last_index_of_row_0_for_all(step):
+    return lambda ids, last: step(ids, last[:1].expand_as(last))
+
+
+def softmax_over_positions(step):
+    def forward(ids, last):
+        every = step.gpt(ids).log_softmax(1)[:, :-1].gather(2, ids[:, 1:, None].long())[..., 0]
+        return torch.where(torch.arange(31) < last[:, None], every, 0.0)
+
+    return forward
+
+
+def no_softmax(step):
+    def forward(ids, last):
+        every = step.gpt(ids)[:, :-1].gather(2, ids[:, 1:, None].long())[..., 0]
+        return torch.where(torch.arange(31) < last[:, None], every, 0.0)
+
+    return forward
+
+
+def base_two(step):
+    return lambda ids, last: step(ids, last) / 0.6931472
+
+
+def rows_exchanged(step):
+    return lambda ids, last: step(ids.roll(1, 0), last)
+
+
+def scores_without_a_mask_in_one_layer(step):
+    attention = step.gpt.transformer["h"][2].attn
+
+    def unmasked(x, memory=None):
+        q, k, v = (t.view(*x.shape[:2], 3, 32).transpose(1, 2) for t in attention.c_attn(x).chunk(3, dim=2))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return attention.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+    attention.forward = unmasked
+    return step
+
+
+def nan_scores(step):
+    return lambda ids, last: step(ids, last) * float("nan")
+
+
+def scores_leak_padding(step):
+    return lambda ids, last: step(ids, last) + 1e-6 * ids[:, -1:].float()
+
+
+def scores_leak_the_next_token(step):
+    return lambda ids, last: step(ids, last) + 1e-6 * ids.roll(-2, 1)[:, :-1].float()
+
+
+def scores_leak_neighbours(step):
+    return lambda ids, last: step(ids, last) + 1e-6 * ids.float().mean()
+
+
+SCORE_FAULTS = [
+    scores_the_token_itself,
+    scores_one_target_further,
+    scores_one_token_too_few,
+    scores_one_token_too_many,
+    scores_padding,
+    softmax_over_positions,
+    no_softmax,
+    base_two,
+    scores_without_a_mask_in_one_layer,
+    nan_scores,
+    scores_leak_padding,
+    scores_leak_the_next_token,
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "bucket"),
+    [
+        *((fault, bucket) for fault in SCORE_FAULTS for bucket in SCORES),
+        *((fault, SCORES[1]) for fault in (last_index_of_row_0_for_all, rows_exchanged, scores_leak_neighbours)),
+    ],
+)
+def test_a_planted_fault_of_scores_fails(fault, bucket):
+    with pytest.raises(GateFailed, match=str(bucket)):
+        run_gate(scoring(fault), bucket)
+
+
+@pytest.mark.parametrize("bucket", SCORES, ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"activation": "gelu"}, {"layer_norm_epsilon": 1e-6}, {"scale_by_head_size": False}], ids=str
+)
+def test_a_planted_fault_of_the_network_shows_in_scores(bucket, changes):
+    with pytest.raises(GateFailed, match=str(bucket)):
+        run_gate(scoring(**changes), bucket)
+
+
+def test_scores_in_bfloat16_are_judged_by_their_own_noise_which_hides_no_fault():
+    weights, bucket = gate.seeded_weights(ARCH, torch.bfloat16), SCORES[1]
+    step = step_named("score").graph(from_weights(ARCH, weights))
+    assert run_gate(step, bucket, weights)["tolerance_e9"] > 1e9 * gate.FLOAT32_TOLERANCE
+    for fault in (scores_the_token_itself, scores_one_token_too_many, scores_without_a_mask_in_one_layer):
+        changed = fault(step_named("score").graph(from_weights(ARCH, weights)))
+        with pytest.raises(GateFailed, match=str(bucket)):
+            run_gate(changed, bucket, weights)
+
+
+def test_the_canary_knows_scores_of_other_weights_and_of_weights_that_are_not_finite():
+    bucket, other = Bucket(2, 16, "score"), {name: tensor + 0.01 for name, tensor in WEIGHTS.items()}
+    gate.canary(called(scoring()), ARCH, bucket, WEIGHTS)
+    with pytest.raises(GateFailed, match="these weights"):
+        gate.canary(called(scoring()), ARCH, bucket, other)
+    broken = WEIGHTS | {"transformer.ln_f.weight": torch.full((96,), float("nan"))}
+    with pytest.raises(NonFiniteLogits, match=r"transformer\.ln_f\.weight"):
+        gate.canary(called(step_named("score").graph(from_weights(ARCH, broken))), ARCH, bucket, broken)

@@ -136,10 +136,13 @@ def test_a_ladder_that_does_not_fit_the_cores_memory_is_refused_with_the_one_tha
     assert choose("gpt2-xl", backend="inductor").fits(ladder)
 
 
-def test_a_strategy_the_backend_has_not_is_refused(host):
-    with pytest.raises(errors.UsageError, match="the neuron backend has no decode step") as caught:
-        host.build(Plan.grid(seq=[8], strategy="kv"), target="trn1")
-    assert caught.value.hint == "leave --strategy kv out"
+@pytest.mark.parametrize(
+    ("strategy", "step", "option"), [("kv", "decode", "--strategy kv"), ("score", "score", "--score")]
+)
+def test_a_step_the_backend_has_not_is_refused(host, strategy, step, option):
+    with pytest.raises(errors.UsageError, match=f"the neuron backend has no {step} step") as caught:
+        host.build(Plan.grid(seq=[8], strategy=strategy), target="trn1")
+    assert caught.value.hint == f"leave {option} out"
 
 
 def test_as_many_compilations_run_at_once_as_host_memory_allows(monkeypatch):
