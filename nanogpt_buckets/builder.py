@@ -23,7 +23,7 @@ from nanogpt_buckets.choice import Choice, Options, choose, remember_plan
 from nanogpt_buckets.errors import BackendUnavailable, BucketsError, ChildFailed, CompileFailed, UsageError
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.node import failures
-from nanogpt_buckets.plan.bucket import OPTIONS, Bucket, Plan
+from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.store.entry import Miss, Status, Verified
 from nanogpt_buckets.store.manifest import Blob, Manifest
@@ -152,8 +152,8 @@ def build_missing(
         raise UsageError(f"tune {shown(tune)} is unknown", hint=f"choices: {', '.join(TUNINGS)}")
     plan = (plan if isinstance(plan, Plan) else Plan(plan)).check(choice.model.architecture.block_size)
     if odd := [bucket for bucket in plan if bucket.step not in backend.steps]:
-        step = odd[0].step
-        raise UsageError(f"the {backend.name} backend has no {step} step", hint=f"leave {OPTIONS[step]} out")
+        hint = f"what it has: {', '.join(backend.steps)}"
+        raise UsageError(f"the {backend.name} backend has no {odd[0].step} step", hint=hint)
     choice.check_memory(plan)
     try:
         rows = _Builder(choice, executor, tune, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)

@@ -21,7 +21,7 @@ from nanogpt_buckets import backends, key, settings
 from nanogpt_buckets.backends.base import DTYPES, Backend
 from nanogpt_buckets.errors import CacheError, PlanError, UsageError
 from nanogpt_buckets.model.checkpoint import Model, open_model
-from nanogpt_buckets.plan.bucket import OPTIONS, Bucket, Plan
+from nanogpt_buckets.plan.bucket import PURPOSES, STRATEGIES, Bucket, Plan
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.store.entry import manifest_of
 from nanogpt_buckets.store.plans import Plans, SavedPlan
@@ -182,6 +182,19 @@ class Choice:
     def _bucket_bytes(self) -> int:
         return self.model.architecture.n_params * (4 if self.dtype == "float32" else 2)
 
+    def strategy(self, wanted: str) -> str:
+        """Return what "auto" stands for: to remember, where the backend has the steps for it."""
+        if wanted != "auto":
+            return wanted
+        return "kv" if self.backend is not None and set(STRATEGIES["kv"]) <= set(self.backend.steps) else "recompute"
+
+    def _option(self, step: str) -> str:
+        """Return what tells `build` to plan a step, if it would not do so anyway."""
+        purpose = next(name for name, steps in PURPOSES.items() if step in steps)
+        if purpose not in STRATEGIES:
+            return f" --{purpose}"
+        return "" if purpose == self.strategy("auto") else f" --strategy {purpose}"
+
     def build_command(self, buckets: Iterable[Bucket] = ()) -> str:
         """Return the command that builds these buckets, or the default ladder if there are none, for a hint.
 
@@ -189,8 +202,7 @@ class Choice:
         """
         lengths: dict[tuple[str, int], list[int]] = {}
         for bucket in sorted(buckets):
-            way = f" {OPTIONS[bucket.step]}" if bucket.step in OPTIONS else ""
-            lengths.setdefault((way, bucket.batch_size), []).append(bucket.seq_len)
+            lengths.setdefault((self._option(bucket.step), bucket.batch_size), []).append(bucket.seq_len)
         batches: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for (way, batch_size), own in lengths.items():
             batches.setdefault((way, tuple(dict.fromkeys(own))), []).append(batch_size)

@@ -34,8 +34,8 @@ def bench(wanted: PlanOptions, model: str, options: Options, runs: int, as_json:
 
     Example: nanogpt-buckets bench --model demo
     """
-    plan = read_plan(wanted)
     choice = choose(model, **options)
+    plan = read_plan(wanted, choice)
     selection = Selection(choice)
     usable = selection.usable
     asked = plan or default_plan(choice) or sorted(usable)

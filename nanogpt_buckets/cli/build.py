@@ -32,15 +32,16 @@ def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, t
 
     Example: nanogpt-buckets build --model demo --seq 32,64,128
     """
-    plan = read_plan(wanted)
     choice = choose(model, **options)
+    plan = read_plan(wanted, choice)
     if plan is None:
         saved = default_plan(choice)
-        shortest = SHORTEST.get(wanted["strategy"], 1)
+        strategy = choice.strategy(wanted["strategy"])
+        shortest = SHORTEST.get(strategy, 1)
         lengths = sorted({b.seq_len for b in saved or () if b.seq_len >= shortest})
         lengths = lengths or default_ladder(choice.model.architecture.block_size, shortest)
-        grid = Plan.grid(batch=wanted["batch"], seq=lengths, strategy=wanted["strategy"])
-        plan = saved if saved and (wanted["batch"], wanted["strategy"]) == ((1,), "recompute") else grid
+        grid = Plan.grid(batch=wanted["batch"], seq=lengths, strategy=strategy)
+        plan = saved if saved and (wanted["batch"], wanted["strategy"]) == ((1,), "auto") else grid
     plan = plan.completed(choice.model.architecture.block_size)
     try:
         with output.BuildProgress() as update:

@@ -12,11 +12,11 @@ import click
 
 from nanogpt_buckets.backends import BACKENDS
 from nanogpt_buckets.backends.base import DTYPES
-from nanogpt_buckets.choice import EAGER, Options
+from nanogpt_buckets.choice import EAGER, Choice, Options
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.errors import CorruptEntry, PlanError, UsageError
 from nanogpt_buckets.files import read_file
-from nanogpt_buckets.plan.bucket import PURPOSES, Plan
+from nanogpt_buckets.plan.bucket import STRATEGIES, Plan
 from nanogpt_buckets.run.options import RNGS, SamplingOptions
 from nanogpt_buckets.settings import expanded
 from nanogpt_buckets.store.manifest import MAX_BYTES, parse
@@ -152,10 +152,11 @@ plan_options: Callable[[Command], Command] = _together(
     click.option("--batch", type=WholeNumbers(), default="1", show_default=True, help="Batch sizes."),
     click.option(
         "--strategy",
-        type=click.Choice(list(PURPOSES)),
-        default="recompute",
+        type=click.Choice(["auto", *STRATEGIES]),
+        default="auto",
         show_default=True,
-        help="Buckets that run the whole context for each token, or a prompt once and remember it.",
+        help="Buckets that run a prompt once and remember it, or the whole context for each token; auto: the former "
+        "where the backend can.",
     ),
     click.option("--score", "strategy", flag_value="score", help="Buckets that score texts instead."),
     click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="A plan.json instead."),
@@ -185,7 +186,7 @@ output_options: Callable[[Command], Command] = added(
 )  # fmt: skip
 
 
-def read_plan(wanted: PlanOptions) -> Plan | None:
+def read_plan(wanted: PlanOptions, choice: Choice) -> Plan | None:
     """Return the plan that the options describe, or None if neither --seq nor --plan was given.
 
     Raises:
@@ -193,7 +194,8 @@ def read_plan(wanted: PlanOptions) -> Plan | None:
     """
     seq, plan_file = wanted["seq"], wanted["plan_file"]
     if plan_file is None:
-        return None if seq is None else Plan.grid(batch=wanted["batch"], seq=seq, strategy=wanted["strategy"])
+        strategy = choice.strategy(wanted["strategy"])
+        return None if seq is None else Plan.grid(batch=wanted["batch"], seq=seq, strategy=strategy)
     if seq is not None:
         raise PlanError("--seq and --plan say the same thing twice", hint="give one of them")
     try:

@@ -26,8 +26,8 @@ def status(wanted: PlanOptions, model: str, options: Options, as_json: bool) -> 
 
     Example: nanogpt-buckets status --model demo --seq 32,64,128
     """
-    plan = read_plan(wanted)
     choice = choose(model, **options)
+    plan = read_plan(wanted, choice)
     selection = Selection(choice)
     plan = plan or default_plan(choice) or (Plan(selection.usable) if selection.usable else None)
     if plan is None:

@@ -18,8 +18,6 @@ STEPS = ("recompute", "prefill", "decode", "score")
 STRATEGIES = {"recompute": ("recompute",), "kv": ("prefill", "decode")}
 # What a plan can be for: ways to generate, or to score texts.
 PURPOSES = STRATEGIES | {"score": ("score",)}
-# What tells `build` which steps are meant, where it is not told so anyway.
-OPTIONS = {"prefill": "--strategy kv", "decode": "--strategy kv", "score": "--score"}
 # A text of one token has none that another precedes.
 SHORTEST = {"score": 2}
 # So that ids, and what is counted in tokens, fit in 32 bits.

@@ -103,29 +103,30 @@ class Buckets:
         self._loader.forgive()
         cost, block_size = self._choice.cost, self._block_size
         needs = {way: needed(batches, more_tokens, block_size, way) for way in ways or self._ways()}
-        built: set[str] = set()
+
+        def call(way: str) -> _Call:
+            return functools.partial(buckets_used, batches, more_tokens, cost=cost, block_size=block_size, strategy=way)
+
+        wanted = next(iter(needs))  # what a miss is about
+        if self._builds:
+            self._build_for(call(wanted), needs)
         while True:
-            # what was wanted first is what a miss is about
-            way = next((way for way, need in needs.items() if reach(self._at_hand(need), need)), next(iter(needs)))
-            need = needs[way]
-            call = functools.partial(buckets_used, batches, more_tokens, cost=cost, block_size=block_size, strategy=way)
-            if self._builds and way not in built:
-                built.add(way)
-                self._build_for(call, need)
-            buckets = self._at_hand(need)
-            if not reach(buckets, need):
-                raise self._refusal(need)
-            used = call(buckets)
+            way = next((way for way, need in needs.items() if reach(self._at_hand(need), need)), wanted)
+            buckets = self._at_hand(needs[way])
+            if not reach(buckets, needs[way]):
+                raise self._refusal(needs[way])
+            used = call(way)(buckets)
             if all([self._load(bucket) for bucket in sorted(used)]):
-                self._say_promotions(call, used)
+                self._say_promotions(call(way), used)
                 return way, [bucket for bucket in buckets if bucket in self._loader.loaded]
 
     def _ways(self) -> tuple[str, ...]:
         """Return the strategies that may be tried, in order."""
         if self._strategy != "auto":
             return (self._strategy,)
-        remembers = any(bucket.step in STRATEGIES[KV] for bucket in self._plan)
-        return (KV, RECOMPUTE) if remembers else (RECOMPUTE, KV)
+        steps = {bucket.step for bucket in self._plan} & {RECOMPUTE, *STRATEGIES[KV]}
+        first = self._choice.strategy("auto") if not steps else RECOMPUTE if steps == {RECOMPUTE} else KV
+        return (KV, RECOMPUTE) if first == KV else (RECOMPUTE, KV)
 
     def _refusal(self, need: Mapping[str, int]) -> BucketsError:
         """Return why a call cannot be run."""
@@ -190,11 +191,13 @@ class Buckets:
 
     # --- misses -------------------------------------------------------------------------------------------------------
 
-    def _build_for(self, call: _Call, need: Mapping[str, int]) -> None:
+    def _build_for(self, call: _Call, needs: Mapping[str, Mapping[str, int]]) -> None:
         """Compile the buckets this run would use, and one that reaches its end if the plan has none.
 
-        Where that cannot be done and what is built reaches, what is built runs.
+        That is for the first of the ways in `needs`. Where it cannot be done, and what is built reaches in one of
+        them, what is built runs.
         """
+        need = next(iter(needs.values()))
         assert self._compiled is not None
         wanted = self._plan
         lacking = [step for step, length in need.items() if not reach(wanted, {step: length})]
@@ -205,7 +208,7 @@ class Buckets:
             try:
                 self._build(self._compiled, missing)
             except _UNBUILT as error:
-                if not reach(self._at_hand(need), need):
+                if not any(reach(self._at_hand(other), other) for other in needs.values()):
                     raise
                 log.warning("%s; running what is built instead", error.message)
                 return
