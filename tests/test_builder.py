@@ -214,7 +214,9 @@ def test_jobs_are_bounded_by_buckets_and_memory(monkeypatch):
 
     few, many = [Bucket(1, 32), Bucket(1, 64)], [Bucket(1, length) for length in range(1, 101)]
     assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2"], few) == 2
-    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2"], many) == 3
+    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2"], many) == 5
+    kept = [Bucket(32, length, "decode") for length in range(1, 101)]
+    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2"], kept) == 1, "the gate keeps state for 32 whole contexts"
     assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2-xl"], many) == 1
 
 
