@@ -198,8 +198,10 @@ class _Builder:
     def _build_all(self, missing: list[Bucket], jobs: int) -> dict[Bucket, BuildRow]:
         rows = {}
         pool = ThreadPoolExecutor(jobs, thread_name_prefix="build")
-        futures: dict[Future[BuildRow], Bucket] = {pool.submit(self._build_one, b): b for b in missing}
+        futures: dict[Future[BuildRow], Bucket] = {}
         try:
+            for bucket in missing:
+                futures[pool.submit(self._build_one, bucket)] = bucket
             for future in as_completed(futures):
                 rows[futures[future]] = future.result()
         except BaseException:  # Ctrl-C above all: finished buckets stay, children go
