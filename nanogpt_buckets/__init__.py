@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nanogpt_buckets.builder import BuildReport, build
+    from nanogpt_buckets.builder import build
+    from nanogpt_buckets.built import BuildReport
     from nanogpt_buckets.errors import BucketsError
     from nanogpt_buckets.plan.bucket import Bucket, Plan
     from nanogpt_buckets.run.engine import Engine
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Bucket": "plan.bucket",
     "BucketsError": "errors",
-    "BuildReport": "builder",
+    "BuildReport": "built",
     "Engine": "run.engine",
     "Generation": "run.generation",
     "Plan": "plan.bucket",

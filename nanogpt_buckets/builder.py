@@ -9,21 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, as_completed
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, Unpack
 
 from nanogpt_buckets import backends, child, key
 from nanogpt_buckets.backends import host, worker
 from nanogpt_buckets.backends.base import TUNINGS, Artifact, Backend, BuildRequest
+from nanogpt_buckets.built import BuildReport, BuildRow
 from nanogpt_buckets.choice import Choice, Options, choose, remember_plan
 from nanogpt_buckets.errors import BackendUnavailable, BucketsError, ChildFailed, CompileFailed, UsageError
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.node import failures
 from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.plan.shard import part
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.store.entry import Miss, Status, Verified
 from nanogpt_buckets.store.manifest import Blob, Manifest
@@ -38,60 +38,6 @@ _PATIENCE_S = 2.0
 Listener = Callable[[Bucket, str], None]
 
 
-@dataclass(frozen=True)
-class BuildRow:
-    """What became of one bucket.
-
-    `state` is "hit", "compiled" or "failed". `why`, `hint` and `log` say why it failed, what to do, and what the
-    compiler last said. `seconds` is the time this build spent on it, `size_bytes` what its blobs weigh.
-    """
-
-    bucket: Bucket
-    state: str
-    key: str = ""
-    seconds: float = 0.0
-    size_bytes: int = 0
-    why: str = ""
-    hint: str | None = None
-    log: str = ""
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """What `build` did: one row for each bucket of the plan, in the plan's order.
-
-    `model` is the model's name, `target` what `backend` generated code for, `cache_dir` where the entries are.
-    """
-
-    model: str
-    backend: str
-    target: str
-    cache_dir: Path
-    rows: tuple[BuildRow, ...] = ()
-
-    @property
-    def hits(self) -> int:
-        """Buckets that were there already."""
-        return sum(row.state == "hit" for row in self.rows)
-
-    @property
-    def compiled(self) -> int:
-        """Buckets compiled, checked and published by this build."""
-        return sum(row.state == "compiled" for row in self.rows)
-
-    @property
-    def failed(self) -> int:
-        """Buckets that could not be compiled or failed the gate."""
-        return sum(row.state == "failed" for row in self.rows)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as plain JSON."""
-        rows = [asdict(row) | {"bucket": row.bucket.to_json()} for row in self.rows]
-        counts = {"hits": self.hits, "compiled": self.compiled, "failed": self.failed}
-        names = {"model": self.model, "backend": self.backend, "target": self.target, "cache_dir": str(self.cache_dir)}
-        return {**counts, **names, "buckets": rows}
-
-
 def build(
     plan: Plan | Iterable[Bucket],
     *,
@@ -99,6 +45,7 @@ def build(
     jobs: int | None = None,
     executor: Executor | None = None,
     tune: str = "off",
+    shard: tuple[int, int] | None = None,
     on_progress: Listener | None = None,
     **options: Unpack[Options],
 ) -> BuildReport:
@@ -109,25 +56,27 @@ def build(
     Args:
         plan: the buckets.
         model: a name or path; see `open_model`.
-        jobs: children at a time; None for as many as processors and memory allow.
+        jobs: buckets at a time; None for as many as processors and memory allow, or all, which an executor lines up.
         executor: runs `compile_bucket(request)` instead of a child of this process; it may be on another machine, which
             for Neuron must see this one's prepared weights under the same path.
         tune: "fast" times the kernels that come into question in each child first, which takes some seconds, and keeps
             what it measured in the manifest; "off" takes what is usually best, and makes the same bytes anywhere.
+        shard: (I, N), to build only the I-th of N parts of the plan, counted from 1, as others build the rest. Which
+            bucket is in which part follows from the plan and the model alone.
         on_progress: called from worker threads with a bucket and its phase: "waiting", "waiting for another build",
             "compiling", "checking", "hit", "compiled" or "failed".
         options: backend, target, dtype, compiler_args, cache_dir; see `Options`.
 
     Returns:
-        One row per bucket. Failed buckets are rows, not exceptions.
+        One row per bucket, of the shard if there is one. Failed buckets are rows, not exceptions.
 
     Raises:
         PlanError: the plan is empty, has a bucket longer than the model's block_size, or is too large for the device.
-        UsageError: an unknown dtype, backend or number of jobs, or a backend that compiles nothing.
+        UsageError: an unknown dtype, backend, shard or number of jobs, or a backend that compiles nothing.
         BackendUnavailable: there is something to compile and no compiler.
     """
     return build_missing(
-        choose(model, **options), plan, jobs=jobs, executor=executor, tune=tune, on_progress=on_progress
+        choose(model, **options), plan, jobs=jobs, executor=executor, tune=tune, shard=shard, on_progress=on_progress
     )
 
 
@@ -138,6 +87,7 @@ def build_missing(
     jobs: int | None = None,
     executor: Executor | None = None,
     tune: str = "off",
+    shard: tuple[int, int] | None = None,
     on_progress: Listener | None = None,
     retry: bool = True,
 ) -> BuildReport:
@@ -155,6 +105,10 @@ def build_missing(
         hint = f"what it has: {', '.join(backend.steps)}"
         raise UsageError(f"the {backend.name} backend has no {odd[0].step} step", hint=hint)
     choice.check_memory(plan)
+    own = plan if shard is None else part(plan, shard, choice.cost)
+    if not own:
+        return BuildReport(choice.model.name, backend.name, target, choice.store.root)
+    plan = Plan(own)
     try:
         rows = _Builder(choice, executor, tune, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)
     except KeyboardInterrupt:
@@ -193,10 +147,10 @@ def compile_bucket(request: dict[str, Any], on_event: Callable[[child.Event], No
         return worker.artifact_from_json(result, workdir)
 
 
-def default_jobs(backend: Backend, arch: Architecture, missing: int) -> int:
+def default_jobs(backend: Backend, arch: Architecture, missing: Collection[Bucket]) -> int:
     """Return how many children may run at once: bounded by buckets, processors and memory."""
-    by_memory = host.available_memory_bytes() // backend.child_bytes(arch)
-    return max(1, min(missing, host.cpu_count(), by_memory))
+    by_memory = host.available_memory_bytes() // max(backend.child_bytes(arch, bucket) for bucket in missing)
+    return max(1, min(len(missing), host.cpu_count(), by_memory))
 
 
 class _Builder:
@@ -213,6 +167,7 @@ class _Builder:
         self._tell = on_progress
         self._retry = retry
         self._stopped = False
+        self._elsewhere: set[Future[Artifact]] = set()  # what the executor was asked for
 
     def run(self, plan: Plan, jobs: int | None) -> tuple[BuildRow, ...]:
         rows = {bucket: row for bucket in plan if (row := self._hit(bucket))}
@@ -225,8 +180,9 @@ class _Builder:
             )
         if missing:
             self._store.directory.prepare()  # a directory that cannot be written is said before minutes of compiling
-            count = jobs or default_jobs(self._choice.compiler, self._choice.model.architecture, len(missing))
-            rows |= self._build_all(missing, count)
+            # how many an executor runs at once is its own affair, and a thread waits for each
+            here = default_jobs(self._choice.compiler, self._choice.model.architecture, missing)
+            rows |= self._build_all(missing, jobs or (len(missing) if self._executor else here))
         return tuple(rows[bucket] for bucket in plan)
 
     def _hit(self, bucket: Bucket, waited_s: float = 0.0) -> BuildRow | None:
@@ -242,8 +198,10 @@ class _Builder:
     def _build_all(self, missing: list[Bucket], jobs: int) -> dict[Bucket, BuildRow]:
         rows = {}
         pool = ThreadPoolExecutor(jobs, thread_name_prefix="build")
-        futures: dict[Future[BuildRow], Bucket] = {pool.submit(self._build_one, b): b for b in missing}
+        futures: dict[Future[BuildRow], Bucket] = {}
         try:
+            for bucket in missing:
+                futures[pool.submit(self._build_one, bucket)] = bucket
             for future in as_completed(futures):
                 rows[futures[future]] = future.result()
         except BaseException:  # Ctrl-C above all: finished buckets stay, children go
@@ -251,6 +209,8 @@ class _Builder:
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in futures):
                 child.end_all()  # again, for a thread may just have been starting one
+                for asked in list(self._elsewhere):
+                    asked.cancel()
                 time.sleep(0.02)
             raise
         pool.shutdown()
@@ -279,7 +239,8 @@ class _Builder:
             )
         failures.forget(name)
         self._tell(bucket, "compiled")
-        return BuildRow(bucket, "compiled", name, time.monotonic() - start, manifest.size)
+        seconds, peak = time.monotonic() - start, manifest.stats.get("peak_bytes", 0)
+        return BuildRow(bucket, "compiled", name, seconds, manifest.size, peak)
 
     def _waiting(self, bucket: Bucket) -> Callable[[], bool]:
         """Return what is asked, while another process compiles the same bucket, whether to go on waiting."""
@@ -307,6 +268,7 @@ class _Builder:
             target=choice.build_target,
             lowering=backend.lowering,
             source=worker.source_of(backend, bucket.step),
+            versions=backend.versions(),
             compiler_args=backend.compiler_args,
             weights_path=None if inlined is None else str(inlined),
             tune=self._tune,
@@ -314,12 +276,19 @@ class _Builder:
         try:
             if self._executor is not None:
                 self._tell(bucket, "compiling")
-                return self._executor.submit(compile_bucket, request).result()
+                asked = self._executor.submit(compile_bucket, request)
+                self._elsewhere.add(asked)
+                try:
+                    return asked.result()
+                finally:
+                    self._elsewhere.discard(asked)  # with what it holds
             return compile_bucket(request, lambda event: self._hear(bucket, event))
         except BucketsError:
             raise
+        except CancelledError as error:
+            raise ChildFailed("whoever was to compile it has given it up") from error
         except Exception as error:  # somebody else's executor, a full disk: whatever it is, it is this bucket's failure
-            raise ChildFailed(f"{type(error).__name__}: {error}") from error
+            raise ChildFailed(f"{type(error).__name__}: {error}".strip().splitlines()[0]) from error
 
     def _hear(self, bucket: Bucket, event: child.Event) -> None:
         if "phase" in event:

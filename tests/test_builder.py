@@ -212,9 +212,12 @@ def test_jobs_are_bounded_by_buckets_and_memory(monkeypatch):
     monkeypatch.setattr(host, "cpu_count", lambda: 64)
     monkeypatch.setattr(host, "available_memory_bytes", lambda: 10_000_000_000)
 
-    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2"], 2) == 2
-    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2"], 100) == 3
-    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2-xl"], 100) == 1
+    few, many = [Bucket(1, 32), Bucket(1, 64)], [Bucket(1, length) for length in range(1, 101)]
+    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2"], few) == 2
+    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2"], many) == 5
+    kept = [Bucket(32, length, "decode") for length in range(1, 101)]
+    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2"], kept) == 1, "the gate keeps state for 32 whole contexts"
+    assert default_jobs(InductorBackend(), GPT2_SIZES["gpt2-xl"], many) == 1
 
 
 def test_gpt2_needs_neither_weights_nor_network(monkeypatch):
@@ -236,7 +239,14 @@ def test_the_report_is_plain_json():
 
 def test_a_request_survives_its_journey():
     request = BuildRequest(
-        "inductor", GPT2_SIZES["gpt2"], Bucket(2, 8), "float32", "native", {"attention": "sdpa"}, "0" * 64
+        "inductor",
+        GPT2_SIZES["gpt2"],
+        Bucket(2, 8),
+        "float32",
+        "native",
+        {"attention": "sdpa"},
+        "0" * 64,
+        {"torch": "9"},
     )
 
     assert BuildRequest.from_json(request.to_json()) == request

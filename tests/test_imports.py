@@ -14,7 +14,7 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
     "errors", "values", "findings", "versions", "mounts", "files", "owners", "settings", "node", "child", "key",
-    "contract", "model", "plan", "steps", "backends", "store", "choice", "selection", "builder",
+    "contract", "model", "plan", "steps", "backends", "store", "choice", "selection", "built", "builder",
     "run", "measure", "doctor", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
@@ -36,6 +36,7 @@ NO_TORCH = (
     "cli",
     "choice",
     "selection",
+    "built",
     "builder",
     "backends",
     "steps/__init__",

@@ -253,7 +253,7 @@ def test_every_module_imported_while_compiling_is_hashed_or_named_here(tmp_path)
     backend = backend_for("inductor")
     request = BuildRequest(
         "inductor", arch, Bucket(1, 4), "float32", backend.target(None), backend.lowering,
-        source_of(backend, "recompute"),
+        source_of(backend, "recompute"), backend.versions(),
     )  # fmt: skip
     environment = child.clean_environment({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
     run = subprocess.run(
@@ -291,7 +291,7 @@ def test_a_child_imports_its_parents_copy_whatever_pythonpath_names(copy, tmp_pa
 def test_a_child_of_another_source_refuses(tmp_path, monkeypatch):
     backend = backend_for("inductor")
     request = BuildRequest(
-        "inductor", GPT2_SIZES["gpt2"], Bucket(1, 4), "float32", backend.target(None), backend.lowering, "0" * 64
+        "inductor", GPT2_SIZES["gpt2"], Bucket(1, 4), "float32", backend.target(None), backend.lowering, "0" * 64, {}
     )
 
     with pytest.raises(CompileFailed, match="another copy of nanogpt_buckets"):

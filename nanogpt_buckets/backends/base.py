@@ -5,6 +5,7 @@ Knows nothing of any one compiler or step, nor of where artifacts are stored. Im
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -17,6 +18,7 @@ from nanogpt_buckets.errors import CorruptEntry
 from nanogpt_buckets.findings import Finding
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import STEPS, Bucket
+from nanogpt_buckets.steps import step_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +32,9 @@ TUNINGS = ("off", "fast")
 class BuildRequest:
     """All a child needs to compile one bucket; plain data, so that it can cross to another process or machine.
 
-    `source` is the digest of the files that shape the code, which must be those of whoever compiles; `weights_path`
-    names the prepared weights, where they are compiled in; `tune` is one of `TUNINGS`.
+    `source` is the digest of the files that shape the code, and `versions` names what else does, as `Backend.versions`
+    does: whoever compiles must have the same. `weights_path` names the prepared weights, where they are compiled in;
+    `tune` is one of `TUNINGS`.
     """
 
     backend: str
@@ -41,6 +44,7 @@ class BuildRequest:
     target: str
     lowering: dict[str, str]
     source: str
+    versions: dict[str, str]
     compiler_args: tuple[str, ...] = ()
     weights_path: str | None = None
     tune: str = "off"
@@ -145,6 +149,10 @@ class Backend(ABC):
         """Return, in canonical order, what of the user's compiler flags can change what is compiled."""
         return []
 
+    def versions(self) -> dict[str, str]:
+        """Return all that a key says of this machine's software and settings, by name."""
+        return {**self.runtime(), **(self.compiler() or {}), "flags": " ".join(self.flags())}
+
     def rounds(self) -> bool:
         """Whether what is compiled computes with less precision than its dtype has, because it was asked to."""
         return False
@@ -162,9 +170,18 @@ class Backend(ABC):
         """Return how many bytes of weights in buckets a device holds, or None if that bounds nothing."""
         return None
 
-    def child_bytes(self, arch: Architecture) -> int:
-        """Return the host memory one compilation may need: imports and compiler, and the gate's copies of weights."""
-        return 1_300_000_000 + 3 * 4 * arch.n_params
+    def child_bytes(self, arch: Architecture, bucket: Bucket) -> int:
+        """Return the host memory that compiling and checking one bucket may need, all processes together."""
+        # Imports and C++ compiler; the gate's weights, in bfloat16 those too that they are compared with; where a step
+        # keeps state, two copies of it over all positions; and what a forward of all rows holds at once.
+        # Measured with torch 2.13, in GB, and what is allowed: demo 1x64 0.86 of 1.01, its decode 0.87 of 1.01;
+        # gpt2 1x128 0.95 of 2.00, prefill 1x512 1.14 of 2.18, decode 8x128 2.28 of 3.51, prefill 8x1024 2.65 of 3.51.
+        step = step_named(bucket.step)
+        whole = Bucket(bucket.batch_size, arch.block_size, bucket.step)
+        rows = bucket if step.opened_by == step.continued_by else whole
+        state = sum(4 * math.prod(view.shape) for view in step.interface(arch, whole, "float32").state)
+        forward = 4 * 3 * arch.n_inner * rows.batch_size * rows.seq_len
+        return 1_000_000_000 + 2 * 4 * arch.n_params + 2 * state + forward
 
     def findings(self) -> Iterator[Finding]:
         """Say, for `doctor`, what is here of this backend and what is wrong with it."""

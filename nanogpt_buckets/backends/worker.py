@@ -6,6 +6,9 @@ Knows nothing of the store. Run as `python -m nanogpt_buckets.backends.worker`.
 
 from __future__ import annotations
 
+import platform
+import re
+import resource
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -33,19 +36,16 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]
 
     Raises:
         BucketsError: the bucket cannot be compiled, or failed the gate.
-        CompileFailed: this process has imported another copy of the program than whoever asks.
+        CompileFailed: what is compiled here would not be what the asker's key names.
     """
     build = BuildRequest.from_json(request)
     backend = backend_for(build.backend, compiler_args=build.compiler_args)
-    if source_of(backend, build.bucket.step) != build.source:
-        raise CompileFailed(
-            f"the compiling process has imported another copy of nanogpt_buckets, {Path(key.__file__).parent}",
-            hint="see what PYTHONPATH names, there and here",
-        )
+    _require_same(backend, build)
     emit("phase", phase="compiling")
     artifact = backend.compile(build, Path.cwd())
     emit("phase", phase="checking")
-    artifact = replace(artifact, gate=_gate(backend, build, artifact))
+    gate = _gate(backend, build, artifact)
+    artifact = replace(artifact, gate=gate, stats={**artifact.stats, "peak_bytes": _peak_bytes()})
     files = {}
     for role, content in artifact.blobs.items():
         files[role] = f"{role}.blob"
@@ -60,6 +60,37 @@ def artifact_from_json(result: dict[str, Any], workdir: Path) -> Artifact:
     for name in ("inputs", "outputs", "weights"):
         facts[name] = tuple(Contract(row["name"], row["dtype"], tuple(row["shape"])) for row in facts[name])
     return Artifact(**facts)
+
+
+def _require_same(backend: Backend, build: BuildRequest) -> None:
+    """Refuse to compile what the asker, perhaps on another machine, would publish under a name that is not its own."""
+    if source_of(backend, build.bucket.step) != build.source:
+        raise CompileFailed(
+            f"the compiling process has imported another copy of nanogpt_buckets, {Path(key.__file__).parent}",
+            hint="see what PYTHONPATH names, there and here",
+        )
+    own = backend.versions()
+    for name in sorted(own.keys() | build.versions.keys()):
+        if own.get(name) != build.versions.get(name):
+            here, there = (versions.get(name) or "none" for versions in (own, build.versions))
+            raise CompileFailed(
+                f"the compiling process on {platform.node()} has {name} {here}, and who asks for the bucket {there}",
+                hint="whoever compiles needs what the asker has: one image, or one environment, for all",
+            )
+    try:
+        target = backend.target(build.target)
+    except BackendUnavailable as error:
+        raise BackendUnavailable(f"on {platform.node()}: {error.message}", hint=error.hint) from error
+    if target != build.target:
+        raise CompileFailed(f"nothing on {platform.node()} can compile for {build.target}")
+
+
+def _peak_bytes() -> int:
+    """Return the most memory that this process, or the largest of those it has started, ever held."""
+    # not ru_maxrss of this process, which begins with that of whoever started it
+    own = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8", errors="replace"))
+    started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return 1024 * max(started, int(own[1]) if own else 0)
 
 
 def _gate(backend: Backend, build: BuildRequest, artifact: Artifact) -> dict[str, Any]:

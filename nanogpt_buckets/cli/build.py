@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Executor
+
 import click
 
 from nanogpt_buckets.backends.base import TUNINGS
-from nanogpt_buckets.builder import BuildReport, build_missing
+from nanogpt_buckets.builder import build_missing
+from nanogpt_buckets.built import BuildReport
 from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import PlanOptions, model_options, output_options, plan_options, read_plan
+from nanogpt_buckets.cli.options import PlanOptions, Shard, model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import CompileFailed
 from nanogpt_buckets.plan.bucket import SHORTEST, Plan
 from nanogpt_buckets.plan.ladder import default_ladder
@@ -22,20 +27,36 @@ from nanogpt_buckets.plan.ladder import default_ladder
     "--tune", type=click.Choice(TUNINGS), default="off", show_default=True,
     help="fast: time the kernels on this machine first, which takes some seconds a bucket, and take the fastest.",
 )  # fmt: skip
+@click.option(
+    "--shard", type=Shard(), help="Build only part I of N of the plan, counted from 1, as other machines do the rest."
+)
+@click.option("--scheduler", metavar="ADDRESS", help="Compile on the workers of this Dask scheduler: tcp://HOST:PORT.")
 @output_options
-def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, tune: str, as_json: bool) -> int:
+def build(
+    wanted: PlanOptions,
+    model: str,
+    options: Options,
+    jobs: int | None,
+    tune: str,
+    shard: tuple[int, int] | None,
+    scheduler: str | None,
+    as_json: bool,
+) -> int:
     """Compile the buckets that are not built yet.
 
     Without --seq or --plan: the saved plan, which earlier builds made, or block_size/8, /4, /2 and block_size where
     there is none, in each batch size of --batch. Needs neither weights nor network. The buckets are added to the
     model's default plan, which generate and score use.
 
+    With --shard I/N what is saved is not looked at: name the plan, the same one for every shard.
+
     Example: nanogpt-buckets build --model demo --seq 32,64,128
     """
     choice = choose(model, **options)
     plan = read_plan(wanted, choice)
     if plan is None:
-        saved = default_plan(choice)
+        # what is saved here may not be what is saved where the other shards are built
+        saved = default_plan(choice) if shard is None else None
         strategy = choice.strategy(wanted["strategy"])
         shortest = SHORTEST.get(strategy, 1)
         lengths = sorted({b.seq_len for b in saved or () if b.seq_len >= shortest})
@@ -44,11 +65,15 @@ def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, t
         plan = saved if saved and (wanted["batch"], wanted["strategy"]) == ((1,), "auto") else grid
     plan = plan.completed(choice.model.architecture.block_size)
     try:
-        with output.BuildProgress() as update:
-            report = build_missing(choice, plan, jobs=jobs, tune=tune, on_progress=update)
+        with _workers(scheduler) as executor, output.BuildProgress() as update:
+            report = build_missing(
+                choice, plan, jobs=jobs, executor=executor, tune=tune, shard=shard, on_progress=update
+            )
     except KeyboardInterrupt:
         output.say("finished buckets are kept; the same command goes on from there")
         raise
+    if shard is not None:
+        output.say(f"shard {shard[0]}/{shard[1]} of the plan: {len(report.rows)} of {len(plan)} buckets")
     if as_json:
         output.document(report.to_json())
     else:
@@ -61,11 +86,30 @@ def build(wanted: PlanOptions, model: str, options: Options, jobs: int | None, t
     return CompileFailed.exit_code if report.failed else 0
 
 
+@contextlib.contextmanager
+def _workers(scheduler: str | None) -> Iterator[Executor | None]:
+    """Yield the workers of a scheduler, or None if this machine is to compile."""
+    if scheduler is None:
+        yield None
+        return
+    from nanogpt_buckets.cli.cluster import workers_of
+
+    with workers_of(scheduler) as executor:
+        yield executor
+
+
 def _show(report: BuildReport) -> None:
     rows = [
-        (r.bucket, r.state, "" if r.state == "hit" else f"{r.seconds:.1f} s", output.size(r.size_bytes), r.key[:12])
-        for r in report.rows
+        (
+            row.bucket,
+            row.state,
+            "" if row.state == "hit" else f"{row.seconds:.1f} s",
+            output.size(row.peak_bytes) if row.peak_bytes else "",
+            output.size(row.size_bytes),
+            row.key[:12],
+        )
+        for row in report.rows
     ]
-    output.table(("BUCKET", "STATE", "TIME", "SIZE", "KEY"), rows)
+    output.table(("BUCKET", "STATE", "TIME", "PEAK", "SIZE", "KEY"), rows)
     counts = f"{output.count(report.hits, 'hit', 'hits')}, {report.compiled} compiled, {report.failed} failed"
     output.say(f"{report.model} on {report.backend} ({report.target}): {counts}, in {report.cache_dir}")

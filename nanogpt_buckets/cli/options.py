@@ -44,6 +44,21 @@ class WholeNumbers(click.ParamType[tuple[int, ...]]):
         return tuple(numbers)
 
 
+class Shard(click.ParamType[tuple[int, int]]):
+    """One of several parts: 2/3. That there is such a part, whoever divides says."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Return both numbers."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", str(value), re.ASCII)
+        if match is None:
+            self.fail(f"{shown(value)} is no part of a whole; write for example 1/3", param, ctx)
+        return int(match[1]), int(match[2])
+
+
 class Amount(click.ParamType[float]):
     """A number with a unit, for example 30d; its value is in the smallest one."""
 

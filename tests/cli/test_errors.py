@@ -196,6 +196,17 @@ WRONG = {
     "unknown dtype": wrong(*BUILD, "--dtype=int4", code=2, said="'int4'", hint="build --help"),
     **{f"jobs {text}": wrong(*BUILD, f"--jobs={text}", code=2, said="--jobs", hint="build --help")
        for text in ("0", "-1", NAN)},
+    **{f"shard {text!r}": wrong(
+        *BUILD, "--seq=32", f"--shard={text}", code=2, said="no part of a whole", hint="build --help")
+       for text in ("", "1", "x/3", "1/3/3", "-1/3", "1.5/3", "\u0661/3", f"1/{TEN30}")},
+    **{f"shard {text!r}": wrong(*BUILD, "--seq=32", f"--shard={text}", code=2, said="does not exist", hint="from 1")
+       for text in ("0/3", "4/3", "1/0", "0/0")},
+    **{f"scheduler {text!r}": wrong(
+        *BUILD, "--seq=32", f"--scheduler={text}", code=2, said="no scheduler's address", hint="tcp://host:8786")
+       for text in ("", "host", "host:8786", "tcp://host", "tcp://:8786", "ftp://host:1", "tcp://host:123456")},
+    "scheduler nobody is": wrong(
+        *BUILD, "--seq=32", "--scheduler=tcp://127.0.0.1:1", code=1, said="no Dask scheduler answers", hint="starts one"
+    ),
     "cache directory that cannot be": wrong(
         *BUILD, "--seq=32", "--cache-dir=/proc/nowhere", code=1, said="/proc/nowhere", hint="--cache-dir"
     ),

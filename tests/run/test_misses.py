@@ -8,7 +8,7 @@ import re
 import pytest
 from fake import choice_of, damage, publish
 
-from nanogpt_buckets.builder import BuildReport, BuildRow
+from nanogpt_buckets.built import BuildReport, BuildRow
 from nanogpt_buckets.choice import default_plan, remember_plan
 from nanogpt_buckets.errors import (
     BackendUnavailable,

@@ -22,6 +22,7 @@ from nanogpt_buckets.backends.neuron import arguments, device, flags, package
 from nanogpt_buckets.errors import BackendUnavailable, BucketsError, UsageError
 from nanogpt_buckets.findings import Finding, Verdict
 from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.values import shown, whole_number
 from nanogpt_buckets.versions import installed
@@ -84,7 +85,7 @@ class NeuronBackend(Backend):
         """Return how many bytes of buckets fit on the core that runs them, or None if that is not documented."""
         return device.core_bytes(target)
 
-    def child_bytes(self, arch: Architecture) -> int:
+    def child_bytes(self, arch: Architecture, bucket: Bucket) -> int:
         """Return the host memory one compilation may need."""
         return _CHILD_BYTES + _CHILD_WEIGHT_COPIES * 4 * arch.n_params
 

@@ -60,7 +60,7 @@ def test_a_compiler_that_hangs_is_ended_with_all_it_started(host, monkeypatch):
 
 
 def test_a_child_takes_one_core_at_most_and_knows_its_target(host):
-    request = BuildRequest("neuron", GPT2_SIZES["gpt2"], Bucket(1, 8), "float32", "trn2", {}, source="")
+    request = BuildRequest("neuron", GPT2_SIZES["gpt2"], Bucket(1, 8), "float32", "trn2", {}, source="", versions={})
     here = backend_for("neuron")
 
     assert here.child_environment(request) == {
