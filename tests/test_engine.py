@@ -409,7 +409,7 @@ def test_a_prompt_no_bucket_reaches_is_a_miss_before_the_first_step(odd_folder, 
 
 def test_cached_only_never_compiles_whatever_else_is_said(odd_folder):
     with pytest.raises(CacheMiss):
-        generate("x", model=odd_folder, cached_only=True, tokenizer=LETTERS)
+        generate("一", model=odd_folder, cached_only=True, tokenizer=LETTERS)
 
 
 def test_a_plan_that_does_not_fit_is_refused(odd_folder):
