@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nanogpt_buckets.plan.bucket import Bucket, Plan
     from nanogpt_buckets.run.engine import Engine
     from nanogpt_buckets.run.generate import generate
-    from nanogpt_buckets.run.generation import Generation, Token
+    from nanogpt_buckets.run.generation import Generation, Request, Token
     from nanogpt_buckets.run.report import Report
 
 _HOME = {
@@ -32,6 +32,7 @@ _HOME = {
     "Generation": "run.generation",
     "Plan": "plan.bucket",
     "Report": "run.report",
+    "Request": "run.generation",
     "Token": "run.generation",
     "build": "builder",
     "generate": "run.generate",
@@ -45,6 +46,7 @@ __all__ = [
     "Generation",
     "Plan",
     "Report",
+    "Request",
     "Token",
     "__version__",
     "build",

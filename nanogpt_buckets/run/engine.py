@@ -1,15 +1,18 @@
 """Prompts -> text: load a model's buckets, settle coverage, then step, sample and stream.
 
-The loop runs on the host. Rows that recompute are regrouped into the cheapest buckets at each step; what others
-remember stays in their slots (`run/batch.py`). Knows nothing of compilers, files or shapes beyond buckets.
+The loop runs on the host: as many rows at a time as pay, and who is done leaves its place to the next (`run/batch.py`).
+Knows nothing of compilers, files or shapes beyond buckets.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import os
 import threading
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Unpack
@@ -25,15 +28,25 @@ from nanogpt_buckets.model.tokenization.base import Tokenizer
 from nanogpt_buckets.model.tokenization.choice import TokenizerChoice, tokenizer_for
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.run.batch import Batch
-from nanogpt_buckets.run.dispatch import RECOMPUTE, Dispatcher
-from nanogpt_buckets.run.generation import Generation, Prompt, Row, Token, as_prompts, stop_strings, token_ids
+from nanogpt_buckets.run.dispatch import RECOMPUTE, Dispatcher, Span
+from nanogpt_buckets.run.generation import (
+    Generation,
+    Prompt,
+    Request,
+    Row,
+    Token,
+    as_prompts,
+    check_count,
+    start_of,
+    token_ids,
+)
 from nanogpt_buckets.run.loader import Compiled, Uncompiled
+from nanogpt_buckets.run.many import in_order
 from nanogpt_buckets.run.misses import Buckets
-from nanogpt_buckets.run.options import Sampling, SamplingOptions
+from nanogpt_buckets.run.options import SamplingOptions
 from nanogpt_buckets.run.report import Report, save_last_run
 from nanogpt_buckets.run.sampling import draw_nanogpt, draw_per_row, mask_undecodable
 from nanogpt_buckets.steps import step_named
-from nanogpt_buckets.values import shown, whole_number
 
 
 class Engine:
@@ -127,13 +140,33 @@ class Engine:
             UsageError: an argument is out of range.
             CacheMiss: no bucket that is built reaches the longest context, and none may be compiled.
         """
-        how = self._sampling(sampling)
-        num_samples = _check_count("num_samples", num_samples, 1)
-        max_new_tokens = _check_count("max_new_tokens", max_new_tokens, 0)
-        rows = self._rows(as_prompts(prompts), num_samples, stop, plain_text)
-        for _ in self._steps(rows, how, max_new_tokens):
+        num_samples = check_count("num_samples", num_samples, 1)
+        how = self._how(max_new_tokens=max_new_tokens, stop=stop, plain_text=plain_text, **sampling)
+        rows = self._rows(as_prompts(prompts), how, num_samples)
+        for _ in self._steps(rows):
             pass
         return [row.generation() for row in rows]
+
+    def generate_each(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Continue many prompts, each in its own way; yields in the order of the requests, each as soon as it can be.
+
+        Every request is checked, and coverage settled, before this returns. The text of one is what `generate` makes of
+        it alone, whatever the others are.
+
+        Raises:
+            UsageError: a prompt or an argument is out of range.
+            CacheMiss: no bucket that is built reaches the longest context, and none may be compiled.
+        """
+        asked = [(request, array("i", self._ids(request.prompt, request))) for request in requests]
+        lengths = [len(start_of(ids, self.tokenizer)) for _, ids in asked]
+        spans = [(n, n + request.max_new_tokens - 1) for n, (request, _) in zip(lengths, asked, strict=True)]
+        spans = [(first, last) for first, last in spans if first <= last]
+        batch = self._batch(*self._cover(spans), most=len(spans))
+
+        def row_of(request: Request, ids: Iterable[int]) -> Row:
+            return Row([*ids], request, self.tokenizer, self._end_tokens, _generator(request))
+
+        return in_order(asked, row_of, functools.partial(self._run, batch), batch.room)
 
     def stream(
         self,
@@ -148,20 +181,25 @@ class Engine:
 
         Arguments are checked and coverage is settled before this returns.
         """
-        how = self._sampling(sampling)
-        max_new_tokens = _check_count("max_new_tokens", max_new_tokens, 0)
-        steps = self._steps(self._rows([prompt], 1, stop, plain_text), how, max_new_tokens)
+        how = self._how(max_new_tokens=max_new_tokens, stop=stop, plain_text=plain_text, **sampling)
+        steps = self._steps(self._rows([prompt], how))
         return (Token(row.ids[-1], piece, row.new_tokens - 1) for row, piece in steps)
 
     def logits(self, prompts: Prompt | Iterable[Prompt]) -> Tensor:
         """Return the logits float32 (N, V) that follow N prompts; one string, or one list of token ids, is one."""
-        rows = self._rows(as_prompts(prompts), 1, None, False)
+        rows = self._rows(as_prompts(prompts), Request("", max_new_tokens=1))
         if not rows:
             return torch.empty(0, self._arch.vocab_size, dtype=torch.float32, device="cpu")
-        way, buckets = self._cover([rows], 1)
+        batch = self._batch(*self._cover(_spans(rows)), most=len(rows))
+        waiting = iter(_by_length(rows))
+        found: dict[Row, Tensor] = {}
         with self._timed():
-            parts = self._dispatcher.parts(rows, way)
-            return torch.cat([self._batch(part, way, buckets).logits(_numbered(part)) for part in parts])
+            while part := list(itertools.islice(waiting, batch.room)):
+                batch.join(part)
+                found |= batch.logits()
+                for row in part:
+                    batch.leave(row)
+        return torch.stack([found[row] for row in rows])  # (N, V)
 
     def warmup(self) -> None:
         """Load every bucket of the plan and run each once, so that the first request pays for nothing."""
@@ -192,74 +230,70 @@ class Engine:
 
     # --- one call -------------------------------------------------------------------------------------------------
 
-    def _sampling(self, options: SamplingOptions) -> Sampling:
-        given: dict[str, Any] = {name: value for name, value in options.items() if (name, value) != ("seed", None)}
-        sampling = Sampling(**given)
-        self._report.seed = sampling.seed
-        return sampling
+    def _how(self, **options: Any) -> Request:
+        """Return how the prompts of a call are continued; the report names the seed."""
+        how = Request("", **options)
+        self._report.seed = how.sampling.seed
+        return how
 
-    def _rows(
-        self, prompts: list[Prompt], num_samples: int, stop: str | Sequence[str] | None, plain_text: bool
-    ) -> list[Row]:
-        rows: list[Row] = []
-        stops = stop_strings(stop)
-        for index, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                ids = token_ids(prompt, self._arch.vocab_size)
-            elif self.tokenizer is None:
-                raise self.no_tokenizer.with_traceback(None)
-            else:
-                ids = self.tokenizer.encode(prompt, plain_text=plain_text)
-            if stops and self.tokenizer is None:
-                raise TokenizerError(f"stop strings need a tokenizer: {self.no_tokenizer}")
-            rows += [Row(ids, index, sample, self.tokenizer, stops) for sample in range(num_samples)]
-        return rows
+    def _ids(self, prompt: Prompt, how: Request) -> list[int]:
+        if how.stops and self.tokenizer is None:
+            raise TokenizerError(f"stop strings need a tokenizer: {self.no_tokenizer}")
+        if not isinstance(prompt, str):
+            return token_ids(prompt, self._arch.vocab_size)
+        if self.tokenizer is None:
+            raise self.no_tokenizer.with_traceback(None)
+        return self.tokenizer.encode(prompt, plain_text=how.plain_text)
 
-    def _cover(self, batches: list[list[Row]], max_new_tokens: int) -> tuple[str, list[Bucket]]:
-        """Settle, before the first step, which buckets will run; the last step sees one token less than the result."""
-        lengths = [[len(row.ids) for row in batch] for batch in batches if batch]
-        if not lengths or max_new_tokens == 0:
+    def _rows(self, prompts: list[Prompt], how: Request, num_samples: int = 1) -> list[Row]:
+        generator = _generator(how)
+        return [
+            Row(ids, how, self.tokenizer, self._end_tokens, generator, index, sample)
+            for index, ids in enumerate([self._ids(prompt, how) for prompt in prompts])
+            for sample in range(num_samples)
+        ]
+
+    def _cover(self, spans: Sequence[Span], together: bool = True) -> tuple[str, list[Bucket]]:
+        """Settle, before the first step, which buckets may run; the last step sees one token less than the result."""
+        if not spans:
             return RECOMPUTE, []
         with self._alone():
-            return self._buckets.cover(lengths, max_new_tokens - 1)
+            return self._buckets.cover(spans, together)
 
-    def _steps(self, rows: list[Row], sampling: Sampling, max_new_tokens: int) -> Iterator[tuple[Row, str | None]]:
+    def _steps(self, rows: list[Row]) -> Iterator[tuple[Row, str | None]]:
         """Settle what will run, then return each row as it gains a token, with the text that this makes certain."""
-        # nanoGPT draws sample after sample from one generator
-        batches = [[row] for row in rows] if sampling.rng == "nanogpt" else [rows]
-        return self._run(batches, sampling, max_new_tokens, *self._cover(batches, max_new_tokens))
+        rows = [row for row in rows if not row.done]
+        together = not any(row.generator for row in rows)  # what draws from one generator goes one after another
+        batch = self._batch(*self._cover(_spans(rows), together), most=len(rows) if together else 1)
+        return self._run(batch, _by_length(rows) if together else rows)
 
-    def _batch(self, rows: Sequence[Row], way: str, buckets: list[Bucket]) -> Batch:
-        return Batch(self._dispatcher, way, buckets, [row.ids for row in rows])
+    def _batch(self, way: str, buckets: list[Bucket], most: int) -> Batch[Row]:
+        return Batch(self._dispatcher, way, buckets, max(1, min(most, self._dispatcher.places(way, buckets))))
 
-    def _run(
-        self, batches: list[list[Row]], sampling: Sampling, max_new_tokens: int, way: str, buckets: list[Bucket]
-    ) -> Iterator[tuple[Row, str | None]]:
-        """Run the rows of one batch together, or as many as can be remembered; the batches one after another."""
-        ends = () if sampling.ignore_eos else self._end_tokens
-        generator = torch.Generator().manual_seed(sampling.seed % 2**64)
-        ordered = (sorted(rows, key=lambda row: len(row.ids)) for rows in batches)
-        parts = (part for rows in ordered for part in self._dispatcher.parts(rows, way))
-        for rows in parts if max_new_tokens else ():
-            batch, active = self._batch(rows, way, buckets), rows
-            while active:
-                with self._timed():
-                    logits = batch.logits(_numbered(rows))  # (N, V)
-                    tokens = self._draw(logits, active, sampling, generator)
-                    pieces = [row.accept(t, max_new_tokens, ends) for row, t in zip(active, tokens, strict=True)]
-                    self._report.new_tokens += len(active)
-                yield from zip(active, pieces, strict=True)
-                active = [row for row in rows if not row.done]
+    def _run(self, batch: Batch[Row], rows: Iterable[Row]) -> Iterator[tuple[Row, str | None]]:
+        """Run rows, as many at a time as there are places; who is done leaves its own to the next."""
+        waiting = iter(rows)
+        while True:
+            with self._timed():
+                batch.join(itertools.islice(waiting, batch.room))
+                gained = []
+                for row, logits in batch.logits().items():
+                    gained.append((row, row.accept(self._draw(logits, row))))
+                    if row.done:
+                        batch.leave(row)
+                self._report.new_tokens += len(gained)
+            if not gained:
+                return
+            yield from gained
 
-    def _draw(self, logits: Tensor, rows: Sequence[Row], sampling: Sampling, generator: torch.Generator) -> list[int]:
+    def _draw(self, logits: Tensor, row: Row) -> int:
+        """Choose a row's next token from the logits (V)."""
+        sampling = row.request.sampling
         if self.tokenizer is not None:
             logits = mask_undecodable(logits, self.tokenizer.n_vocab)
-        if sampling.rng == "nanogpt":
-            return [draw_nanogpt(logits[0], sampling, generator)]
-        return [
-            draw_per_row(row_logits, sampling, row.prompt, row.sample, row.new_tokens)
-            for row, row_logits in zip(rows, logits, strict=True)
-        ]
+        if row.generator is not None:
+            return draw_nanogpt(logits, sampling, row.generator)
+        return draw_per_row(logits, sampling, row.prompt, row.sample, row.new_tokens)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -286,13 +320,16 @@ class Engine:
             yield
 
 
-def _numbered(rows: Sequence[Row]) -> dict[int, list[int]]:
-    """Return the contexts of the rows that still run, by number."""
-    return {number: row.ids for number, row in enumerate(rows) if not row.done}
+def _generator(how: Request) -> torch.Generator | None:
+    """Return what nanoGPT draws from."""
+    sampling = how.sampling
+    return torch.Generator().manual_seed(sampling.seed % 2**64) if sampling.rng == "nanogpt" else None
 
 
-def _check_count(name: str, value: object, least: int) -> int:
-    number = whole_number(value)
-    if number is None or number < least:
-        raise UsageError(f"{name} is {shown(value)}; it must be a whole number, {least} or more")
-    return number
+def _spans(rows: Iterable[Row]) -> list[Span]:
+    return [(row.n_prompt, row.n_prompt + row.request.max_new_tokens - 1) for row in rows]
+
+
+def _by_length(rows: Iterable[Row]) -> list[Row]:
+    """Return rows so that those whose steps cost alike go together, and those of one prompt."""
+    return sorted(rows, key=lambda row: (len(row.ids), row.ids))

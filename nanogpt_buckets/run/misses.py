@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from nanogpt_buckets.builder import Listener, build_missing
 from nanogpt_buckets.choice import default_plan, remember_plan
 from nanogpt_buckets.contract import Executable
-from nanogpt_buckets.errors import BackendUnavailable, BucketsError, CacheError, ChildFailed, CompileFailed, UsageError
+from nanogpt_buckets.errors import (
+    BackendUnavailable,
+    BucketsError,
+    CacheError,
+    CacheMiss,
+    ChildFailed,
+    CompileFailed,
+    UsageError,
+)
 from nanogpt_buckets.plan.bucket import STRATEGIES, Bucket, Plan
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
-from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, buckets_used, needed, reach
+from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, Span, buckets_used, needed, reach
 from nanogpt_buckets.run.loader import Compiled, Loader
 from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.selection import Selection, explain_miss
@@ -80,22 +88,24 @@ class Buckets:
             raise next(iter(self._loader.refused.values()))
         return sorted(self._loader.loaded)
 
-    def cover(self, batches: list[list[int]], more_tokens: int) -> tuple[str, list[Bucket]]:
-        """Decide how rows, as `buckets_used` takes them, are run, and which buckets may: all of them are loaded.
+    def cover(self, spans: Sequence[Span], together: bool = True) -> tuple[str, list[Bucket]]:
+        """Decide how rows are run, and which buckets may: all that are loaded, as is whatever can be of use.
+
+        Whatever rows meet, and whoever ends early, nothing else is needed. `together`: they may be grouped.
 
         Raises:
             CacheMiss: nothing that is built reaches the longest row, and nothing may be compiled.
             CompileFailed: it had to be compiled and could not be.
         """
         self._loader.forgive()
-        cost, block_size = self._choice.cost, self._block_size
-        needs = {way: needed(batches, more_tokens, block_size, way) for way in self._ways()}
+        cost, block_size, most = self._choice.cost, self._block_size, len(spans) if together else 1
+        needs = {way: needed(spans, block_size, way) for way in self._ways()}
         built: set[str] = set()
         while True:
             # what was wanted first is what a miss is about
             way = next((way for way, need in needs.items() if reach(self._at_hand(need), need)), next(iter(needs)))
             need = needs[way]
-            call = functools.partial(buckets_used, batches, more_tokens, cost=cost, block_size=block_size, strategy=way)
+            call = functools.partial(buckets_used, spans, most, cost=cost, block_size=block_size, strategy=way)
             if self._builds and way not in built:
                 built.add(way)
                 self._build_for(call, need)
@@ -120,9 +130,11 @@ class Buckets:
             if not reach(self._at_hand(need), {step: length}):
                 known = self._loader.refused.items()
                 refused = [error for bucket, error in known if bucket.step == step and bucket.holds(1, length)]
-                what = "bucket" if step == RECOMPUTE else f"{step} bucket"
+                what = "no bucket" if step == RECOMPUTE else f"no {step} bucket"
+                if self._compiled is None:
+                    return CacheMiss(f"{what} of the plan holds {length} tokens", hint="name a longer one, or no plan")
                 if not refused:
-                    return self._miss(f"no {what} that is built holds {length} tokens", step, length)
+                    return self._miss(f"{what} that is built holds {length} tokens", step, length)
                 return refused[0]
         raise AssertionError("everything is there")
 
