@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +11,7 @@ import click
 
 from nanogpt_buckets.choice import EAGER, Options
 from nanogpt_buckets.cli import output
+from nanogpt_buckets.cli.lines import read_text
 from nanogpt_buckets.cli.options import model_options, output_options, sampling_options
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenization.base import well_formed
@@ -91,23 +89,8 @@ def _prompt(prompt: str | None, start: str | None) -> str:
     if text != "-" and not text.startswith("FILE:"):
         # bytes that are no UTF-8 arrive from the shell as lone surrogates, which cannot be printed
         return well_formed(text)
-    name = "standard input" if text == "-" else f"the prompt file {text.removeprefix('FILE:')!r}"
-    try:
-        # text mode as nanoGPT has it: every end of a line is one character; -sig leaves a byte order mark out
-        return io.TextIOWrapper(io.BytesIO(_read(text)), encoding="utf-8-sig").read()
-    except UnicodeDecodeError:
-        raise UsageError(f"{name} is not UTF-8 text") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _read(prompt: str) -> bytes:
-    if prompt == "-":
-        if sys.stdin is None:
-            raise ValueError("it is closed")
-        return sys.stdin.buffer.read()
-    with open(os.path.expanduser(prompt.removeprefix("FILE:")), "rb") as file:
-        return file.read()
+    source = text.removeprefix("FILE:")
+    return read_text(source, "standard input" if source == "-" else f"the prompt file {source!r}")
 
 
 def _stream(engine: Engine, text: str, sampling: dict[str, Any]) -> None:
