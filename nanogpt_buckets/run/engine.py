@@ -209,6 +209,13 @@ class Engine:
                 state = (view.blank() for view in executable.interface.state)
                 executable(*step_named(bucket.step).pack([], bucket), *state)
 
+    @property
+    def identity(self) -> str:
+        """Say which weights, in which dtype, and what kind of tokenizer make this engine's texts."""
+        with self._alone():
+            kind = None if self.tokenizer is None else f"{type(self.tokenizer).__name__} {self.tokenizer.n_vocab}"
+            return f"{self._buckets.weights_digest} {kind}"
+
     def report(self) -> Report:
         """Return a copy of the counters since load."""
         with self._lock:

@@ -79,6 +79,11 @@ class Buckets:
         """Return what runs a bucket that `cover` returned."""
         return self._loader.loaded[bucket]
 
+    @property
+    def weights_digest(self) -> str:
+        """The name of the weights that all buckets run with."""
+        return self._loader.weights.digest
+
     def load_all(self) -> list[Bucket]:
         """Load what is built of the plan and return what could be loaded; a CacheError if of some not one could be."""
         self._loader.forgive()
