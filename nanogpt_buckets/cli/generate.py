@@ -74,7 +74,8 @@ def generate(
     how = {"max_new_tokens": max_new_tokens, "stop": list(stop) or None, "plain_text": plain_text, **sampling}
     job = None
     if prompts is not None or output_file is not None:
-        job = _job(prompts, output_file, how, prompt if start is None else start, num_samples)
+        _check_job(prompts, prompt if start is None else start, num_samples, as_json)
+        job = Job(str(prompts), output_file, how)
     text = "" if job else _prompt(prompt, start)
     if not compiled:
         options["backend"] = EAGER
@@ -99,15 +100,16 @@ def generate(
             _tell(engine)
 
 
-def _job(prompts: str | None, output_file: Path | None, how: dict[str, Any], prompt: str | None, samples: int) -> Job:
+def _check_job(prompts: str | None, prompt: str | None, num_samples: int, as_json: bool) -> None:
     if prompts is None:
         raise UsageError("--output is for the rows of --prompts", hint="redirect standard output: > FILE")
     if prompt is not None:
         raise UsageError("a prompt and --prompts cannot both be given", hint="put the prompt into the file")
-    if samples != 1:
-        hint = "give the same prompt several times; each has a seed of its own"
+    if num_samples != 1:
+        hint = "give the same prompt on several lines; each has a seed of its own"
         raise UsageError("--num-samples cannot go with --prompts", hint=hint)
-    return Job(prompts, output_file, how)
+    if as_json:
+        raise UsageError("--json cannot go with --prompts, whose rows are JSON as they are", hint="leave it out")
 
 
 def _prompt(prompt: str | None, start: str | None) -> str:

@@ -186,7 +186,8 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    # data that goes elsewhere goes there
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bars:
         task = bars.add_task(what, total=total)
         yield lambda amount: bars.advance(task, amount)
 

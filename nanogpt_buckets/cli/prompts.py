@@ -65,8 +65,8 @@ class Job:
             UsageError: a prompt cannot be one, or the output file belongs to other prompts, settings or another model.
             BucketsError: it cannot be written, or a step failed.
         """
-        keys = [_key(request, engine) for request in self._requests]
-        heads = [self._head(index, key) for index, key in enumerate(keys)]
+        model = engine.identity
+        heads = [self._head(index, _key(request, model)) for index, request in enumerate(self._requests)]
         total = len(self._requests)
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(self._opened()) if self._exists else None
@@ -187,10 +187,10 @@ def _row(head: Mapping[str, Any], generation: Generation) -> bytes:
     return _opening(head) + f"{json.dumps(made)[1:]}\n".encode("ascii")
 
 
-def _key(request: Request, engine: Engine) -> str:
+def _key(request: Request, model: str) -> str:
     """Return what stands for the settings of a request, its seed aside, and for the model and its tokenizer."""
     settings = {**asdict(request.sampling), "seed": None, "max_new_tokens": request.max_new_tokens}
-    settings |= {"stops": request.stops, "plain_text": request.plain_text, "model": engine.identity}
+    settings |= {"stops": request.stops, "plain_text": request.plain_text, "model": model}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode("ascii")).hexdigest()[:16]
 
 
