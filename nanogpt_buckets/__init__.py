@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nanogpt_buckets.plan.bucket import Bucket, Plan
     from nanogpt_buckets.run.engine import Engine
     from nanogpt_buckets.run.generate import generate
-    from nanogpt_buckets.run.generation import Generation, Token
+    from nanogpt_buckets.run.generation import Generation, Request, Token
     from nanogpt_buckets.run.report import Report
     from nanogpt_buckets.run.score import Score
 
@@ -34,6 +34,7 @@ _HOME = {
     "Generation": "run.generation",
     "Plan": "plan.bucket",
     "Report": "run.report",
+    "Request": "run.generation",
     "Score": "run.score",
     "Token": "run.generation",
     "build": "builder",
@@ -48,6 +49,7 @@ __all__ = [
     "Generation",
     "Plan",
     "Report",
+    "Request",
     "Score",
     "Token",
     "__version__",

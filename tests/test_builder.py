@@ -255,7 +255,7 @@ def test_a_request_survives_its_journey():
 
 # --- with the real compiler -----------------------------------------------------------------------------------------
 
-BUILD = [sys.executable, "-m", "nanogpt_buckets", "build", "--model", "demo", "--json", "--seq"]
+BUILD = [sys.executable, "-m", "nanogpt_buckets", "build", "--model", "demo", "--json", "--strategy=recompute", "--seq"]
 
 
 def test_two_builders_at_once_compile_each_key_once(tmp_path):

@@ -12,7 +12,7 @@ from nanogpt_buckets import Engine
 from nanogpt_buckets.cli import main
 from nanogpt_buckets.errors import CheckpointDamaged, UnsupportedModel, UsageError
 from nanogpt_buckets.model.checkpoint import open_model
-from nanogpt_buckets.run.generation import Row
+from nanogpt_buckets.run.generation import Request, Row
 
 SIZES = {"n_layer": 2, "n_head": 3, "n_embd": 48, "n_positions": 100, "vocab_size": 211, "initializer_range": 0.2}
 PROMPT = [5, 3, 200]
@@ -109,8 +109,8 @@ def test_an_end_token_makes_no_text_and_lets_go_of_what_was_held():
         def token_bytes(self, token):
             return bytes([token])
 
-    row = Row(list(b"a"), 0, 0, Letters(), ("xyz",))
-    pieces = [row.accept(token, 100, (ord("E"),)) for token in b"bxyE"]
+    row = Row(list(b"a"), Request("a", stop="xyz"), Letters(), (ord("E"),))
+    pieces = [row.accept(token) for token in b"bxyE"]
 
     assert pieces == ["b", "", "", "xy"]
     assert (row.done, row.generation().new_text, row.generation().finish_reason) == (True, "bxy", "stop")

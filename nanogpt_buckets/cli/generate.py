@@ -13,6 +13,7 @@ from nanogpt_buckets.choice import EAGER, Options
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.lines import read_text
 from nanogpt_buckets.cli.options import model_options, output_options, sampling_options
+from nanogpt_buckets.cli.prompts import Job
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenization.base import well_formed
 from nanogpt_buckets.plan.bucket import STRATEGIES
@@ -26,6 +27,15 @@ _PARTING = "---------------"
 
 @click.command()
 @click.argument("prompt", required=False)
+@click.option("--prompts", metavar="FILE", help="Many prompts, one a line or JSONL; each gives one line of JSON.")
+@click.option(
+    "-o",
+    "--output",
+    "output_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where these lines go; if some are there already, the rest are added.",
+)
 @click.option("--start", metavar="TEXT", help="The prompt, as nanoGPT's sample.py names it.")
 @model_options
 @click.option("--init-from", metavar="resume|gpt2...", help="sample.py's name for --model; resume takes --out-dir.")
@@ -52,6 +62,7 @@ def generate(
     prompt: str | None, start: str | None, model: str, init_from: str | None, out_dir: Path | None, options: Options,
     cached_only: bool, compiled: bool, as_json: bool, device: str, tokenizer: str | None, num_samples: int,
     max_new_tokens: int, stop: tuple[str, ...], plain_text: bool, sampling: SamplingOptions, strategy: str,
+    prompts: str | None, output_file: Path | None,
 ) -> None:  # fmt: skip
     """Continue PROMPT and print both. `FILE:prompt.txt` reads a file, `-` reads standard input.
 
@@ -60,7 +71,12 @@ def generate(
 
     Example: nanogpt-buckets generate "ROMEO:" --model demo --max-new-tokens 200 --seed 1337
     """
-    text = _prompt(prompt, start)
+    how = {"max_new_tokens": max_new_tokens, "stop": list(stop) or None, "plain_text": plain_text, **sampling}
+    job = None
+    if prompts is not None or output_file is not None:
+        _check_job(prompts, prompt if start is None else start, num_samples, as_json)
+        job = Job(str(prompts), output_file, how)
+    text = "" if job else _prompt(prompt, start)
     if not compiled:
         options["backend"] = EAGER
     if init_from == "resume" or (out_dir is not None and init_from is None):
@@ -74,12 +90,26 @@ def generate(
         model, tokenizer=tokenizer, on_miss="build", cached_only=cached_only, lazy=True, strategy=strategy,
         on_progress=update, **options
     ) as engine:  # fmt: skip
-        how = {"max_new_tokens": max_new_tokens, "stop": list(stop) or None, "plain_text": plain_text, **sampling}
-        if num_samples == 1 and not as_json:
+        if job:
+            job.run(engine)
+        elif num_samples == 1 and not as_json:
             _stream(engine, text, how)
         else:
             _print_all(engine, text, num_samples, how, as_json)
-        _tell(engine)
+        if not job or engine.report().steps:
+            _tell(engine)
+
+
+def _check_job(prompts: str | None, prompt: str | None, num_samples: int, as_json: bool) -> None:
+    if prompts is None:
+        raise UsageError("--output is for the rows of --prompts", hint="redirect standard output: > FILE")
+    if prompt is not None:
+        raise UsageError("a prompt and --prompts cannot both be given", hint="put the prompt into the file")
+    if num_samples != 1:
+        hint = "give the same prompt on several lines; each has a seed of its own"
+        raise UsageError("--num-samples cannot go with --prompts", hint=hint)
+    if as_json:
+        raise UsageError("--json cannot go with --prompts, whose rows are JSON as they are", hint="leave it out")
 
 
 def _prompt(prompt: str | None, start: str | None) -> str:
@@ -118,8 +148,9 @@ def _print_all(engine: Engine, text: str, num_samples: int, sampling: dict[str, 
 
 def _tell(engine: Engine) -> None:
     report = engine.report()
+    seed = "" if report.seed is None else f"; seed {report.seed}"
     ran = ", ".join(f"{bucket} x{count.steps}" for bucket, count in sorted(report.buckets.items())) or "none"
     output.say(
         f"{report.new_tokens} tokens, {report.tokens_per_s:.1f} tokens/s on {report.backend}; "
-        f"steps per bucket: {ran}; padding {100 * report.waste:.0f} %; seed {report.seed}"
+        f"steps per bucket: {ran}; padding {100 * report.waste:.0f} %{seed}"
     )

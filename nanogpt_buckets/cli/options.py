@@ -16,7 +16,7 @@ from nanogpt_buckets.choice import EAGER, Choice, Options
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.errors import CorruptEntry, PlanError, UsageError
 from nanogpt_buckets.files import read_file
-from nanogpt_buckets.plan.bucket import STRATEGIES, Plan
+from nanogpt_buckets.plan.bucket import PURPOSES, Plan
 from nanogpt_buckets.run.options import RNGS, SamplingOptions
 from nanogpt_buckets.settings import expanded
 from nanogpt_buckets.store.manifest import MAX_BYTES, parse
@@ -167,7 +167,7 @@ plan_options: Callable[[Command], Command] = _together(
     click.option("--batch", type=WholeNumbers(), default="1", show_default=True, help="Batch sizes."),
     click.option(
         "--strategy",
-        type=click.Choice(["auto", *STRATEGIES]),
+        type=click.Choice(["auto", *PURPOSES]),
         default="auto",
         show_default=True,
         help="Buckets that run a prompt once and remember it, or the whole context for each token; auto: the former "

@@ -189,7 +189,8 @@ def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    bars = Progress(console=Console(stderr=True), transient=True)
+    # data that goes elsewhere goes there
+    bars = Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
     task = bars.add_task(what, total=total)
 
     def advance(amount: float) -> None:

@@ -6,16 +6,14 @@ built, or of how an executable came to be.
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from nanogpt_buckets.contract import Executable
@@ -28,7 +26,8 @@ from nanogpt_buckets.steps import step_named
 
 Cost = Callable[[Bucket], int]
 RECOMPUTE, KV, SCORE = "recompute", "kv", "score"
-R = TypeVar("R")
+# How long a row is at its first step and at its last.
+Span = tuple[int, int]
 
 
 def cheapest(buckets: Iterable[Bucket], batch_size: int, length: int, cost: Cost) -> Bucket | None:
@@ -45,48 +44,58 @@ def group(
 ) -> list[tuple[Bucket, list[int]]]:
     """Cut rows of these lengths into groups that each fill one bucket, (bucket, rows), at the least total cost.
 
-    Where rows are bound to `slots`, which rise with lengths, a group takes all from its first row's to its last's.
+    A group is a span of the rows by length; where rows are bound to `slots`, a span of these, whatever the lengths, and
+    those in it that are nobody's take room as well.
 
-    For costs that never fall with length, contiguous groups of the sorted lengths are optimal; a dynamic programme
-    over where they end finds the best: F[j] = min over i < j of F[i] + c(bucket for rows i..j-1).
+    A dynamic programme over where spans end finds the best: F[j] = min over i < j of F[i] + c(bucket for rows i..j-1).
+    For costs that never fall with length, no groups are better than spans of the sorted lengths.
 
     Raises:
         ValueError: some row fits no bucket; callers settle coverage first.
     """
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    order = sorted(range(len(lengths)), key=(lengths if slots is None else slots).__getitem__)
     places = range(len(order)) if slots is None else [slots[row] for row in order]
-    widest = max((bucket.batch_size for bucket in buckets), default=0)
+    fitting = functools.cache(lambda width, length: cheapest(buckets, width, length, cost))
     best: list[tuple[float, int, Bucket | None]] = [(0, 0, None)]  # cost so far, start of last group, its bucket
-    for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
-        options = [
-            (best[start][0] + cost(bucket), start, bucket)
-            for start in range(max(0, end - widest), end)
-            if (bucket := cheapest(buckets, places[end - 1] - places[start] + 1, longest, cost))
-        ]
+    for end, row in enumerate(order, 1):
+        options, longest = [], lengths[row]
+        for start in range(end - 1, -1, -1):
+            longest = max(longest, lengths[order[start]])
+            bucket = fitting(places[end - 1] - places[start] + 1, longest)
+            if bucket is None:
+                break  # nor does any hold a longer span
+            options.append((best[start][0] + cost(bucket), start, bucket))
         if not options:
             raise ValueError(f"no bucket holds {longest} tokens")
         best.append(min(options, key=lambda option: option[:2]))
     groups, end = [], len(order)
     while end:
-        _, start, bucket = best[end]
-        assert bucket is not None
-        groups.append((bucket, order[start:end]))
+        _, start, last = best[end]
+        assert last is not None
+        groups.append((last, order[start:end]))
         end = start
     return groups[::-1]
 
 
-def needed(batches: Iterable[Sequence[int]], more_tokens: int, block_size: int, strategy: str) -> dict[str, int]:
-    """Return the longest row each step of a strategy has to hold in batches as `buckets_used` takes them."""
-    lengths = [length for batch in batches for length in batch]
-    last = max(lengths) + more_tokens
+def _lengths(spans: Iterable[Span], block_size: int, strategy: str) -> dict[str, set[Span]]:
+    """Return by step from which to which length it runs rows; recomputed contexts do not grow beyond `block_size`."""
     if strategy != KV:
-        return {strategy: min(last, block_size)}
-    remembered = [length for length in lengths if length <= block_size]
-    need = {"prefill": max(remembered)} if remembered else {}
-    if more_tokens and remembered and min(remembered) < block_size:
-        need["decode"] = min(last, block_size)
-    return need | ({RECOMPUTE: block_size} if last > block_size else {})
+        return {strategy: {(min(first, block_size), min(last, block_size)) for first, last in spans}}
+    found: dict[str, set[Span]] = {"prefill": set(), "decode": set(), RECOMPUTE: set()}
+    for first, last in set(spans):
+        if first <= block_size:
+            found["prefill"].add((first, first))
+        if first < min(last, block_size):
+            found["decode"].add((first + 1, min(last, block_size)))
+        if last > block_size:  # the crop moves every position, so nothing that is remembered holds
+            found[RECOMPUTE].add((block_size, block_size))
+    return {step: lengths for step, lengths in found.items() if lengths}
+
+
+def needed(spans: Iterable[Span], block_size: int, strategy: str) -> dict[str, int]:
+    """Return the longest row that each step of a strategy has to hold."""
+    lengths = _lengths(spans, block_size, strategy)
+    return {step: max(last for _, last in found) for step, found in lengths.items()}
 
 
 def reach(buckets: Iterable[Bucket], need: Mapping[str, int]) -> bool:
@@ -96,43 +105,25 @@ def reach(buckets: Iterable[Bucket], need: Mapping[str, int]) -> bool:
 
 
 def buckets_used(
-    batches: Iterable[Sequence[int]],
-    more_tokens: int,
-    buckets: Sequence[Bucket],
-    cost: Cost,
-    block_size: int,
-    strategy: str,
+    spans: Iterable[Span], together: int, buckets: Sequence[Bucket], cost: Cost, block_size: int, strategy: str
 ) -> set[Bucket]:
-    """Return the buckets used by batches of rows that have these lengths at their first step and go together.
+    """Return all buckets that rows may run in, however up to `together` of them are grouped at each step.
 
-    Each row gains `more_tokens` before its last step, one a step. Recomputed contexts do not grow beyond `block_size`.
-    A ValueError if some row outgrows every bucket.
+    Who meets whom is not known before: rows end early, and others take their places. A ValueError if some row outgrows
+    every bucket.
     """
-    rungs = sorted({bucket.seq_len for bucket in buckets})
     used: set[Bucket] = set()
-    for lengths in batches:
-        before: list[tuple[str, int]] = []
-        for grown in range(more_tokens + 1):
-            now = [(step_for(strategy, length + grown, grown == 0, block_size), length + grown) for length in lengths]
-            now = [(step, min(length, block_size)) for step, length in now]
-            places = [(step, bisect.bisect_left(rungs, length)) for step, length in now]
-            if places != before:  # grouped anew whenever one of them outgrows a rung
-                for step in {step for step, _ in now}:
-                    mine = [length for other, length in now if other == step]
-                    used |= {bucket for bucket, _ in group(mine, of_step(buckets, step), cost)}
-            before = places
-            if min(lengths) + grown > block_size:
-                break
+    for step, lengths in _lengths(spans, block_size, strategy).items():
+        mine, below = of_step(buckets, step), 0
+        widest = max((bucket.batch_size for bucket in mine), default=0)
+        for rung in sorted({bucket.seq_len for bucket in mine}):
+            if any(first <= rung and last > below for first, last in lengths):
+                widths = range(1, min(together, widest) + 1)
+                used |= {bucket for width in widths if (bucket := cheapest(mine, width, rung, cost))}
+            below = rung
+        if (longest := max(last for _, last in lengths)) > below:
+            raise ValueError(f"no bucket holds {longest} tokens")
     return used
-
-
-def step_for(strategy: str, length: int, first: bool, block_size: int) -> str:
-    """Return the step that runs a row of this length: past block_size the crop moves every position, so it is anew."""
-    if strategy != KV:
-        return strategy
-    if length > block_size:
-        return RECOMPUTE
-    return "prefill" if first else "decode"
 
 
 def of_step(buckets: Iterable[Bucket], step: str) -> list[Bucket]:
@@ -140,12 +131,26 @@ def of_step(buckets: Iterable[Bucket], step: str) -> list[Bucket]:
     return [bucket for bucket in buckets if bucket.step == step]
 
 
+class Context(Protocol):
+    """A row, as far as this is concerned: token ids, which may grow. It is itself and equals no other."""
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The tokens so far."""
+
+
+C = TypeVar("C", bound=Context)
+
+
 @dataclass(frozen=True)
-class Call:
-    """One execution of a bucket: which contexts, by index, are in which of its rows, and the state it finds."""
+class Call(Generic[C]):
+    """One execution of a bucket: whose contexts are in which of its rows, and the state it finds.
+
+    It may be run again for as long as nobody outgrows the bucket.
+    """
 
     bucket: Bucket
-    members: Sequence[int]
+    members: Sequence[C]
     rows: Sequence[int]
     state: Sequence[Tensor] = ()
 
@@ -166,26 +171,17 @@ class Dispatcher:
         at_once: int = 1,
     ) -> None:
         self._executables = executables
-        self._cost = cost
+        self.cost = cost
         self._arch, self._dtype = arch, dtype
         self.block_size = arch.block_size
         self._report = report
+        self._at_once = at_once
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="core") if at_once > 1 else None
 
-    def run(self, contexts: Sequence[Sequence[int]], buckets: Sequence[Bucket]) -> Tensor:
-        """Return the logits float32 (N, V) that follow each context, in the order given; each is a token or longer.
-
-        Raises:
-            NonFiniteLogits: a bucket returned NaN or infinity.
-        """
-        cropped = [context[-self.block_size :] for context in contexts]
-        self._report.crops += sum(len(context) > self.block_size for context in contexts)
-        return self.run_calls(self.stateless(RECOMPUTE, cropped, buckets), cropped)
-
-    def stateless(self, step: str, contexts: Sequence[Sequence[int]], buckets: Sequence[Bucket]) -> list[Call]:
-        """Return the calls of a step that keeps nothing, each context in one of them; the shortest come first."""
-        groups = group([len(context) for context in contexts], of_step(buckets, step), self._cost)
-        return [Call(bucket, members, range(len(members))) for bucket, members in groups]
+    def places(self, way: str, buckets: Iterable[Bucket]) -> int:
+        """Return how many rows are worth running at a time: as many as fit into one call, if that can be remembered."""
+        widest = self._at_once * max((bucket.batch_size for bucket in buckets), default=1)
+        return min(widest, most_rows(self._arch, self._dtype)) if way == KV else widest
 
     def remember(self, rows: int, buckets: Iterable[Bucket]) -> KVCache:
         """Return room for the keys and values of some rows."""
@@ -193,51 +189,53 @@ class Dispatcher:
         self._report.kv_bytes = max(self._report.kv_bytes, cache.bytes)
         return cache
 
-    def parts(self, rows: Sequence[R], way: str) -> list[Sequence[R]]:
-        """Cut rows into as many at a time as can be remembered."""
-        most = most_rows(self._arch, self._dtype) if way == KV else max(1, len(rows))
-        return [rows[start : start + most] for start in range(0, len(rows), most)]
+    def stateless(self, step: str, rows: Sequence[C], buckets: Sequence[Bucket]) -> list[Call[C]]:
+        """Return the calls of a step that keeps nothing and runs the whole contexts of rows, the shortest first."""
+        groups = group([min(len(row.ids), self.block_size) for row in rows], of_step(buckets, step), self.cost)
+        return [Call(bucket, [rows[m] for m in members], range(len(members))) for bucket, members in groups]
 
-    def calls(
-        self, step: str, lengths: Sequence[int], buckets: Sequence[Bucket], cache: KVCache, rows: Sequence[int]
-    ) -> list[Call]:
-        """Return the calls of a step that run some rows of a cache, in the order of their slots."""
-        slots = [cache.slot(row) for row in rows]
+    def remembered(
+        self, step: str, rows: Sequence[C], slots: Sequence[int], buckets: Sequence[Bucket], cache: KVCache
+    ) -> list[Call[C]]:
+        """Return the calls of a step for rows that are in these slots of a cache."""
         calls = []
-        for bucket, members in group(lengths, of_step(buckets, step), self._cost, slots):
-            first = slots[members[0]]
-            calls.append(Call(bucket, members, [slots[m] - first for m in members], cache.views(first, bucket)))
+        for bucket, members in group([len(row.ids) for row in rows], of_step(buckets, step), self.cost, slots):
+            first, views = cache.views(slots[members[0]], bucket)
+            calls.append(Call(bucket, [rows[m] for m in members], [slots[m] - first for m in members], views))
         return calls
 
-    def run_calls(self, calls: Sequence[Call], contexts: Sequence[Sequence[int]]) -> Tensor:
-        """Return the logits (N, V) that follow N contexts, each of which is in one call."""
-        rows = self.answers(calls, contexts)
-        return torch.stack([rows[row] for row in range(len(contexts))])  # (N, V)
+    def run(self, calls: Sequence[Call[C]]) -> dict[C, Tensor]:
+        """Return what calls answer, by row, each in one call: the logits float32 (V) that follow, or what else it is.
 
-    def answers(self, calls: Sequence[Call], contexts: Sequence[Sequence[int]]) -> dict[int, Tensor]:
-        """Return what calls answer, by the index of a context: logits (V), or what else it is."""
-        run = map if self._pool is None else self._pool.map
-        done = list(run(functools.partial(self._run_bucket, contexts), calls))
+        Raises:
+            NonFiniteLogits: a bucket returned NaN or infinity.
+        """
+        # what is padding in one call may be another's state, so those take turns
+        run = map if self._pool is None or any(call.state for call in calls) else self._pool.map
+        done = list(run(self._run_bucket, calls))
         self._report.count_overlap(span for _, span in done)
-        rows: dict[int, Tensor] = {}
-        for call, (found, (start, end)) in zip(calls, done, strict=True):
+        found: dict[C, Tensor] = {}
+        for call, (answers, (start, end)) in zip(calls, done, strict=True):
+            lengths = [len(row.ids) for row in call.members]
+            self._report.crops += sum(length > self.block_size for length in lengths)
             most = step_named(call.bucket.step).positions(call.bucket) // call.bucket.batch_size
-            lengths = [min(len(contexts[row]), most) for row in call.members]
-            self._report.count_step(call.bucket, lengths, end - start)
-            rows |= dict(zip(call.members, found, strict=True))
-        return rows
+            self._report.count_step(call.bucket, [min(length, most) for length in lengths], end - start)
+            found.update(zip(call.members, answers.unbind(), strict=True))
+        return found
 
-    def _run_bucket(self, contexts: Sequence[Sequence[int]], call: Call) -> tuple[Tensor, tuple[float, float]]:
+    def _run_bucket(self, call: Call[C]) -> tuple[Tensor, tuple[float, float]]:
         """Return the answers (n, ...) for the n contexts of a call, and from when to when the bucket ran."""
         executable, step = self._executables(call.bucket), step_named(call.bucket.step)
-        packed: list[Sequence[int]] = [()] * (max(call.rows) + 1)
+        packed: list[Sequence[int]] = [()] * (call.rows[-1] + 1)
         for row, member in zip(call.rows, call.members, strict=True):
-            packed[row] = contexts[member]
+            packed[row] = member.ids if len(member.ids) <= self.block_size else member.ids[-self.block_size :]
         inputs = step.pack(packed, call.bucket)
         start = time.perf_counter()
         outputs = executable(*inputs, *call.state)
         end = time.perf_counter()
-        answers = step.answers(outputs, len(packed))[list(call.rows)]  # (n, ...)
+        answers = step.answers(outputs, len(packed))  # (rows, ...)
+        if len(call.rows) < len(packed):
+            answers = answers[list(call.rows)]  # (n, ...)
         # NaN if any value is; several times faster than asking each
         if not all(math.isfinite(extreme) for extreme in answers.aminmax()):
             hint = "the weights may hold NaN or infinite values; see how the model was trained or saved"

@@ -1,17 +1,15 @@
 """Prompts -> text, and texts -> scores: load a model's buckets, settle coverage, then step, sample and stream.
 
-The loop runs on the host. Rows that recompute are regrouped into the cheapest buckets at each step; what others
-remember stays in their slots (`run/batch.py`). Knows nothing of compilers, files or shapes beyond buckets.
+The loop itself is `run/loop.py`. Knows nothing of compilers, files or shapes beyond buckets.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -19,22 +17,29 @@ from torch import Tensor
 
 from nanogpt_buckets.builder import Listener
 from nanogpt_buckets.choice import Choice, Options, choose
-from nanogpt_buckets.contract import refuse_forked
-from nanogpt_buckets.errors import TokenizerError, UsageError
+from nanogpt_buckets.errors import TokenizerError
 from nanogpt_buckets.model.tokenization.base import Tokenizer
 from nanogpt_buckets.model.tokenization.choice import TokenizerChoice, tokenizer_for
 from nanogpt_buckets.plan.bucket import Bucket, Plan
-from nanogpt_buckets.run.batch import Batch
-from nanogpt_buckets.run.dispatch import RECOMPUTE, SCORE, Call, Dispatcher
-from nanogpt_buckets.run.generation import Generation, Prompt, Row, Token, as_prompts, stop_strings, token_ids
+from nanogpt_buckets.run.generation import (
+    Generation,
+    Prompt,
+    Request,
+    Row,
+    Token,
+    as_prompts,
+    check_count,
+    start_of,
+    token_ids,
+)
 from nanogpt_buckets.run.loader import Compiled, Uncompiled
+from nanogpt_buckets.run.loop import Loop, generator_of
+from nanogpt_buckets.run.many import in_order
 from nanogpt_buckets.run.misses import Buckets
-from nanogpt_buckets.run.options import Sampling, SamplingOptions
+from nanogpt_buckets.run.options import SamplingOptions
 from nanogpt_buckets.run.report import Report, save_last_run
-from nanogpt_buckets.run.sampling import draw_nanogpt, draw_per_row, mask_undecodable
-from nanogpt_buckets.run.score import Score, check_stride, score_windows, windows
+from nanogpt_buckets.run.score import Score, check_stride, join, windows
 from nanogpt_buckets.steps import step_named
-from nanogpt_buckets.values import shown, whole_number
 
 
 class Engine:
@@ -55,10 +60,7 @@ class Engine:
             if tokenizer is not None:
                 raise
             self.no_tokenizer = error  # token ids work all the same
-        cores = 1 if choice.backend is None else choice.backend.cores
-        self._dispatcher = Dispatcher(buckets.executable, choice.cost, self._arch, choice.dtype, report, cores)
-        self._lock = threading.RLock()
-        self._closed = False
+        self._loop = Loop(choice, buckets, report, None if self.tokenizer is None else self.tokenizer.n_vocab)
 
     @classmethod
     def load(
@@ -100,7 +102,7 @@ class Engine:
         buckets = Buckets(loader, plan, report, on_miss, on_progress, strategy, lazy)
         engine = cls(choice, buckets, report, tokenizer)
         if not lazy:
-            with engine._alone():
+            with engine._loop.alone():
                 buckets.load_all()
         return engine
 
@@ -128,13 +130,33 @@ class Engine:
             UsageError: an argument is out of range.
             CacheMiss: no bucket that is built reaches the longest context, and none may be compiled.
         """
-        how = self._sampling(sampling)
-        num_samples = _check_count("num_samples", num_samples, 1)
-        max_new_tokens = _check_count("max_new_tokens", max_new_tokens, 0)
-        rows = self._rows(as_prompts(prompts), num_samples, stop, plain_text)
-        for _ in self._steps(rows, how, max_new_tokens):
+        num_samples = check_count("num_samples", num_samples, 1)
+        how = self._how(max_new_tokens=max_new_tokens, stop=stop, plain_text=plain_text, **sampling)
+        rows = self._rows(as_prompts(prompts), how, num_samples)
+        for _ in self._loop.steps(rows):
             pass
         return [row.generation() for row in rows]
+
+    def generate_each(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Continue many prompts, each in its own way; yields in the order of the requests, each as soon as it can be.
+
+        Every request is checked, and coverage settled, before this returns. The text of one is what `generate` makes of
+        it alone, whatever the others are.
+
+        Raises:
+            UsageError: a prompt or an argument is out of range.
+            CacheMiss: no bucket that is built reaches the longest context, and none may be compiled.
+        """
+        asked = [(request, array("i", self._ids(request.prompt, request))) for request in requests]
+        lengths = [len(start_of(ids, self.tokenizer)) for _, ids in asked]
+        spans = [(n, n + request.max_new_tokens - 1) for n, (request, _) in zip(lengths, asked, strict=True)]
+        spans = [(first, last) for first, last in spans if first <= last]
+        batch = self._loop.batch(spans)
+
+        def row_of(request: Request, ids: Iterable[int]) -> Row:
+            return Row([*ids], request, self.tokenizer, self._end_tokens, generator_of(request))
+
+        return in_order(asked, row_of, functools.partial(self._loop.run, batch), batch.room)
 
     def stream(
         self,
@@ -149,20 +171,17 @@ class Engine:
 
         Arguments are checked and coverage is settled before this returns.
         """
-        how = self._sampling(sampling)
-        max_new_tokens = _check_count("max_new_tokens", max_new_tokens, 0)
-        steps = self._steps(self._rows([prompt], 1, stop, plain_text), how, max_new_tokens)
+        how = self._how(max_new_tokens=max_new_tokens, stop=stop, plain_text=plain_text, **sampling)
+        steps = self._loop.steps(self._rows([prompt], how))
         return (Token(row.ids[-1], piece, row.new_tokens - 1) for row, piece in steps)
 
     def logits(self, prompts: Prompt | Iterable[Prompt]) -> Tensor:
         """Return the logits float32 (N, V) that follow N prompts; one string, or one list of token ids, is one."""
-        rows = self._rows(as_prompts(prompts), 1, None, False)
+        rows = self._rows(as_prompts(prompts), Request("", max_new_tokens=1))
         if not rows:
             return torch.empty(0, self._arch.vocab_size, dtype=torch.float32, device="cpu")
-        way, buckets = self._cover([rows], 1)
-        with self._timed():
-            parts = self._dispatcher.parts(rows, way)
-            return torch.cat([self._batch(part, way, buckets).logits(_numbered(part)) for part in parts])
+        found = self._loop.logits(rows)
+        return torch.stack([found[row] for row in rows])  # (N, V)
 
     def score(
         self,
@@ -189,41 +208,37 @@ class Engine:
             CacheMiss: no score bucket that is built holds the longest text, and none may be compiled.
         """
         stride = check_stride(stride, self._arch.block_size)
-        ids = [self._encode(text, plain_text) for text in as_prompts(texts)]
+        how = Request("", plain_text=plain_text)
+        ids = [self._ids(text, how) for text in as_prompts(texts)]
         parts = windows(ids, self._arch.block_size, stride)
-        contexts = [part.ids for part in parts]
-        with self._alone():
-            lengths = [len(context) for context in contexts]
-            _, buckets = self._buckets.cover([lengths], 0, (SCORE,)) if parts else (SCORE, [])
-            calls = self._dispatcher.stateless(SCORE, contexts, buckets)
-
-        def run(call: Call) -> Mapping[int, Tensor]:
-            with self._timed():
-                found = self._dispatcher.answers([call], contexts)
-                self._report.scored_tokens += sum(parts[number].new for number in call.members)
-                return found
-
-        return score_windows(ids, parts, calls, run, on_progress)
+        return join(ids, parts, self._loop.scores(parts), on_progress)
 
     def warmup(self) -> None:
         """Load every bucket of the plan and run each once, so that the first request pays for nothing."""
-        with self._alone():
+        with self._loop.alone():
             for bucket in self._buckets.load_all():
                 executable = self._buckets.executable(bucket)
                 state = (view.blank() for view in executable.interface.state)
                 executable(*step_named(bucket.step).pack([], bucket), *state)
 
+    @property
+    def identity(self) -> str:
+        """Say which weights, in which dtype, and what kind of tokenizer make this engine's texts."""
+        with self._loop.alone():
+            kind = None if self.tokenizer is None else f"{type(self.tokenizer).__name__} {self.tokenizer.n_vocab}"
+            return f"{self._buckets.weights_digest} {kind}"
+
     def report(self) -> Report:
         """Return a copy of the counters since load."""
-        with self._lock:
+        with self._loop.lock:
             return copy.deepcopy(self._report)
 
     def close(self) -> None:
         """Let go of buckets and weights and keep the counters as this node's last run; the engine is then of no use."""
-        with self._lock:
-            if self._report.steps and not self._closed:
+        with self._loop.lock:
+            if self._report.steps and not self._loop.closed:
                 save_last_run(self._report)
-            self._closed = True
+            self._loop.closed = True
             self._buckets.close()
 
     def __enter__(self) -> Engine:
@@ -234,109 +249,25 @@ class Engine:
 
     # --- one call -------------------------------------------------------------------------------------------------
 
-    def _sampling(self, options: SamplingOptions) -> Sampling:
-        given: dict[str, Any] = {name: value for name, value in options.items() if (name, value) != ("seed", None)}
-        sampling = Sampling(**given)
-        self._report.seed = sampling.seed
-        return sampling
+    def _how(self, **options: Any) -> Request:
+        """Return how the prompts of a call are continued; the report names the seed."""
+        how = Request("", **options)
+        self._report.seed = how.sampling.seed
+        return how
 
-    def _rows(
-        self, prompts: list[Prompt], num_samples: int, stop: str | Sequence[str] | None, plain_text: bool
-    ) -> list[Row]:
-        rows: list[Row] = []
-        stops = stop_strings(stop)
-        for index, prompt in enumerate(prompts):
-            ids = self._encode(prompt, plain_text)
-            if stops and self.tokenizer is None:
-                raise TokenizerError(f"stop strings need a tokenizer: {self.no_tokenizer}")
-            rows += [Row(ids, index, sample, self.tokenizer, stops) for sample in range(num_samples)]
-        return rows
-
-    def _encode(self, text: Prompt, plain_text: bool) -> list[int]:
-        if not isinstance(text, str):
-            return token_ids(text, self._arch.vocab_size)
+    def _ids(self, prompt: Prompt, how: Request) -> list[int]:
+        if how.stops and self.tokenizer is None:
+            raise TokenizerError(f"stop strings need a tokenizer: {self.no_tokenizer}")
+        if not isinstance(prompt, str):
+            return token_ids(prompt, self._arch.vocab_size)
         if self.tokenizer is None:
             raise self.no_tokenizer.with_traceback(None)
-        return self.tokenizer.encode(text, plain_text=plain_text)
+        return self.tokenizer.encode(prompt, plain_text=how.plain_text)
 
-    def _cover(self, batches: list[list[Row]], max_new_tokens: int) -> tuple[str, list[Bucket]]:
-        """Settle, before the first step, which buckets will run; the last step sees one token less than the result."""
-        lengths = [[len(row.ids) for row in batch] for batch in batches if batch]
-        if not lengths or max_new_tokens == 0:
-            return RECOMPUTE, []
-        with self._alone():
-            return self._buckets.cover(lengths, max_new_tokens - 1)
-
-    def _steps(self, rows: list[Row], sampling: Sampling, max_new_tokens: int) -> Iterator[tuple[Row, str | None]]:
-        """Settle what will run, then return each row as it gains a token, with the text that this makes certain."""
-        # nanoGPT draws sample after sample from one generator
-        batches = [[row] for row in rows] if sampling.rng == "nanogpt" else [rows]
-        return self._run(batches, sampling, max_new_tokens, *self._cover(batches, max_new_tokens))
-
-    def _batch(self, rows: Sequence[Row], way: str, buckets: list[Bucket]) -> Batch:
-        return Batch(self._dispatcher, way, buckets, [row.ids for row in rows])
-
-    def _run(
-        self, batches: list[list[Row]], sampling: Sampling, max_new_tokens: int, way: str, buckets: list[Bucket]
-    ) -> Iterator[tuple[Row, str | None]]:
-        """Run the rows of one batch together, or as many as can be remembered; the batches one after another."""
-        ends = () if sampling.ignore_eos else self._end_tokens
-        generator = torch.Generator().manual_seed(sampling.seed % 2**64)
-        ordered = (sorted(rows, key=lambda row: len(row.ids)) for rows in batches)
-        parts = (part for rows in ordered for part in self._dispatcher.parts(rows, way))
-        for rows in parts if max_new_tokens else ():
-            batch, active = self._batch(rows, way, buckets), rows
-            while active:
-                with self._timed():
-                    logits = batch.logits(_numbered(rows))  # (N, V)
-                    tokens = self._draw(logits, active, sampling, generator)
-                    pieces = [row.accept(t, max_new_tokens, ends) for row, t in zip(active, tokens, strict=True)]
-                    self._report.new_tokens += len(active)
-                yield from zip(active, pieces, strict=True)
-                active = [row for row in rows if not row.done]
-
-    def _draw(self, logits: Tensor, rows: Sequence[Row], sampling: Sampling, generator: torch.Generator) -> list[int]:
-        if self.tokenizer is not None:
-            logits = mask_undecodable(logits, self.tokenizer.n_vocab)
-        if sampling.rng == "nanogpt":
-            return [draw_nanogpt(logits[0], sampling, generator)]
+    def _rows(self, prompts: list[Prompt], how: Request, num_samples: int = 1) -> list[Row]:
+        generator = generator_of(how)
         return [
-            draw_per_row(row_logits, sampling, row.prompt, row.sample, row.new_tokens)
-            for row, row_logits in zip(rows, logits, strict=True)
+            Row(ids, how, self.tokenizer, self._end_tokens, generator, index, sample)
+            for index, ids in enumerate([self._ids(prompt, how) for prompt in prompts])
+            for sample in range(num_samples)
         ]
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Be `_alone` and count the time, the wait excluded."""
-        with self._alone():
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                self._report.seconds += time.perf_counter() - start
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the lock, on the CPU whatever default device the host program has set.
-
-        Raises:
-            UsageError: the engine is closed, or the process a fork of one that ran buckets, not even let near the lock.
-        """
-        refuse_forked()
-        elsewhere = torch.get_default_device().type != "cpu"
-        with self._lock, torch.device("cpu") if elsewhere else nullcontext():
-            if self._closed:
-                raise UsageError("this engine is closed", hint="load another with Engine.load")
-            yield
-
-
-def _numbered(rows: Sequence[Row]) -> dict[int, list[int]]:
-    """Return the contexts of the rows that still run, by number."""
-    return {number: row.ids for number, row in enumerate(rows) if not row.done}
-
-
-def _check_count(name: str, value: object, least: int) -> int:
-    number = whole_number(value)
-    if number is None or number < least:
-        raise UsageError(f"{name} is {shown(value)}; it must be a whole number, {least} or more")
-    return number

@@ -11,11 +11,15 @@ import itertools
 from array import array
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenization.base import StreamDecoder, Tokenizer, well_formed
+from nanogpt_buckets.run.options import Sampling, SamplingOptions
 from nanogpt_buckets.values import shown, whole_number
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 Prompt = str | Iterable[int]
 _MAX_STOPS = 1000
@@ -65,6 +69,47 @@ def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
         if not isinstance(text, str) or not text or text != well_formed(text):
             raise UsageError(f"stop string {shown(text)} cannot be matched", hint="use one or more non-empty strings")
     return stops
+
+
+def check_count(name: str, value: object, least: int) -> int:
+    """Return a whole number; a UsageError if it is none, or less than the least."""
+    number = whole_number(value)
+    if number is None or number < least:
+        raise UsageError(f"{name} is {shown(value)}; it must be a whole number, {least} or more")
+    return number
+
+
+class Request:
+    """A prompt and how it is continued, for `Engine.generate_each`.
+
+    Args:
+        prompt: a string or token ids; an empty one starts from the model's start token.
+        max_new_tokens: at most so many new tokens; 0 gives the prompt back.
+        stop: end before any of these strings appears in the new text.
+        plain_text: `<|endoftext|>` in the prompt is ordinary text.
+        sampling: temperature, top_k, top_p, seed, ignore_eos; see `Sampling`. A seed is chosen if none is given.
+
+    Raises:
+        UsageError: an argument is out of range.
+    """
+
+    __slots__ = ("max_new_tokens", "plain_text", "prompt", "sampling", "stops")
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 100,
+        stop: str | Iterable[str] | None = None,
+        plain_text: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> None:
+        given: dict[str, Any] = {name: value for name, value in sampling.items() if (name, value) != ("seed", None)}
+        self.prompt = prompt
+        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, 0)
+        self.stops = stop_strings(stop)
+        self.plain_text = plain_text
+        self.sampling = Sampling(**given)
 
 
 @dataclass(frozen=True)
@@ -156,38 +201,56 @@ class TextStream:
         return piece
 
 
-class Row:
-    """One sequence on its way, sample number `sample` of prompt number `prompt`; without a tokenizer it has no text.
-
-    New tokens are appended to `ids`. An empty prompt becomes the tokenizer's start token, whose text is not shown.
+def start_of(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[int]:
+    """Return what a row begins with: the ids of its prompt, or the tokenizer's start token if it has none.
 
     Raises:
         UsageError: the prompt is empty and there is no start token.
     """
+    start = None if ids or tokenizer is None else tokenizer.start_token
+    if not ids and start is None:
+        raise UsageError("the prompt is empty and this model has no start token", hint="give a prompt")
+    return [*ids] if start is None else [start]
+
+
+class Row:
+    """One sequence on its way, sample number `sample` of prompt number `prompt`; without a tokenizer it has no text.
+
+    New tokens are appended to `ids`. The text of a start token is not shown. None of the `ends` makes text, and after
+    one nothing follows. Rows whose draws are one sequence share a `generator`.
+    """
 
     def __init__(
-        self, ids: list[int], prompt: int, sample: int, tokenizer: Tokenizer | None, stops: tuple[str, ...]
+        self,
+        ids: list[int],
+        request: Request,
+        tokenizer: Tokenizer | None,
+        ends: tuple[int, ...] = (),
+        generator: Generator | None = None,
+        prompt: int = 0,
+        sample: int = 0,
     ) -> None:
-        start = None if ids or tokenizer is None else tokenizer.start_token
-        if not ids and start is None:
-            raise UsageError("the prompt is empty and this model has no start token", hint="give a prompt")
-        self.ids = [*ids] if start is None else [start]
+        self.ids = start_of(ids, tokenizer)
+        self.request = request
+        self.generator = generator
         self.prompt = prompt
         self.sample = sample
-        self.text = None if tokenizer is None else TextStream(tokenizer, ids, stops)
+        self.text = None if tokenizer is None else TextStream(tokenizer, ids, request.stops)
         self.n_prompt = len(self.ids)
-        self.done = self.stopped = False
+        self._ends = () if request.sampling.ignore_eos else ends
+        self.done = request.max_new_tokens == 0
+        self.stopped = False
 
     @property
     def new_tokens(self) -> int:
         """How many ids are new."""
         return len(self.ids) - self.n_prompt
 
-    def accept(self, token: int, max_new_tokens: int, ends: tuple[int, ...] = ()) -> str | None:
-        """Append a token and return the text it makes certain; none is made by `ends`, after which nothing follows."""
+    def accept(self, token: int) -> str | None:
+        """Append a token and return the text it makes certain."""
         self.ids.append(token)
-        ended = token in ends
-        last = ended or self.new_tokens >= max_new_tokens
+        ended = token in self._ends
+        last = ended or self.new_tokens >= self.request.max_new_tokens
         piece = None if self.text is None else self.text.feed(None if ended else token, last=last)
         self.stopped = ended or (self.text is not None and self.text.stopped)
         self.done = last or self.stopped

@@ -1,11 +1,9 @@
-"""Keys and values of the rows of one batch, in slots: allocated once, never reset, moved only to close gaps.
+"""Keys and values of the rows of one batch, in slots: allocated once, never reset, copied from slot to slot.
 
 What steps find and write is views of it. Knows nothing of which bucket is chosen, nor of what a row is for.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,43 +28,35 @@ class KVCache:
     Args:
         arch: the network's.
         dtype: the weights', "float32" or "bfloat16".
-        slots: rows of the batch; row i begins in slot i.
-        widest: the largest batch size of a bucket, whose padding may hang over the last slot.
+        slots: how many rows it is for.
+        widest: the largest batch size of a bucket, all of whose rows are some slot.
     """
 
     def __init__(self, arch: Architecture, dtype: str, slots: int, widest: int) -> None:
-        shape = (slots + widest - 1, arch.n_head, arch.block_size, arch.n_embd // arch.n_head)
+        self._size = max(slots, widest)
+        shape = (self._size, arch.n_head, arch.block_size, arch.n_embd // arch.n_head)
         # zeros cost nothing until they are written, and what is masked must be finite all the same
         kind = getattr(torch, dtype)
         self._tensors = [torch.zeros(shape, dtype=kind, device="cpu") for _ in range(2 * arch.n_layer)]
-        self._slots = list(range(slots))
+        self._views: dict[tuple[int, Bucket], list[Tensor]] = {}
 
     @property
     def bytes(self) -> int:
         """How much memory it takes at most."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors)
 
-    def slot(self, row: int) -> int:
-        """Return where a row is."""
-        return self._slots[row]
+    def views(self, slot: int, bucket: Bucket) -> tuple[int, list[Tensor]]:
+        """Return what a call of a bucket finds, 2L of (B, nh, S, hs), and the slot of its first row.
 
-    def views(self, first: int, bucket: Bucket) -> list[Tensor]:
-        """Return what a call of a bucket finds whose first row is in this slot: 2L of (B, nh, S, hs)."""
-        end = first + bucket.batch_size
-        return [tensor[first:end, :, : bucket.seq_len] for tensor in self._tensors]
+        That is the one asked for, or one before where there are too few after it.
+        """
+        first = min(slot, self._size - bucket.batch_size)
+        if (first, bucket) not in self._views:
+            cut = slice(first, first + bucket.batch_size)
+            self._views[first, bucket] = [tensor[cut, :, : bucket.seq_len] for tensor in self._tensors]
+        return first, self._views[first, bucket]
 
-    def copy(self, row: int, to: int, length: int) -> None:
-        """Copy the first `length` positions of a row to another, which then goes on from there."""
-        source, target = self._slots[row], self._slots[to]
+    def copy(self, slot: int, to: int, length: int) -> None:
+        """Copy the first `length` positions of a slot to another."""
         for tensor in self._tensors:
-            tensor[target, :, :length] = tensor[source, :, :length]
-
-    def close_gaps(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Move the rows that are left, in the order of their slots, to the first ones, once half of a span is idle."""
-        places = [self._slots[row] for row in rows]
-        if 2 * len(rows) > places[-1] - places[0] + 1:
-            return
-        for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            for tensor in self._tensors:
-                tensor[place, :, :length] = tensor[self._slots[row], :, :length]
-            self._slots[row] = place
+            tensor[to, :, :length] = tensor[slot, :, :length]

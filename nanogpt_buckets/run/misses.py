@@ -23,7 +23,7 @@ from nanogpt_buckets.errors import (
 )
 from nanogpt_buckets.plan.bucket import SHORTEST, STRATEGIES, Bucket, Plan
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
-from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, buckets_used, needed, reach
+from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, Span, buckets_used, needed, reach
 from nanogpt_buckets.run.loader import Compiled, Loader
 from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.selection import Selection, explain_miss
@@ -80,6 +80,11 @@ class Buckets:
         """Return what runs a bucket that `cover` returned."""
         return self._loader.loaded[bucket]
 
+    @property
+    def weights_digest(self) -> str:
+        """The name of the weights that all buckets run with."""
+        return self._loader.weights.digest
+
     def load_all(self) -> list[Bucket]:
         """Load what is built of the plan and return what could be loaded; a CacheError if of some not one could be."""
         self._loader.forgive()
@@ -90,9 +95,11 @@ class Buckets:
         return sorted(self._loader.loaded)
 
     def cover(
-        self, batches: list[list[int]], more_tokens: int, ways: Sequence[str] | None = None
+        self, spans: Sequence[Span], together: bool = True, ways: Sequence[str] | None = None
     ) -> tuple[str, list[Bucket]]:
-        """Decide how rows, as `buckets_used` takes them, are run, and which buckets may: all of them are loaded.
+        """Decide how rows are run, and which buckets may: all that are loaded, as is whatever can be of use.
+
+        Whatever rows meet, and whoever ends early, nothing else is needed. `together`: they may be grouped.
 
         Without `ways` they generate, as the engine's strategy says.
 
@@ -101,11 +108,11 @@ class Buckets:
             CompileFailed: it had to be compiled and could not be.
         """
         self._loader.forgive()
-        cost, block_size = self._choice.cost, self._block_size
-        needs = {way: needed(batches, more_tokens, block_size, way) for way in ways or self._ways()}
+        cost, block_size, most = self._choice.cost, self._block_size, len(spans) if together else 1
+        needs = {way: needed(spans, block_size, way) for way in ways or self._ways()}
 
         def call(way: str) -> _Call:
-            return functools.partial(buckets_used, batches, more_tokens, cost=cost, block_size=block_size, strategy=way)
+            return functools.partial(buckets_used, spans, most, cost=cost, block_size=block_size, strategy=way)
 
         wanted = next(iter(needs))  # what a miss is about
         if self._builds:
@@ -134,10 +141,12 @@ class Buckets:
             if not reach(self._at_hand(need), {step: length}):
                 known = self._loader.refused.items()
                 refused = [error for bucket, error in known if bucket.step == step and bucket.holds(1, length)]
-                what = "bucket" if step == RECOMPUTE else f"{step} bucket"
+                what = "no bucket" if step == RECOMPUTE else f"no {step} bucket"
+                if self._compiled is None:
+                    return CacheMiss(f"{what} of the plan holds {length} tokens", hint="name a longer one, or no plan")
                 if not refused:
-                    none = self._compiled is not None and not self._compiled.selection.usable
-                    reaches = f"no {what} that is built holds {length} tokens"
+                    none = not self._compiled.selection.usable
+                    reaches = f"{what} that is built holds {length} tokens"
                     return self._miss("no bucket is built" if none else reaches, step, length)
                 return refused[0]
         raise AssertionError("everything is there")

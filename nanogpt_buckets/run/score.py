@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor
 
 from nanogpt_buckets.errors import UsageError
-from nanogpt_buckets.run.dispatch import Call
 from nanogpt_buckets.values import shown, whole_number
 
 Advance = Callable[[float], None]
@@ -71,9 +70,9 @@ def perplexity(logprob: float, tokens: int) -> float | None:
         return math.inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window:
-    """A part of a text that is run in one pass, and how many of its last tokens that scores."""
+    """A part of text number `text` that is run in one pass, and how many of its last tokens that scores."""
 
     text: int
     ids: Sequence[int]
@@ -114,29 +113,28 @@ def windows(texts: Sequence[Sequence[int]], block_size: int, stride: int) -> lis
     return found
 
 
-def score_windows(
+def join(
     texts: Sequence[list[int]],
     parts: Sequence[Window],
-    calls: Iterable[Call],
-    run: Callable[[Call], Mapping[int, Tensor]],
+    found: Iterable[Mapping[Window, Tensor]],
     on_progress: Advance,
 ) -> list[Score]:
-    """Run calls whose members are windows, and join what they answer, float32 (S - 1) a window, to scores.
+    """Join what is found of windows, float32 (S - 1) each, a few after others, to the scores of texts.
 
-    After each one, `on_progress` is told how many texts that was; a window is its share of one.
+    Each time `on_progress` is told how many texts that was; a window is its share of one.
     """
     of_text = Counter(part.text for part in parts)
-    logprobs: dict[int, list[float]] = {}
+    logprobs: dict[Window, list[float]] = {}
     on_progress(len(texts) - len(of_text))  # those of which nothing is run
-    for call in calls:
-        for number, found in run(call).items():
-            end = len(parts[number].ids) - 1
-            logprobs[number] = found[end - parts[number].new : end].tolist()
-        on_progress(sum(1 / of_text[parts[number].text] for number in call.members))
+    for some in found:
+        for part, answer in some.items():
+            end = len(part.ids) - 1
+            logprobs[part] = answer[end - part.new : end].tolist()
+        on_progress(sum(1 / of_text[part.text] for part in some))
     joined: list[list[float]] = [[] for _ in texts]
-    for number, part in enumerate(parts):
-        joined[part.text] += logprobs[number]
-    return [Score(ids, found) for ids, found in zip(texts, joined, strict=True)]
+    for part in parts:
+        joined[part.text] += logprobs[part]
+    return [Score(ids, scores) for ids, scores in zip(texts, joined, strict=True)]
 
 
 def to_json(score: Score) -> dict[str, Any]:

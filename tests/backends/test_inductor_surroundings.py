@@ -73,7 +73,7 @@ def test_hostile_surroundings_build_the_very_same_bytes(environment, odd_folder,
     surroundings |= {"CXX": "ccache g++", "PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
     command = [str(environment / "bin" / "python"), "-m", "nanogpt_buckets", "build", "--model", str(odd_folder)]
     run = subprocess.run(
-        [*command, "--seq=16", "--cache-dir", str(tmp_path / "made")],
+        [*command, "--strategy=recompute", "--seq=16", "--cache-dir", str(tmp_path / "made")],
         env=os.environ | {"PYTHONPATH": PACKAGE_PARENT} | surroundings, capture_output=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr.decode()
@@ -177,7 +177,8 @@ def test_a_full_temporary_directory_is_blamed_on_the_disk(tmp_path):
     assert done.returncode == 0, f"this test mounts a file system, which needs root, as CI has: {done.stderr.decode()}"
     try:
         run = subprocess.run(
-            [sys.executable, "-m", "nanogpt_buckets", "build", "--model=demo", "--seq=24", "--json"],
+            [sys.executable, "-m", "nanogpt_buckets", "build", "--model=demo", "--strategy=recompute",
+             "--seq=24", "--json"],
             env=os.environ | {"TMPDIR": str(where)}, capture_output=True, text=True,
         )  # fmt: skip
         left = list(where.iterdir())

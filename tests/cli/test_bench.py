@@ -38,7 +38,7 @@ def test_bench_measures_every_built_bucket_against_the_eager_model(run):
 
 
 def test_bench_shows_people_a_table(run):
-    code, out, err = run("bench", "--model", "demo", "--seq", "16", "--runs", "1")
+    code, out, err = run("bench", "--model", "demo", "--strategy=recompute", "--seq", "16", "--runs", "1")
 
     assert (code, err) == (0, "")
     assert out.splitlines()[0].split()[:4] == ["BUCKET", "SIZE", "LOAD", "STEP"]
@@ -46,10 +46,10 @@ def test_bench_shows_people_a_table(run):
 
 
 def test_bench_of_what_is_not_built_is_a_miss_with_the_command_that_builds_it(run, monkeypatch, tmp_path):
-    code, out, err = run("bench", "--model", "demo", "--seq", "16,64")
+    code, out, err = run("bench", "--model", "demo", "--strategy=recompute", "--seq", "16,64")
     assert (code, out) == (3, "")
     assert "bucket 1x64 is not built for model demo" in err
-    assert err.endswith("hint: nanogpt-buckets build --model demo --seq 64\n")
+    assert err.endswith("hint: nanogpt-buckets build --model demo --seq 64 --strategy recompute\n")
 
     monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(tmp_path / "empty"))
     code, out, err = run("bench", "--model", "demo")

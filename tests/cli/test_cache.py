@@ -252,7 +252,7 @@ def test_what_fails_its_check_when_it_is_loaded_is_no_hit_again(cache, run, monk
     with pytest.raises(CorruptEntry, match="rejected: bucket 1x"):
         Engine.load("demo")
     with pytest.raises(SystemExit) as end:
-        main(["status", "--model=demo", "--seq=16"])
+        main(["status", "--model=demo", "--strategy=recompute", "--seq=16"])
     assert end.value.code == 1
 
     assert build([Bucket(1, 16)], model="demo").compiled == 1
@@ -288,7 +288,12 @@ def test_status_and_build_say_the_same_of_an_empty_directory_that_others_can_wri
     empty.chmod(0o770)
     monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(empty))
     why = f"{empty} can be written by its group, who could have written the native code in it"
-    for command, code in (("status --seq=16 --json", 1), ("status --seq=16", 1), ("status", 6), ("build --seq=16", 6)):
+    for command, code in (
+        ("status --strategy=recompute --seq=16 --json", 1),
+        ("status --strategy=recompute --seq=16", 1),
+        ("status", 6),
+        ("build --strategy=recompute --seq=16", 6),
+    ):
         with pytest.raises(SystemExit) as end:
             main([*command.split(), "--model=demo"])
         out, err = capsys.readouterr()
@@ -383,7 +388,7 @@ def test_manifests_of_any_kinds_under_right_digests_stop_no_command_and_no_famil
             assert "bug" not in err, case
         for lengths, fine in (("16", (0,)), ("16,32", (0, 1))):
             with pytest.raises(SystemExit) as end:
-                main(["status", "--model=demo", f"--seq={lengths}"])
+                main(["status", "--model=demo", "--strategy=recompute", f"--seq={lengths}"])
             assert end.value.code in fine, f"{case}: {capsys.readouterr()}"
         capsys.readouterr()
         planted.unlink(missing_ok=True)

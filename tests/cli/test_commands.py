@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 DEMO = ["--model", "demo"]
+RECOMPUTE = "--strategy=recompute"
 
 
 def test_generate_prints_prompt_and_text_on_stdout_and_the_rest_on_stderr(cli, demo_cache):
@@ -80,8 +81,8 @@ def test_the_eager_backend_is_one_flag_away(cli, demo_cache):
 
 
 def test_status_says_what_is_warm_by_its_exit_code(cli, demo_cache):
-    warm = cli("status", *DEMO, "--seq", "16,32", cache=demo_cache)
-    some = cli("status", *DEMO, "--seq", "16,64", "--json", cache=demo_cache)
+    warm = cli("status", *DEMO, RECOMPUTE, "--seq", "16,32", cache=demo_cache)
+    some = cli("status", *DEMO, RECOMPUTE, "--seq", "16,64", "--json", cache=demo_cache)
     plan = cli("status", *DEMO, cache=demo_cache)
 
     assert (warm.returncode, some.returncode, plan.returncode) == (0, 1, 0)
@@ -90,7 +91,7 @@ def test_status_says_what_is_warm_by_its_exit_code(cli, demo_cache):
 
 
 def test_build_again_is_all_hits_as_json(cli, demo_cache):
-    run = cli("build", *DEMO, "--seq", "32,16,16", "--json", cache=demo_cache)
+    run = cli("build", *DEMO, RECOMPUTE, "--seq", "32,16,16", "--json", cache=demo_cache)
 
     document = json.loads(run.stdout)
     assert (document["hits"], document["compiled"], document["failed"]) == (2, 0, 0)

@@ -17,7 +17,7 @@ import pytest
 from nanogpt_buckets.key import canonical_json
 
 CACHED = ("generate", "ROMEO:", "--model=demo", "--max-new-tokens=4", "--seed=1", "--cached-only")
-BUILD = ("build", "--model=demo")
+BUILD = ("build", "--model=demo", "--strategy=recompute")
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_status_and_verify_tell_of_damage_and_cached_only_refuses_it(damage, cli
         spoil(manifest, blob, damage)
     before = files(cache)
 
-    status = cli("status", "--model=demo", "--seq=16,32", "--json", cache=cache)
+    status = cli("status", "--model=demo", "--strategy=recompute", "--seq=16,32", "--json", cache=cache)
     verify = cli("cache", "verify", cache=cache)
     generate = cli(*CACHED, cache=cache)
 
@@ -116,7 +116,7 @@ def test_a_newer_format_is_left_alone_inside_and_beside_this_one(cli, cache):
     said(cli(*CACHED, cache=cache), 7, "is a newer release's: it has format 2", "pip install --upgrade")
     assert cli("cache", "verify", cache=cache).returncode == 0
     assert cli("cache", "prune", "--older-than=0s", "-y", cache=cache).returncode == 0
-    assert cli("status", "--model=demo", "--seq=16", cache=cache).returncode == 1
+    assert cli("status", "--model=demo", "--strategy=recompute", "--seq=16", cache=cache).returncode == 1
     assert files(cache) == before
 
 
@@ -159,7 +159,7 @@ def test_a_cache_that_is_full_then_has_room_then_is_read_only_and_may_not_execut
     before = files(cache)
     run = cli(*CACHED, cache=cache)
     assert (run.returncode, run.stdout[:6]) == (0, b"ROMEO:"), run.stderr
-    assert cli("status", "--model=demo", "--seq=16", cache=cache).returncode == 0
+    assert cli("status", "--model=demo", "--strategy=recompute", "--seq=16", cache=cache).returncode == 0
     assert cli(*BUILD, "--seq=16", cache=cache).returncode == 0, "a hit writes nothing"
     said(cli(*BUILD, "--seq=16,24", cache=cache), 1, "cannot be written", "--cache-dir")
     deleting = cli("cache", "rm", "-y", entry(cache, 16)[0].stem[:12], cache=cache)
@@ -197,7 +197,7 @@ def test_a_cache_that_is_not_there(cli, tmp_path):
     nowhere = tmp_path / "no" / "where"
 
     said(cli(*CACHED, cache=nowhere), 3, "no bucket is built", "nanogpt-buckets build --model demo")
-    assert cli("status", "--model=demo", "--seq=16", cache=nowhere).returncode == 1
+    assert cli("status", "--model=demo", "--strategy=recompute", "--seq=16", cache=nowhere).returncode == 1
     assert json.loads(cli("cache", "ls", "--json", cache=nowhere).stdout) == []
     assert not nowhere.exists(), "asking makes no directory"
 
@@ -218,7 +218,7 @@ def run(command):
 
 # first as root and into nothing, for the other user may not be able to read this interpreter's own modules
 sys.stdout = sys.stderr = open(os.devnull, "w")
-for command in (commands[0], ["status", "--model=demo"], ["build", "--model=demo", "--seq=16"]):
+for command in (commands[0], ["status", "--model=demo"], ["build", "--model=demo", "--strategy=recompute", "--seq=16"]):
     run(command)
 sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 os.environ["NANOGPT_BUCKETS_LOCAL_DIR"] = home + "/local"
@@ -288,7 +288,7 @@ def test_code_that_others_could_have_written_is_not_run(spoiled, cli, cache):
 
     for command in (CACHED, (*BUILD, "--seq=16")):
         said(cli(*command, cache=cache), 6, str(cache), "")
-    status = cli("status", "--model=demo", "--seq=16", "--json", cache=cache)
+    status = cli("status", "--model=demo", "--strategy=recompute", "--seq=16", "--json", cache=cache)
     assert (status.returncode, json.loads(status.stdout)["buckets"][0]["state"]) == (1, "untrusted")
     assert files(cache) == before
 
@@ -310,7 +310,7 @@ def test_without_a_compiler_and_without_transformers_hits_still_work(demo_cache,
         return subprocess.run(command, env=os.environ | variables, capture_output=True)
 
     assert run(*CACHED).stdout.startswith(b"ROMEO:")
-    assert run("status", "--model=demo", "--seq=16,32").returncode == 0
+    assert run("status", "--model=demo", "--strategy=recompute", "--seq=16,32").returncode == 0
     assert run(*BUILD, "--seq=16,32").returncode == 0
     said(run(*BUILD, "--seq=24"), 1, "C++ compiler", "g++")
 

@@ -44,6 +44,10 @@ def in_file(name: str, content: bytes) -> Callable[[Path], str]:
     return make
 
 
+def prompts(content: bytes) -> Callable[[Path], str]:
+    return lambda directory: "--prompts=" + in_file("prompts", content)(directory)
+
+
 class Evil:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -125,6 +129,7 @@ def a_plan(**fields: Any) -> Callable[[Path], str]:
 BUILD = ("build", "--model=demo")
 STATUS = ("status", "--model=demo")
 GENERATE = ("generate", "a", "--model=demo", "--backend=eager")
+MANY = ("generate", "--model=demo", "--backend=eager")
 SCORE = ("score", "--model=demo", "--backend=eager")
 NAN, TEN30 = "nan", str(10**30)
 
@@ -232,6 +237,30 @@ WRONG = {
     "no checkpoint in --out-dir": wrong(
         "generate", "a", "--init-from=resume", "--out-dir=/no/out", code=1, said="/no/out", hint="demo"
     ),
+    "prompts missing": wrong(*MANY, "--prompts=/no/such", code=2, said="cannot be read", hint="generate --help"),
+    "prompts empty": wrong(*MANY, prompts(b" \n"), code=2, said="is empty", hint="one text a line"),
+    "prompts malformed": wrong(*MANY, prompts(b'{"prompt": "a"}\n{"prompt"\n'), code=2, said="line 2", hint="--help"),
+    "prompts without one": wrong(*MANY, prompts(b'{"text": "a"}'), code=2, said="no 'prompt'", hint="generate --help"),
+    "prompts unknown setting": wrong(
+        *MANY, prompts(b'\n{"prompt": "a", "topk": 2}'), code=2, said="line 2", hint="top_k"
+    ),
+    **{f"prompts setting {text}": wrong(
+        *MANY, prompts(b'{"prompt": "a"}\n{"prompt": "a", %s}' % text.encode()), code=2, said="line 2: ", hint="--help")
+       for text in ('"max_new_tokens": -1', '"max_new_tokens": null', '"temperature": "hot"', '"top_k": true',
+                    '"top_p": 0', '"seed": 1.5')},
+    "prompts stop": wrong(
+        *MANY, prompts(b'{"prompt": "a", "stop": [""]}'), code=2, said="line 1: stop", hint="non-empty"
+    ),
+    "prompts and a prompt": wrong(*GENERATE, prompts(b"a"), code=2, said="cannot both", hint="into the file"),
+    "prompts and start": wrong(*MANY, "--start=a", prompts(b"a"), code=2, said="cannot both", hint="into the file"),
+    "prompts and samples": wrong(*MANY, prompts(b"a"), "--num-samples=2", code=2, said="--num-samples", hint="several"),
+    "prompts and json": wrong(*MANY, prompts(b"a"), "--json", code=2, said="--json", hint="leave it out"),
+    "prompts and a setting": wrong(*MANY, prompts(b"a"), "--top-p=2", code=2, said="top_p is 2.0;", hint="--help"),
+    "output alone": wrong(*GENERATE, "--output=/no/such", code=2, said="--prompts", hint="redirect"),
+    "output in no directory": wrong(
+        *MANY, prompts(b"a"), "--output=/no/such/file", code=2, said="its directory is not there", hint="--output"
+    ),
+    "output a directory": wrong(*MANY, prompts(b"a"), "--output=/", code=2, said="not a regular file", hint="--output"),
     "device": wrong(*GENERATE, "--device=cuda", code=2, said="cuda", hint="generate --help"),
     # texts
     "file to score missing": wrong("score", "/no/such", code=2, said="cannot be read", hint="score --help"),
@@ -330,7 +359,9 @@ def test_extremes_that_mean_something_are_done(arguments, capsys):
 
 def test_duplicates_and_disorder_are_accepted(demo_cache, capsys):
     with pytest.raises(SystemExit) as end:
-        main([*STATUS, "--seq=32,16,32", "--batch=1,1", "--json", "--cache-dir", str(demo_cache)])
+        main(
+            [*STATUS, "--strategy=recompute", "--seq=32,16,32", "--batch=1,1", "--json", "--cache-dir", str(demo_cache)]
+        )
 
     assert end.value.code == 0
     assert [row["bucket"]["seq_len"] for row in json.loads(capsys.readouterr().out)["buckets"]] == [16, 32]

@@ -15,6 +15,17 @@ def area(bucket: Bucket) -> int:
     return bucket.batch_size * bucket.seq_len
 
 
+class Context:
+    def __init__(self, ids):
+        self.ids = ids
+
+
+def logits_of(dispatcher, contexts, buckets):
+    rows = [Context(ids) for ids in contexts]
+    found = dispatcher.run(dispatcher.stateless("recompute", rows, buckets))
+    return torch.stack([found[row] for row in rows])
+
+
 def architecture(block_size: int) -> Architecture:
     return Architecture(1, 1, 8, 32, block_size, 11)
 
@@ -37,7 +48,7 @@ def test_order_is_restored_and_padding_rows_are_dropped():
     report = Report("eager", "m")
     dispatcher = Dispatcher(lambda bucket: echo, area, architecture(8), "float32", report)
 
-    logits = dispatcher.run([[1, 2, 3, 4, 5], [6], [7, 8]], [Bucket(2, 4), Bucket(1, 8)])
+    logits = logits_of(dispatcher, [[1, 2, 3, 4, 5], [6], [7, 8]], [Bucket(2, 4), Bucket(1, 8)])
 
     assert logits.tolist() == [[5, 1], [6, 6], [8, 7]]
     assert report.real_tokens == 8
@@ -47,9 +58,8 @@ def test_order_is_restored_and_padding_rows_are_dropped():
 def test_long_contexts_are_cropped_to_their_last_block_size_tokens():
     report = Report("eager", "m")
 
-    logits = Dispatcher(lambda bucket: echo, area, architecture(3), "float32", report).run(
-        [[1, 2, 3, 4, 5]], [Bucket(1, 3)]
-    )
+    dispatcher = Dispatcher(lambda bucket: echo, area, architecture(3), "float32", report)
+    logits = logits_of(dispatcher, [[1, 2, 3, 4, 5]], [Bucket(1, 3)])
 
     assert logits.tolist() == [[5, 3]]
     assert report.crops == 1
@@ -63,14 +73,14 @@ def test_logits_that_are_not_finite_name_the_bucket(value):
     dispatcher = Dispatcher(lambda bucket: run, area, architecture(8), "float32", Report("eager", "m"))
 
     with pytest.raises(NonFiniteLogits, match="bucket 1x8"):
-        dispatcher.run([[1]], [Bucket(1, 8)])
+        logits_of(dispatcher, [[1]], [Bucket(1, 8)])
 
 
 def test_switches_count_changes_of_bucket():
     report = Report("eager", "m")
     dispatcher = Dispatcher(lambda bucket: echo, area, architecture(8), "float32", report)
     for n in (3, 4, 5, 6, 4):
-        dispatcher.run([[1] * n], [Bucket(1, 4), Bucket(1, 8)])
+        logits_of(dispatcher, [[1] * n], [Bucket(1, 4), Bucket(1, 8)])
 
     assert report.switches == 2
     assert 0 < report.waste < 1

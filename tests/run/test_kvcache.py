@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_buckets import Bucket, Engine, Plan
+from nanogpt_buckets import Bucket, Engine, Plan, Request
 from nanogpt_buckets.errors import CacheMiss, UsageError
 from nanogpt_buckets.model.architecture import GPT2_SIZES, Architecture
-from nanogpt_buckets.run.dispatch import cheapest, group, needed, reach
+from nanogpt_buckets.run.dispatch import needed, reach
 from nanogpt_buckets.run.kvcache import KVCache, most_rows
+from nanogpt_buckets.run.report import BucketCount
 
 ARCH = Architecture(2, 2, 8, 16, 16, 11)
 KV = Plan.grid(batch=[1, 2, 4], seq=[16, 33, 100], strategy="kv").completed(100)
@@ -43,20 +44,37 @@ def test_what_is_remembered_is_what_would_be_computed_again(engines, prompts, sa
 
 
 def test_rows_that_end_leave_their_neighbours_alone(engines, monkeypatch):
-    """Most rows end at once, so those that are left move to the first slots."""
+    """Most rows end at once and others take their slots."""
     kv, recompute = engines
     prompts = [[n] * (n % 40 + 1) for n in range(12)]
     free = recompute.generate(prompts, max_new_tokens=20, seed=3)
     ends = {row.token_ids[row.prompt_tokens] for row in free[:3] + free[5:9]}
-    moved = []
-    close = KVCache.close_gaps
-    monkeypatch.setattr(KVCache, "close_gaps", lambda self, rows, n: (close(self, rows, n), moved.append(self._slots)))
     for engine in engines:
         monkeypatch.setattr(engine, "_end_tokens", tuple(ends))
     found = kv.generate(prompts, max_new_tokens=20, seed=3)
     assert found == recompute.generate(prompts, max_new_tokens=20, seed=3)
     assert {row.new_tokens for row in found} > {1}
-    assert any(slots != sorted(slots) or slots != list(range(12)) for slots in moved)
+
+
+def test_the_last_rows_move_together(engines, monkeypatch):
+    """The second and third of four end soon; the fourth moves into the gap, and a bucket of two does for both."""
+    requests = [Request([n] * n, max_new_tokens=new, seed=n) for n, new in ((3, 20), (4, 2), (5, 2), (6, 19))]
+    moved = []
+    copy = KVCache.copy
+    monkeypatch.setattr(KVCache, "copy", lambda self, *what: (copy(self, *what), moved.append(what)))
+    before = engines[0].report().buckets.get(Bucket(2, 33, "decode"), BucketCount()).steps
+    assert list(engines[0].generate_each(requests)) == list(engines[1].generate_each(requests))
+    assert moved == [(3, 1, 7)]
+    assert engines[0].report().buckets[Bucket(2, 33, "decode")].steps > before
+
+
+def test_a_prompt_is_run_once_however_many_samples_take_turns(engines, monkeypatch):
+    kv, recompute = engines
+    before = kv.report().buckets
+    how = {"num_samples": 11, "max_new_tokens": 6, "seed": 8}
+    assert kv.generate([[7, 8, 9]], **how) == recompute.generate([[7, 8, 9]], **how)
+    rows = sum(count.rows for bucket, count in kv.report().buckets.items() if bucket.step == "prefill")
+    assert rows == 1 + sum(count.rows for bucket, count in before.items() if bucket.step == "prefill")
 
 
 def test_a_prompt_of_several_samples_is_run_once(odd_folder):
@@ -93,7 +111,7 @@ def test_memory_is_reported(odd_folder):
     with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
         engine.generate([[1], [2]], max_new_tokens=2)
         arch = engine._arch
-        slots = 2 + 4 - 1  # and three that padding of a bucket of four may hang over
+        slots = 4  # of which the padding of a bucket of four takes two
         assert engine.report().kv_bytes == slots * 2 * arch.n_layer * arch.n_embd * arch.block_size * 4
 
 
@@ -118,68 +136,52 @@ def test_what_a_strategy_lacks_is_a_miss_that_names_the_step(odd_folder, odd_cac
         engine.generate([[1] * 33], max_new_tokens=1)
         with pytest.raises(CacheMiss, match="no decode bucket that is built holds 34 tokens") as caught:
             engine.generate([[1] * 33], max_new_tokens=2)
-        assert "--seq 50 --strategy kv" in caught.value.hint
+        assert "--seq 50 --cache-dir" in caught.value.hint
         with pytest.raises(CacheMiss, match="no bucket that is built holds 100 tokens"):
             engine.generate([[1] * 101], max_new_tokens=1)
         command = engine._buckets._choice.build_command(
             [*only, Bucket(1, 64, "decode"), Bucket(1, 16), Bucket(1, 16, "score")]
         )
-    assert "--seq 16 --cache-dir" in command
-    assert "--seq 64,100 --strategy kv --cache-dir" in command
-    assert "--batch 3 --seq 33 --strategy kv --cache-dir" in command
+    assert "--seq 16 --strategy recompute --cache-dir" in command
+    assert "--seq 64,100 --cache-dir" in command
+    assert "--batch 3 --seq 33 --cache-dir" in command
     assert "--seq 16 --score --cache-dir" in command
 
 
 def test_what_is_needed_of_each_step():
-    assert needed([[5, 9]], 0, 16, "kv") == {"prefill": 9}
-    assert needed([[5, 9]], 3, 16, "kv") == {"prefill": 9, "decode": 12}
-    assert needed([[5], [9]], 30, 16, "kv") == {"prefill": 9, "decode": 16, "recompute": 16}
-    assert needed([[16]], 1, 16, "kv") == {"prefill": 16, "recompute": 16}
-    assert needed([[20]], 1, 16, "kv") == {"recompute": 16}
-    assert needed([[5, 9]], 30, 16, "recompute") == {"recompute": 16}
+    assert needed([(5, 5), (9, 9)], 16, "kv") == {"prefill": 9}
+    assert needed([(5, 8), (9, 12)], 16, "kv") == {"prefill": 9, "decode": 12}
+    assert needed([(5, 14), (9, 9)], 16, "kv") == {"prefill": 9, "decode": 14}
+    assert needed([(5, 35), (9, 39)], 16, "kv") == {"prefill": 9, "decode": 16, "recompute": 16}
+    assert needed([(16, 17)], 16, "kv") == {"prefill": 16, "recompute": 16}
+    assert needed([(20, 21)], 16, "kv") == {"recompute": 16}
+    assert needed([(5, 35), (9, 39)], 16, "recompute") == {"recompute": 16}
     assert reach([Bucket(1, 16, "prefill")], {"prefill": 16})
     assert not reach([Bucket(1, 16)], {"prefill": 16})
 
 
-@given(st.lists(st.tuples(st.integers(1, 16), st.booleans()), min_size=1, max_size=8), st.sets(st.integers(1, 5)))
-def test_groups_of_slots_cover_each_row_once_and_fit_their_buckets(rows, sizes):
-    """Rows rise with their slots, some of which are empty."""
-    lengths = sorted(length for length, _ in rows)
-    slots, slot = [], 0
-    for _, gap in rows:
-        slot += 1 + 2 * gap
-        slots.append(slot)
-    buckets = [Bucket(size, 16, "decode") for size in {1, *sizes}]
-    cost = lambda bucket: 10 + bucket.batch_size  # noqa: E731
-    groups = group(lengths, buckets, cost, slots)
-    assert [row for _, members in groups for row in members] == list(range(len(rows)))
-    for bucket, members in groups:
-        span = slots[members[-1]] - slots[members[0]] + 1
-        assert cheapest(buckets, span, lengths[members[-1]], cost) == bucket
-
-
-def test_moving_and_copying_keep_what_was_written():
-    cache = KVCache(ARCH, "float32", 4, 1)
-    for row in range(4):
-        for tensor in cache.views(cache.slot(row), Bucket(1, 16, "decode")):
-            tensor.fill_(row)
+def test_copying_keeps_what_was_written_and_the_last_slots_have_views_too():
+    cache = KVCache(ARCH, "float32", 4, 3)
+    for slot in range(4):
+        first, views = cache.views(slot, Bucket(1, 16, "decode"))
+        assert first == slot
+        for tensor in views:
+            tensor.fill_(slot)
     cache.copy(3, 2, 5)
-    cache.close_gaps([0, 1, 3], [5, 5, 6])
-    assert [cache.slot(row) for row in (0, 1, 3)] == [0, 1, 3]
-    cache.close_gaps([0, 3], [5, 6])
-    assert [cache.slot(row) for row in (0, 3)] == [0, 1]
-    for slot, first, others, length in ((0, 0, 0, 5), (1, 3, 1, 6), (2, 3, 2, 5)):
-        for tensor in cache.views(slot, Bucket(1, 16, "decode")):
-            assert torch.equal(tensor[0, 0, :, 0], torch.tensor([first] * length + [others] * (16 - length)).float())
+    for slot, start, rest in ((1, 1, 1), (2, 3, 2), (3, 3, 3)):
+        for tensor in cache.views(slot, Bucket(1, 16, "decode"))[1]:
+            assert torch.equal(tensor[0, 0, :, 0], torch.tensor([start] * 5 + [rest] * 11).float())
+    assert [cache.views(slot, Bucket(3, 16, "decode"))[0] for slot in range(4)] == [0, 1, 1, 1]
+    assert cache.views(2, Bucket(3, 16, "decode"))[1] is cache.views(3, Bucket(3, 16, "decode"))[1]
 
 
 def test_more_rows_than_may_be_remembered_take_turns(odd_folder, monkeypatch):
     prompts = [[n + 1] * (40 - 3 * n) for n in range(7)]
     with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
         together = engine.generate(prompts, max_new_tokens=5, seed=1)
-        most = engine.report().kv_bytes
+        assert engine._loop._dispatcher.places("kv", KV) == 4
     monkeypatch.setattr("nanogpt_buckets.run.dispatch.most_rows", lambda arch, dtype: 3)
     with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
         assert engine.generate(prompts, max_new_tokens=5, seed=1) == together
-        assert engine.report().kv_bytes < most
+        assert engine._loop._dispatcher.places("kv", KV) == 3
     assert most_rows(GPT2_SIZES["gpt2"], "float32") == 28

@@ -71,11 +71,11 @@ def builder(choice, monkeypatch):
 
 
 def test_without_a_plan_whatever_is_built_runs(buckets):
-    assert buckets(built=[B8, B32]).cover([[5]], 10)[1] == [B8, B32]
+    assert buckets(built=[B8, B32]).cover([(5, 15)])[1] == [B8, B32]
 
 
 def test_only_what_a_call_uses_is_loaded(buckets, choice, report):
-    buckets(built=[B8, B32]).cover([[9]], 3)
+    buckets(built=[B8, B32]).cover([(9, 12)])
 
     assert (choice.backend.opened, report.hits) == (["code"], 1)
 
@@ -83,8 +83,8 @@ def test_only_what_a_call_uses_is_loaded(buckets, choice, report):
 def test_a_planned_bucket_that_is_not_built_is_promoted_counted_and_said_once(buckets, report, caplog):
     one = buckets([B8, B32], built=[B32])
 
-    assert one.cover([[5]], 0)[1] == [B32]
-    assert one.cover([[6]], 0)[1] == [B32]
+    assert one.cover([(5, 5)])[1] == [B32]
+    assert one.cover([(6, 6)])[1] == [B32]
     assert report.promotions == 2
     assert len([r for r in caplog.records if "1x8 is not built" in r.message]) == 1
 
@@ -93,7 +93,7 @@ def test_a_damaged_bucket_is_promoted_and_said_to_be_damaged(buckets, choice, ca
     publish(choice, B32)
     damage(choice, publish(choice, B8, "other"))
 
-    assert buckets([B8, B32]).cover([[5]], 0)[1] == [B32]
+    assert buckets([B8, B32]).cover([(5, 5)])[1] == [B32]
     assert "1x8 is damaged" in caplog.text
 
 
@@ -107,22 +107,22 @@ def test_nothing_of_a_plan_is_a_miss_at_once(buckets, plan, built):
 
 def test_what_reaches_no_further_is_a_miss_before_the_first_step(buckets):
     with pytest.raises(CacheMiss, match="holds 20 tokens"):
-        buckets(built=[B8, B16]).cover([[5]], 15)
+        buckets(built=[B8, B16]).cover([(5, 20)])
 
 
 def test_rows_longer_than_the_model_are_cropped_and_need_no_more_than_its_length(buckets):
-    assert buckets(built=[B8, B100]).cover([[5]], 10**30)[1] == [B8, B100]
+    assert buckets(built=[B8, B100]).cover([(5, 5 + 10**30)])[1] == [B8, B100]
 
 
 def test_a_saved_plan_that_does_not_reach_gives_way_to_whatever_is_built(buckets, choice):
     remember_plan(choice, Plan([B8]))
 
-    assert buckets(built=[B8, B32]).cover([[20]], 5)[1] == [B32]
+    assert buckets(built=[B8, B32]).cover([(20, 25)])[1] == [B32]
 
 
 def test_a_plan_that_was_given_does_not(buckets):
     with pytest.raises(CacheMiss, match="holds 26 tokens"):
-        buckets([B8], built=[B8, B32]).cover([[20]], 6)
+        buckets([B8], built=[B8, B32]).cover([(20, 26)])
 
 
 def test_a_damaged_saved_plan_stops_nothing(buckets, choice, caplog):
@@ -130,7 +130,7 @@ def test_a_damaged_saved_plan_stops_nothing(buckets, choice, caplog):
     (path,) = (choice.store.root / "v1" / "plans").iterdir()
     path.write_text("{")
 
-    assert buckets(built=[B8]).cover([[5]], 0)[1] == [B8]
+    assert buckets(built=[B8]).cover([(5, 5)])[1] == [B8]
     assert "is not plain JSON" in caplog.text
 
 
@@ -138,10 +138,10 @@ def test_one_reason_that_passes_is_not_final(buckets, choice):
     one = buckets(built=[B8])
     choice.backend.full = True
     with pytest.raises(TransientError, match="full"):
-        one.cover([[5]], 0)
+        one.cover([(5, 5)])
     choice.backend.full = False
 
-    assert one.cover([[5]], 0)[1] == [B8]
+    assert one.cover([(5, 5)])[1] == [B8]
 
 
 # --- build ------------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_one_reason_that_passes_is_not_final(buckets, choice):
 def test_a_call_builds_what_it_uses_of_the_plan_and_no_more(buckets, builder, report):
     one = buckets([B8, B16, B32, B100], on_miss="build")
 
-    assert one.cover([[5]], 9)[1] == [B8, B16]
+    assert one.cover([(5, 14)])[1] == [B8, B16]
     assert builder.asked == [[B8, B16]]
     assert (report.compiled, report.hits) == (2, 0)
 
@@ -159,7 +159,7 @@ def test_a_call_beyond_the_plan_builds_a_rung_that_reaches_and_the_plan_remember
     remember_plan(choice, Plan([B8]))
     one = buckets(built=[B8], on_miss="build")
 
-    one.cover([[20]], 5)
+    one.cover([(20, 25)])
 
     (asked,) = builder.asked
     assert [bucket.holds(1, 25) for bucket in asked] == [True]
@@ -178,7 +178,7 @@ FAILURES = {
 def test_where_nothing_can_be_built_what_is_built_and_fits_runs(buckets, builder, error, caplog):
     builder.failing.append(error)
 
-    assert buckets([B8, B32], built=[B32], on_miss="build").cover([[5]], 0)[1] == [B32]
+    assert buckets([B8, B32], built=[B32], on_miss="build").cover([(5, 5)])[1] == [B32]
     assert error.message in caplog.text
 
 
@@ -187,7 +187,7 @@ def test_where_nothing_can_be_built_and_nothing_fits_the_reason_is_raised(bucket
     builder.failing.append(error)
 
     with pytest.raises(type(error), match=re.escape(error.message)):
-        buckets([B8, B32], built=[B8], on_miss="build").cover([[20]], 0)
+        buckets([B8, B32], built=[B8], on_miss="build").cover([(20, 20)])
 
 
 def test_what_turns_out_damaged_is_built_again(buckets, builder, choice):
@@ -196,7 +196,7 @@ def test_what_turns_out_damaged_is_built_again(buckets, builder, choice):
     path = choice.store.entry_path(one._compiled.selection.usable[B8][0])
     path.unlink()  # as the real builder's publish replaces what is damaged
 
-    assert one.cover([[5]], 0)[1] == [B8]
+    assert one.cover([(5, 5)])[1] == [B8]
     assert builder.asked == [[B8]]
 
 
@@ -206,7 +206,7 @@ def test_what_turns_out_damaged_is_built_again(buckets, builder, choice):
 def test_uncompiled_every_bucket_is_at_hand_and_none_is_a_hit(choice, report):
     one = Buckets(Uncompiled(choice), None, report, "promote", None)
 
-    assert one.cover([[5]], 3)
+    assert one.cover([(5, 8)])
     assert (report.hits, report.promotions) == (0, 0)
 
 
