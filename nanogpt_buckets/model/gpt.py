@@ -78,8 +78,8 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Callable[[
         y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")  # (N, D)
     else:
         # sums that advance in several places of the weights at once come nearer to what memory can deliver
-        places = _SUMS // rows.shape[0]
-        parts = [*weight.split(max(1, weight.shape[0] // places))]
+        places = max(1, _SUMS // rows.shape[0])
+        parts = torch.split(weight, max(1, weight.shape[0] // places))  # type: ignore[no-untyped-call]
         y = torch.stack([torch.cat([(row * part).sum(-1) for part in parts]) for row in rows])  # N x (C) -> (N, D)
         y = y if bias is None else y + bias
     return cast(Tensor, y.view(*x.shape[:-1], -1))

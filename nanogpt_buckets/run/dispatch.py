@@ -131,6 +131,11 @@ def of_step(buckets: Iterable[Bucket], step: str) -> list[Bucket]:
     return [bucket for bucket in buckets if bucket.step == step]
 
 
+def _widest(buckets: Iterable[Bucket]) -> int:
+    """Return how many rows the widest bucket that generates has."""
+    return max((bucket.batch_size for bucket in buckets if bucket.step != SCORE), default=1)
+
+
 class Context(Protocol):
     """A row, as far as this is concerned: token ids, which may grow. It is itself and equals no other."""
 
@@ -180,12 +185,12 @@ class Dispatcher:
 
     def places(self, way: str, buckets: Iterable[Bucket]) -> int:
         """Return how many rows are worth running at a time: as many as fit into one call, if that can be remembered."""
-        widest = self._at_once * max((bucket.batch_size for bucket in buckets), default=1)
+        widest = self._at_once * _widest(buckets)
         return min(widest, most_rows(self._arch, self._dtype)) if way == KV else widest
 
     def remember(self, rows: int, buckets: Iterable[Bucket]) -> KVCache:
         """Return room for the keys and values of some rows."""
-        cache = KVCache(self._arch, self._dtype, rows, max(bucket.batch_size for bucket in buckets))
+        cache = KVCache(self._arch, self._dtype, rows, _widest(buckets))
         self._report.kv_bytes = max(self._report.kv_bytes, cache.bytes)
         return cache
 

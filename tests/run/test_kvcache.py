@@ -185,3 +185,14 @@ def test_more_rows_than_may_be_remembered_take_turns(odd_folder, monkeypatch):
         assert engine.generate(prompts, max_new_tokens=5, seed=1) == together
         assert engine._loop._dispatcher.places("kv", KV) == 3
     assert most_rows(GPT2_SIZES["gpt2"], "float32") == 28
+
+
+def test_buckets_that_score_open_no_places(odd_folder):
+    with Engine.load(odd_folder, plan=[*KV, Bucket(9, 16, "score")], backend="eager") as engine:
+        assert engine._loop._dispatcher.places("kv", [*KV, Bucket(9, 16, "score")]) == 4
+        engine.score([[1, 2, 3]])
+        engine.generate([[1, 2, 3]], max_new_tokens=2)
+        whole = engine.report().kv_bytes
+    with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
+        engine.generate([[1, 2, 3]], max_new_tokens=2)
+        assert engine.report().kv_bytes == whole
