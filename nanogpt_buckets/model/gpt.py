@@ -79,7 +79,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Callable[[
     else:
         # sums that advance in several places of the weights at once come nearer to what memory can deliver
         places = max(1, _SUMS // rows.shape[0])
-        parts = torch.split(weight, max(1, weight.shape[0] // places))  # type: ignore[no-untyped-call]
+        parts = torch.split(weight, max(1, weight.shape[0] // places))
         y = torch.stack([torch.cat([(row * part).sum(-1) for part in parts]) for row in rows])  # N x (C) -> (N, D)
         y = y if bias is None else y + bias
     return cast(Tensor, y.view(*x.shape[:-1], -1))
