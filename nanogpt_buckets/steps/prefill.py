@@ -8,13 +8,13 @@ Knows nothing of sampling or of the compiler. This file is hashed into the key o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nanogpt_buckets.contract import Contract, Interface
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps.kv import KVStep
+from nanogpt_buckets.steps.whole import WholeStep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from nanogpt_buckets.model.gpt import GPT
 
 
-class Prefill(KVStep):
+class Prefill(KVStep, WholeStep):
     """See `Step`."""
 
     name = "prefill"
-    sources = ("steps/kv.py", "steps/prefill.py")
+    sources = ("steps/whole.py", "steps/kv.py", "steps/prefill.py")
+    nobody = -1
 
     def interface(self, arch: Architecture, bucket: Bucket, dtype: str) -> Interface:
         """Return input_ids int32 (B, S), last_index int32 (B,) and k, v of every layer -> logits float32 (B, V)."""
@@ -54,23 +55,3 @@ class Prefill(KVStep):
         row = torch.arange(input_ids.shape[0], dtype=last_index.dtype, device=input_ids.device)  # (B)
         x = x[row, last_index.clamp(min=0)]  # (B, S, C) -> (B, C)
         return gpt.head(x)  # (B, V)
-
-    def pack(
-        self, contexts: Sequence[Sequence[int]], bucket: Bucket, filler: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Right-pad contexts; rows without one, or with an empty one, are padding."""
-        import torch
-
-        blank = torch.zeros(bucket.batch_size, bucket.seq_len, dtype=torch.int32, device="cpu")
-        input_ids = blank if filler is None else filler.clone()  # (B, S)
-        last_index = torch.full((bucket.batch_size,), -1, dtype=torch.int32, device="cpu")  # (B)
-        for row, context in enumerate(contexts):
-            input_ids[row, : len(context)] = torch.tensor(context, dtype=torch.int32, device="cpu")
-            last_index[row] = len(context) - 1
-        return input_ids, last_index
-
-    def macs(self, arch: Architecture, bucket: Bucket) -> int:
-        """Return multiply-adds of B rows of S positions, with logits at one position each."""
-        C, S = arch.n_embd, bucket.seq_len
-        per_token = 4 * C * C + 2 * C * arch.n_inner + 2 * S * C  # qkv and output, MLP, scores and weighted sum
-        return bucket.batch_size * (arch.n_layer * S * per_token + C * arch.vocab_size)

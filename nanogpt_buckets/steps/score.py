@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from nanogpt_buckets.contract import Contract, Interface
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.steps.step import Step
+from nanogpt_buckets.steps.whole import WholeStep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 _MOST_LOGITS = 2**24
 
 
-class Score(Step):
+class Score(WholeStep):
     """See `Step`."""
 
     name = "score"
-    sources = ("steps/score.py",)
+    sources = ("steps/whole.py", "steps/score.py")
 
     def interface(self, arch: Architecture, bucket: Bucket, dtype: str) -> Interface:
         """Return input_ids int32 (B, S) and last_index int32 (B,) -> log-probabilities float32 (B, S-1)."""
@@ -57,20 +57,6 @@ class Score(Step):
         real = torch.arange(S - 1, dtype=last_index.dtype, device=input_ids.device) < last_index.unsqueeze(1)
         return torch.where(real, torch.cat(found).view(B, S - 1), 0.0)
 
-    def pack(
-        self, contexts: Sequence[Sequence[int]], bucket: Bucket, filler: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Right-pad texts; rows without one have last_index 0."""
-        import torch
-
-        blank = torch.zeros(bucket.batch_size, bucket.seq_len, dtype=torch.int32, device="cpu")
-        input_ids = blank if filler is None else filler.clone()  # (B, S)
-        last_index = torch.zeros(bucket.batch_size, dtype=torch.int32, device="cpu")  # (B)
-        for row, context in enumerate(contexts):
-            input_ids[row, : len(context)] = torch.tensor(context, dtype=torch.int32, device="cpu")
-            last_index[row] = max(0, len(context) - 1)
-        return input_ids, last_index
-
     def reference(self, gpt: GPT, bucket: Bucket, rows: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return log-probabilities (B, n, S-1) of each row's first tokens, for each length; causality lets one do."""
         import torch
@@ -91,9 +77,3 @@ class Score(Step):
     def tokens(self, bucket: Bucket) -> int:
         """Return B * (S - 1): every token but the first of each row."""
         return bucket.batch_size * (bucket.seq_len - 1)
-
-    def macs(self, arch: Architecture, bucket: Bucket) -> int:
-        """Return multiply-adds of B rows of S positions, with logits at all but the last."""
-        C, S = arch.n_embd, bucket.seq_len
-        per_token = 4 * C * C + 2 * C * arch.n_inner + 2 * S * C  # qkv and output, MLP, scores and weighted sum
-        return bucket.batch_size * (arch.n_layer * S * per_token + (S - 1) * C * arch.vocab_size)
