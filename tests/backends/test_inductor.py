@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from nanogpt_buckets import Bucket, build
+from nanogpt_buckets import Bucket, build, key
 from nanogpt_buckets.backends import backend_for, host
 from nanogpt_buckets.backends.inductor.backend import InductorBackend
 from nanogpt_buckets.backends.memfile import library_path
@@ -268,3 +268,25 @@ def test_loading_needs_neither_inductor_nor_transformers_nor_a_compiler(odd_fold
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
     assert run.returncode == 0, run.stderr
+
+
+def test_kernels_that_are_timed_first_are_kept_in_the_manifest_and_change_no_key(odd_folder, tmp_path):
+    one = Bucket(2, 8, "decode")
+    plain = choose(odd_folder, cache_dir=tmp_path)
+    report = build([one], model=odd_folder, cache_dir=tmp_path, tune="fast")
+    assert report.compiled == 1, report
+
+    manifest = Selection(plain).best(one).manifest
+    times = {name: value for name, value in manifest.stats.items() if name.endswith("_us")}
+    assert {name.removeprefix("chosen_") for name in times} == {
+        "rows_2_aten_us", "rows_2_onednn_us", "rows_2_rows_us"
+    }  # fmt: skip
+    (chosen,) = [name for name in times if name.startswith("chosen_")]
+    assert times[chosen] == min(times.values()) or times[chosen] * 0.9 <= min(times.values())
+    assert manifest.key == key.digest(plain.key_parts(one))
+    assert build([one], model=odd_folder, cache_dir=tmp_path).hits == 1
+
+
+def test_a_way_of_tuning_nobody_knows_is_refused(odd_folder):
+    with pytest.raises(UsageError, match="tune 'slow' is unknown"):
+        build([Bucket(1, 8)], model=odd_folder, tune="slow")
