@@ -1,4 +1,4 @@
-"""What `scripts/bench_peers` lets compete: each opens one Hugging Face folder its own way and continues token ids greedily.
+"""What `scripts/bench_peers` lets compete: each continues token ids greedily in its own way.
 
 A contestant is made in a process of its own. It knows nothing of clocks, nor of the others.
 """
