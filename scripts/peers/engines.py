@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.contestants import Contestant, Ids, Tick
+from peers.environment import EXPORT
 
 
 def _once(place: Path, make: Callable[[Path], object]) -> Path:
@@ -82,13 +83,62 @@ def _convert(folder: Path, begun: Path, kind: str) -> None:
 
 
 class OpenVino(Contestant):
-    """OpenVINO GenAI's LLMPipeline."""
+    """OpenVINO GenAI's LLMPipeline on an export by optimum-intel; bf16 is how it computes, int8 how weights are kept."""
 
-    measures = ()
-    packages = ("openvino-genai", "optimum-intel")
+    measures = ("cold", "memory", "throughput")
+    packages = ("openvino-genai",)
 
     def __init__(self, folder: Path, work: Path, precision: str, **options: Any) -> None:
-        raise LookupError("not driven yet")
+        weights = "int8" if precision == "int8" else "fp32"
+        place = _once(work / f"openvino-{weights}", lambda begun: _export(folder, begun, weights))
+        import openvino_genai
+
+        self.genai: Any = openvino_genai
+        hint = "bf16" if precision == "bf16" else "f32"
+        self.pipeline: Any = openvino_genai.LLMPipeline(str(place), "CPU", INFERENCE_PRECISION_HINT=hint)
+        self.end = json.loads((folder / "config.json").read_text())["vocab_size"] - 1  # it wants one; no text has it
+
+    def generate(self, prompts: Sequence[Ids], new: int, tick: Tick = lambda: None) -> list[Ids]:
+        """Continue one, or hand over all, padded on the left: it schedules them itself."""
+        import numpy
+        import openvino
+
+        genai = self.genai
+
+        class Streamer(genai.StreamerBase):  # type: ignore[misc]
+            def write(self, token: Any) -> Any:
+                tick()
+                return genai.StreamingStatus.RUNNING
+
+            def end(self) -> None:
+                pass
+
+        config = genai.GenerationConfig()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = new, True, False
+        config.eos_token_id, config.stop_token_ids = self.end, {self.end}
+        width = max(map(len, prompts))
+        ids, mask = (
+            openvino.Tensor(numpy.array([[0] * (width - len(row)) + made(row) for row in prompts], dtype=numpy.int64))
+            for made in (list, lambda row: [1] * len(row))
+        )  # (B, S)
+        streamer = [Streamer()] if len(prompts) == 1 else []
+        found: list[Ids] = self.pipeline.generate(genai.TokenizedInputs(ids, mask), config, *streamer).tokens
+        return found
+
+
+def _export(folder: Path, begun: Path, weights: str) -> None:
+    tool = EXPORT / "bin" / "optimum-cli"
+    if not tool.exists():
+        raise LookupError(f"no export is at hand: {EXPORT.name} is made by a run without --here")
+    kind = ["--task", "text-generation-with-past", "--weight-format", weights, "--disable-convert-tokenizer"]
+    _call([str(tool), "export", "openvino", "--model", str(folder), *kind, str(begun)], "its export fails")
+
+
+def _call(command: list[str], complaint: str) -> None:
+    """Run a tool; a LookupError has its last words."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise LookupError(f"{complaint}: {(done.stderr.strip() or 'it said nothing').splitlines()[-1]}")
 
 
 class OnnxRuntime(Contestant):
@@ -100,10 +150,7 @@ class OnnxRuntime(Contestant):
     def __init__(self, folder: Path, work: Path, precision: str, **options: Any) -> None:
         kind = ["--precision", precision, "--execution_provider", "cpu"]
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "--input", str(folder), *kind]
-        done = subprocess.run([*command, "--output", str(work / "ort")], capture_output=True, text=True)
-        last = (done.stderr.strip() or "it said nothing").splitlines()[-1].replace(str(folder), "GPT-2")
-        if done.returncode:
-            raise LookupError(f"its model builder refuses: {last}")
+        _call([*command, "--output", str(work / "ort")], "its model builder refuses")
         raise LookupError("its model builder takes GPT-2 now, and this script does not drive it yet")
 
 
