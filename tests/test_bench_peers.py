@@ -1,4 +1,4 @@
-"""The comparison runs on a tiny model and steps that are not compiled: its document, tables and refusals; no timings."""
+"""The comparison runs on a tiny model and uncompiled steps: its document, tables and refusals; no timings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-ASKED = ("--here", "--tiny", "--backend", "eager", "--runs", "2", "--only", "hf fp32,ours fp32,ct2 fp32,seed")
+ASKED = ("--here", "--tiny", "--backend", "eager", "--runs", "2", "--only", "hf fp32,ours fp32,ct2 fp32,ours-rec")
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -104,18 +104,23 @@ def test_shares_of_the_machines_limits_follow_from_the_figures(document):
     for found in rows(document, "decode"):
         row = found["ours fp32"]
         assert row["mbu"] == pytest.approx(4e-9 * weights * row["median"] / document["limits"]["read_gb_s"])
-        assert "mbu" not in found["seed fp32"]  # it recomputes
+        assert "mbu" not in found["ours-recompute fp32"]  # it recomputes
 
 
 def test_the_plot_is_a_file_or_a_sentence(work):
-    done = bench(*ASKED[:-1], "ours fp32", "--measures", "decode", "--work", str(work), "--plot", str(work / "plot.png"))
+    done = bench(
+        *ASKED[:-1], "ours fp32", "--measures", "decode", "--work", str(work), "--plot", str(work / "plot.png")
+    )
 
     if importlib.util.find_spec("matplotlib"):
         assert done.returncode == 0, done.stderr
         assert (work / "plot.png").read_bytes().startswith(b"\x89PNG")
     else:
         assert done.returncode == 1
-        assert done.stderr == "bench_peers: --plot needs matplotlib, which this Python lacks; without --here it is installed\n"
+        assert (
+            done.stderr
+            == "bench_peers: --plot needs matplotlib, which this Python lacks; without --here it is installed\n"
+        )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ A contestant is made in a process of its own. It knows nothing of the others, no
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,11 +42,15 @@ class Contestant:
         """Return the `new` greedy token ids after each prompt; `tick` is called after each step."""
         raise NotImplementedError
 
+    def prepare(self, prompts: Sequence[Ids], new: int) -> str:
+        """Find out how to go about many prompts; returns what was chosen."""
+        return ""
+
     def step_times(self, prompts: Sequence[Ids], new: int) -> tuple[list[Ids], float, list[float]]:
         """Return what `generate` returns, the seconds to the first token of all, and those of each further step."""
         stamps = [time.perf_counter()]
         ids = self.generate(prompts, new, lambda: stamps.append(time.perf_counter()))
-        taken = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
+        taken = [after - before for before, after in itertools.pairwise(stamps)]
         return ids, taken[0], taken[1:]
 
     def score(self, texts: Sequence[Ids]) -> list[float]:
@@ -65,17 +70,18 @@ class HuggingFace(Contestant):
         self.widest = 0  # of a batch; 0 until it is known what is best
 
     def generate(self, prompts: Sequence[Ids], new: int, tick: Tick = lambda: None) -> list[Ids]:
-        """Continue prompts in batches of 8 of like length, or all in one, whichever was faster the first time."""
-        if len(prompts) <= 8:
-            return self._batch(prompts, new, tick)
-        if not self.widest:
-            taken = {}
-            for widest in (8, len(prompts)):
-                start = time.perf_counter()
-                self._batches(prompts, new, widest)
-                taken[widest] = time.perf_counter() - start
-            self.widest = min(taken, key=taken.__getitem__)
-        return self._batches(prompts, new, self.widest)
+        """Continue a batch, or many prompts as was found best."""
+        return self._batch(prompts, new, tick) if len(prompts) <= 8 else self._batches(prompts, new, self.widest)
+
+    def prepare(self, prompts: Sequence[Ids], new: int) -> str:
+        """Find out which is faster: batches of 8 of like length, or all in one."""
+        taken = {}
+        for widest in () if self.widest else (8, len(prompts)):
+            start = time.perf_counter()
+            self._batches(prompts, new, widest)
+            taken[widest] = time.perf_counter() - start
+        self.widest = self.widest or min(taken, key=taken.__getitem__)
+        return f"batches of {self.widest}"
 
     def _batches(self, prompts: Sequence[Ids], new: int, widest: int) -> list[Ids]:
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -165,7 +171,7 @@ class Seed(Contestant):
 
     measures = ()
     reach = 128
-    steps = 4
+    steps = 3
     remembers = False
 
     def __init__(self, folder: Path, work: Path, precision: str, **options: Any) -> None:
@@ -217,7 +223,7 @@ class Ours(Contestant):
         strategy = "recompute" if {bucket.step for bucket in chosen} == {"recompute"} else "kv"
         cold = options.get("lazy", False)
         self.engine: Any = Engine.load(folder, plan=chosen, cached_only=True, lazy=cold, strategy=strategy, **at)
-        self.steps = 4 if strategy == "recompute" else 16
+        self.steps = 3 if strategy == "recompute" else 16
         if options.get("warmup"):
             self.engine.warmup()
 

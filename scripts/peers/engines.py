@@ -83,7 +83,7 @@ def _convert(folder: Path, begun: Path, kind: str) -> None:
 
 
 class OpenVino(Contestant):
-    """OpenVINO GenAI's LLMPipeline on an export by optimum-intel; bf16 is how it computes, int8 how weights are kept."""
+    """OpenVINO GenAI's LLMPipeline, exported by optimum-intel; bf16 is how it computes, int8 what weights are."""
 
     measures = ("cold", "memory", "throughput")
     packages = ("openvino-genai",)

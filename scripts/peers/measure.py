@@ -1,7 +1,8 @@
 """Rounds: contestants, each in a process of its own, take turns, one at a time and every other round backwards.
 
-Every figure is a median of rounds; a first one warms up and is dropped. One that fails is a row that says why, one that
-cannot be opened is not asked again. Knows nothing of engines, nor of how figures are shown.
+Every figure is a median of rounds; the first answer of a process that stays warms it up and is dropped. One that fails
+is a row that says why, one that cannot be opened is not asked again. Knows nothing of engines, nor of how figures are
+shown.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 Json = dict[str, Any]
 SCRIPTS = Path(__file__).resolve().parents[1]
 START = time.monotonic()
+WARM_UP: Json = {"do": "steps", "lengths": [8], "new": 4}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Hall:
         folder: the model.
         work: what contestants keep.
         options: given to all, and `own` to one.
-        limit_s: for a first answer, which may load, convert and compile; others have three times as long.
+        limit_s: for a first answer, which may load, convert and compile; others may take three times as long.
     """
 
     folder: Path
@@ -52,7 +54,6 @@ class Hall:
     limit_s: float = 120.0
     absent: dict[str, str] = field(default_factory=dict)
     open: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
-    answered: set[str] = field(default_factory=set)
 
     def start(self, name: str, **options: Any) -> subprocess.Popen[str]:
         """Start a process of a contestant."""
@@ -69,14 +70,18 @@ class Hall:
         """Ask a contestant that stays; returns its answer, or `why` there is none."""
         if name in self.absent:
             return {"why": self.absent[name]}
-        process = self.open.get(name) or self.start(name)
-        self.open[name] = process
-        answer = exchange(process, request, self.limit_s * (3 if name in self.answered else 1))
+        if name not in self.open:
+            self.open[name] = self.start(name)
+            first = self._exchange(name, WARM_UP, self.limit_s)
+            if "why" in first:
+                self.absent[name] = first["why"]
+                return first
+        return self._exchange(name, request, 3 * self.limit_s)
+
+    def _exchange(self, name: str, request: Json, limit_s: float) -> Json:
+        answer = exchange(self.open[name], request, limit_s)
         if answer.pop("gone", False):
             self.absent[name] = answer["why"]
-            end(process)
-        else:
-            self.answered.add(name)
         return answer
 
     def close(self) -> None:
@@ -110,10 +115,17 @@ def end(process: subprocess.Popen[str]) -> None:
             pipe.close()
 
 
-def rounds(names: Iterable[str], runs: int, turn: Callable[[str], Json]) -> dict[str, list[Json]]:
-    """Let contestants take turns; returns the answers of each but the first, or one that says why there are none."""
+def rounds(names: Iterable[str], runs: int, turn: Callable[[str], Json], drop: int = 0) -> dict[str, list[Json]]:
+    """Let contestants take turns; returns the answers of all rounds but the first, or one that says why there are none.
+
+    Args:
+        names: the contestants.
+        runs: rounds that count.
+        turn: asks one.
+        drop: rounds before them.
+    """
     names, taken = list(names), dict[str, list[Json]]()
-    for number in range(runs + 1):
+    for number in range(drop + runs):
         for name in names[:: -1 if number % 2 else 1]:
             if taken.get(name) and "why" in taken[name][-1]:
                 continue
@@ -121,7 +133,7 @@ def rounds(names: Iterable[str], runs: int, turn: Callable[[str], Json]) -> dict
             time.sleep(0.02)  # threads of the one before have stopped spinning
             if "why" in answer:
                 taken[name] = [answer]
-            elif number:
+            elif number >= drop:
                 taken.setdefault(name, []).append(answer)
     return {name: taken[name] for name in names}
 
@@ -171,7 +183,7 @@ def fresh(hall: Hall, names: Iterable[str], runs: int, length: int) -> dict[str,
         end(process)
         return answer
 
-    taken = rounds(names, runs, turn)
+    taken = rounds(names, runs, turn, drop=1)  # files are in the page cache, conversions made
     return rows(taken, lambda answer: {"cold s": answer["s"], "PSS MB": answer["pss_bytes"] / 1e6})
 
 
@@ -183,7 +195,7 @@ def importing(runs: int) -> dict[str, dict[str, Json]]:
         subprocess.run([sys.executable, "-c", "import torch; print()"], check=True, stdout=subprocess.DEVNULL)
         return {"s": time.perf_counter() - start}
 
-    return rows(rounds(["import torch alone"], runs, turn), lambda answer: {"cold s": answer["s"]})
+    return rows(rounds(["import torch alone"], runs, turn, drop=1), lambda answer: {"cold s": answer["s"]})
 
 
 def say(what: str) -> None:

@@ -18,12 +18,11 @@ def _grid(batch: tuple[int, ...], seq: tuple[int, ...], *steps: str) -> list[Sha
 
 def full() -> dict[Name, list[Shape]]:
     """Return the plans of a whole run."""
-    kv = _grid((1,), (32, 64, 128, 256, 512, 1024), "prefill", "decode")
-    batch = _grid((8,), (256, 640), "prefill", "decode")
-    score = _grid((1,), (128, 256, 512), "score") + _grid((8,), (128, 256, 512), "score")
+    prefill = _grid((1,), (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 768, 1024), "prefill")
+    decode = _grid((1,), (64, 128, 256, 512, 1024), "decode") + _grid((8,), (256, 640), "decode")
     return {
-        ("kv", "fp32"): kv + batch + score,
-        ("kv", "bf16"): kv + batch,
+        ("kv", "fp32"): prefill + decode + _grid((1,), (128, 256, 384, 512), "score"),
+        ("kv", "bf16"): prefill + decode + _grid((1,), (128, 256, 384, 512), "score"),
         ("recompute", "fp32"): _grid((1,), (32, 128, 512, 1024), "recompute"),
         ("one shape", "fp32"): [(1, 1024, "recompute")],
     }
@@ -31,11 +30,11 @@ def full() -> dict[Name, list[Shape]]:
 
 def quick() -> dict[Name, list[Shape]]:
     """Return fewer: what the measures of --quick need."""
-    prefill, decode = _grid((1,), (16, 128, 416, 1024), "prefill"), _grid((1,), (160, 1024), "decode")
+    prefill, decode = _grid((1,), (16, 128, 448, 1024), "prefill"), _grid((1,), (1024,), "decode")
     batch = _grid((8,), (640,), "decode")
     return {
-        ("kv", "fp32"): prefill + decode + batch + _grid((1,), (512,), "score"),
-        ("kv", "bf16"): _grid((1,), (1024,), "prefill", "decode"),
+        ("kv", "fp32"): prefill + decode + _grid((1,), (160,), "decode") + batch + _grid((1,), (512,), "score"),
+        ("kv", "bf16"): prefill + decode,
         ("recompute", "fp32"): _grid((1,), (128, 1024), "recompute"),
         ("one shape", "fp32"): [(1, 1024, "recompute")],
     }

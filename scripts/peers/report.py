@@ -47,7 +47,8 @@ def show(document: Json, *, markdown: bool) -> None:
     """Print the machine and every table, for a terminal or for the README."""
     machine, limits = document["machine"], document["limits"]
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
-    print(f"{machine['cpu']}, {machine['cores']} cores, load average {machine['load_average']:.1f} at the start; {versions}.")
+    cores = f"{machine['cores']} cores, load average {machine['load_average']:.1f} at the start"
+    print(f"{machine['cpu']}, {cores}; {versions}.")
     if limits:
         peaks = ", ".join(f"{name} {limits[f'{name} gflops']:.0f}" for name in ("fp32", "bf16"))
         print(f"Memory is read at {limits['read_gb_s']:.1f} GB/s, matrix products reach {peaks} GFLOP/s.")

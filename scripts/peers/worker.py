@@ -59,10 +59,10 @@ def steps(made: Any, lengths: list[int], new: int) -> Json:
 def throughput(made: Any, count: int, shortest: int, longest: int, new: int) -> Json:
     """Return the seconds that many prompts of many lengths take."""
     prompts = model.texts(count, shortest, longest, made.vocab_size)
+    remark = made.prepare(prompts, new)
     start = time.perf_counter()
     ids = made.generate(prompts, new)
-    answer = {"s": time.perf_counter() - start, "tokens": count * new, "ids": ids}
-    return answer | ({"remark": f"batches of {made.widest}"} if getattr(made, "widest", 0) else {})
+    return {"s": time.perf_counter() - start, "tokens": count * new, "ids": ids, "remark": remark}
 
 
 def score(made: Any, count: int, shortest: int, longest: int) -> Json:
