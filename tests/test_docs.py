@@ -26,7 +26,7 @@ DOUBLE = ROOT / "tests" / "neuron_double"
 # Commands that make the very environment these tests run in; what is in those scripts is tested below.
 RUN_BY_CI = ("scripts/quickstart", "scripts/test")
 # Run with other directories by a test of its own.
-RUN_ELSEWHERE = ("scripts/bench_steps --quick", "scripts/check-neuron-compile", "scripts/check-on-device")
+RUN_ELSEWHERE = ("scripts/bench_peers --quick", "scripts/check-neuron-compile", "scripts/check-on-device")
 # What these tests cannot reach: AWS's package index.
 NEVER_RUN = ("pip install --extra-index-url",)
 # Places of other machines -> places of this test.
