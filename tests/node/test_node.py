@@ -158,7 +158,7 @@ def test_each_kind_has_a_folder_of_its_own_and_is_of_the_format_that_its_content
     assert KINDS == [FAILURES, LAST_RUN, MARKS, SOURCES, VERIFIED]
     assert len({kind.folder for kind in KINDS}) == 5
     report = """backend buckets compiled crops hits kv_bytes model new_tokens overhead_s padded_tokens promotions
-        real_tokens seconds seed steps switches tokens_per_s waste"""
+        real_tokens scored_tokens seconds seed steps switches tokens_per_s waste"""
     arch = """n_layer n_head n_embd n_inner block_size vocab_size bias activation layer_norm_epsilon tied
         scale_by_head_size scale_by_layer upcast_attention"""
     assert (LAST_RUN.format, sorted(Report("", "").to_json())) == (2, report.split())

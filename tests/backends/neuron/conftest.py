@@ -73,7 +73,7 @@ class Host:
 
     def build(self, plan: Plan = PLAN, **options: Any) -> Any:
         """Build without children."""
-        return build(plan, model="demo", backend="neuron", executor=InProcess(self.directory), **options)
+        return build(plan, model="demo", backend="neuron", executor=InProcess(self.directory), **{"jobs": 1} | options)
 
     def selection(self, target: str | None = "trn1", **options: Any) -> Selection:
         return Selection(choose("demo", backend="neuron", target=target, **options))
