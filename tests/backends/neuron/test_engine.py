@@ -16,6 +16,7 @@ from nanogpt_buckets import Bucket, Engine, Plan, Report, errors
 from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.run.dispatch import Dispatcher
+from nanogpt_buckets.run.score import Window
 from nanogpt_buckets.steps import step_named
 
 
@@ -60,7 +61,8 @@ def test_host_work_is_never_less_than_nothing_however_many_cores_ran_at_once():
     executable = Executable(run, step_named(bucket.step).interface(arch, bucket, "float32"))
     dispatcher = Dispatcher(lambda bucket: executable, lambda bucket: 1, arch, "float32", report, at_once=2)
     start = time.perf_counter()
-    dispatcher.run([[1], [2, 3]], [bucket])
+    windows = [Window(0, [1], 0), Window(1, [2, 3], 1)]
+    dispatcher.run(dispatcher.stateless("recompute", windows, [bucket]))
     report.seconds = time.perf_counter() - start
 
     assert report.steps == 2
