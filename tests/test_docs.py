@@ -49,12 +49,12 @@ def commands(block: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def machine(demo_cache: Path, plug_in: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def machine(kv_cache: Path, plug_in: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with a copy of this tree, as a clone of it would be; what one document built, the next one finds."""
     home = tmp_path_factory.mktemp("docs")
     ignored = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__")
     shutil.copytree(ROOT, home / "clone", ignore=ignored)
-    shutil.copytree(demo_cache, home / ".cache" / "nanogpt-buckets" / "cache")
+    shutil.copytree(kv_cache, home / ".cache" / "nanogpt-buckets" / "cache")
     git = ["git", "-c", "init.defaultBranch=main"]
     subprocess.run([*git, "init", "-q", home / "clone"], check=True)
     subprocess.run(["git", "-C", home / "clone", "add", "--all"], check=True)

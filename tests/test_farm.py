@@ -132,7 +132,8 @@ def report_of(process: subprocess.Popen[str]) -> dict:
     return json.loads(out)
 
 
-BUILD = ("farm", "build", "--model=demo", "--batch=1,3", "--seq=16,32,64,128", "--json")
+RECOMPUTE = "--strategy=recompute"
+BUILD = ("farm", "build", "--model=demo", RECOMPUTE, "--batch=1,3", "--seq=16,32,64,128", "--json")
 
 
 def test_three_shards_at_once_one_of_them_killed_and_run_again_lose_and_repeat_nothing(start, tmp_path):
@@ -185,7 +186,15 @@ def test_a_killed_worker_of_three_loses_nothing(start, dask, tmp_path):
     (tmp_path / "small").mkdir()
     config = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 16, "n_positions": 8, "vocab_size": 11}
     (tmp_path / "small" / "config.json").write_text(json.dumps(config))
-    real = ("nanogpt_buckets", "build", "--model=small", "--seq=8", "--json", f"--scheduler={address}")
+    real = (
+        "nanogpt_buckets",
+        "build",
+        "--model=small",
+        "--strategy=recompute",
+        "--seq=8",
+        "--json",
+        f"--scheduler={address}",
+    )
     row = report_of(start(*real))["buckets"][0]
     assert (row["state"], row["peak_bytes"] > 100_000_000) == ("compiled", True)
     shown = report_of(start("nanogpt_buckets", "cache", "show", row["key"], "--json"))
@@ -198,7 +207,12 @@ def test_a_killed_worker_of_three_loses_nothing(start, dask, tmp_path):
 
     before = len(begun(tmp_path))
     run = start(
-        "farm", "build", "--model=demo", f"--seq={','.join(map(str, range(200, 240)))}", f"--scheduler={address}"
+        "farm",
+        "build",
+        "--model=demo",
+        "--strategy=recompute",
+        f"--seq={','.join(map(str, range(200, 240)))}",
+        f"--scheduler={address}",
     )
     wait_until(lambda: len(begun(tmp_path)) > before)
     run.send_signal(signal.SIGINT)

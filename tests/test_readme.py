@@ -13,8 +13,8 @@ from nanogpt_buckets import Plan, errors
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_example_runs(demo_cache, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(shutil.copytree(demo_cache, tmp_path / "copy")))
+def test_the_python_example_runs(kv_cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(shutil.copytree(kv_cache, tmp_path / "copy")))
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
     # the buckets that the tests have compiled already

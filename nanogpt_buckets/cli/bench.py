@@ -8,7 +8,7 @@ import click
 
 from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import PlanOptions, model_options, output_options, plan_options, read_plan
+from nanogpt_buckets.cli.options import PlanOptions, grid, model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.selection import Selection, explain_miss
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def bench(wanted: PlanOptions, model: str, options: Options, runs: int, as_json:
 
     Example: nanogpt-buckets bench --model demo
     """
+    plan = read_plan(wanted)
     choice = choose(model, **options)
-    plan = read_plan(wanted, choice)
+    plan = plan or grid(wanted, choice)
     selection = Selection(choice)
     usable = selection.usable
     asked = plan or default_plan(choice) or sorted(usable)

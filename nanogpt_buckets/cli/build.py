@@ -13,7 +13,7 @@ from nanogpt_buckets.builder import build_missing
 from nanogpt_buckets.built import BuildReport
 from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import PlanOptions, Shard, model_options, output_options, plan_options, read_plan
+from nanogpt_buckets.cli.options import PlanOptions, Shard, grid, model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import CompileFailed
 from nanogpt_buckets.plan.bucket import SHORTEST, Plan
 from nanogpt_buckets.plan.ladder import default_ladder
@@ -52,8 +52,9 @@ def build(
 
     Example: nanogpt-buckets build --model demo --seq 32,64,128
     """
+    plan = read_plan(wanted)
     choice = choose(model, **options)
-    plan = read_plan(wanted, choice)
+    plan = plan or grid(wanted, choice)
     if plan is None:
         # what is saved here may not be what is saved where the other shards are built
         saved = default_plan(choice) if shard is None else None
@@ -61,8 +62,8 @@ def build(
         shortest = SHORTEST.get(strategy, 1)
         lengths = sorted({b.seq_len for b in saved or () if b.seq_len >= shortest})
         lengths = lengths or default_ladder(choice.model.architecture.block_size, shortest)
-        grid = Plan.grid(batch=wanted["batch"], seq=lengths, strategy=strategy)
-        plan = saved if saved and (wanted["batch"], wanted["strategy"]) == ((1,), "auto") else grid
+        ladder = Plan.grid(batch=wanted["batch"], seq=lengths, strategy=strategy)
+        plan = saved if saved and (wanted["batch"], wanted["strategy"]) == ((1,), "auto") else ladder
     plan = plan.completed(choice.model.architecture.block_size)
     try:
         with _workers(scheduler) as executor, output.BuildProgress() as update:

@@ -201,16 +201,22 @@ output_options: Callable[[Command], Command] = added(
 )  # fmt: skip
 
 
-def read_plan(wanted: PlanOptions, choice: Choice) -> Plan | None:
-    """Return the plan that the options describe, or None if neither --seq nor --plan was given.
+def grid(wanted: PlanOptions, choice: Choice) -> Plan | None:
+    """Return the plan that --seq, --batch and --strategy describe, or None without --seq."""
+    if wanted["seq"] is None:
+        return None
+    return Plan.grid(batch=wanted["batch"], seq=wanted["seq"], strategy=choice.strategy(wanted["strategy"]))
+
+
+def read_plan(wanted: PlanOptions) -> Plan | None:
+    """Return the plan of a file, or None if --plan was not given.
 
     Raises:
-        PlanError: both were given, or the file is no plan.
+        PlanError: --seq was given as well, or the file is no plan.
     """
     seq, plan_file = wanted["seq"], wanted["plan_file"]
     if plan_file is None:
-        strategy = choice.strategy(wanted["strategy"])
-        return None if seq is None else Plan.grid(batch=wanted["batch"], seq=seq, strategy=strategy)
+        return None
     if seq is not None:
         raise PlanError("--seq and --plan say the same thing twice", hint="give one of them")
     try:

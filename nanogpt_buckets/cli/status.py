@@ -8,7 +8,7 @@ import click
 
 from nanogpt_buckets.choice import Choice, Options, choose, default_plan
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import PlanOptions, model_options, output_options, plan_options, read_plan
+from nanogpt_buckets.cli.options import PlanOptions, grid, model_options, output_options, plan_options, read_plan
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.selection import Selection, explain_miss
@@ -26,8 +26,9 @@ def status(wanted: PlanOptions, model: str, options: Options, as_json: bool) -> 
 
     Example: nanogpt-buckets status --model demo --seq 32,64,128
     """
+    plan = read_plan(wanted)
     choice = choose(model, **options)
-    plan = read_plan(wanted, choice)
+    plan = plan or grid(wanted, choice)
     selection = Selection(choice)
     plan = plan or default_plan(choice) or (Plan(selection.usable) if selection.usable else None)
     if plan is None:
