@@ -161,7 +161,10 @@ class HuggingFaceCompiled(HuggingFace):
         self.model.forward = forward
 
     def _batch(self, prompts: Sequence[Ids], new: int, tick: Tick = lambda: None) -> list[Ids]:
-        self.cache.reset()
+        import torch
+
+        with torch.inference_mode():  # as it was written
+            self.cache.reset()
         self.options["past_key_values"] = self.cache
         return super()._batch(prompts, new, tick)
 

@@ -150,7 +150,10 @@ class OnnxRuntime(Contestant):
     def __init__(self, folder: Path, work: Path, precision: str, **options: Any) -> None:
         kind = ["--precision", precision, "--execution_provider", "cpu"]
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "--input", str(folder), *kind]
-        _call([*command, "--output", str(work / "ort")], "its model builder refuses")
+        try:
+            _call([*command, "--output", str(work / "ort")], "its model builder refuses")
+        except LookupError as error:
+            raise LookupError(str(error).replace(str(folder), "GPT-2")) from None
         raise LookupError("its model builder takes GPT-2 now, and this script does not drive it yet")
 
 

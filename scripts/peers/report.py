@@ -11,7 +11,8 @@ Table = tuple[str, list[list[str]]]
 
 
 def tables(document: Json) -> Iterator[Table]:
-    """Yield the title and the rows of a table for each measure, and of what our buckets are."""
+    """Yield the title and the rows of a table for each measure, of who ran in none, and of what our buckets are."""
+    absent = never(document)
     for what, measure in document["measures"].items():
         marks = [mark for mark in ("mbu", "mfu") if any(mark in row for row in measure["rows"].values())]
         same = any("same" in row for row in measure["rows"].values())
@@ -20,6 +21,8 @@ def tables(document: Json) -> Iterator[Table]:
         ]  # fmt: skip
         rows = [header]
         for name, row in measure["rows"].items():
+            if name in absent:
+                continue
             if "why" in row:
                 rows.append([name, "-", "", "", *[""] * same, *[""] * len(marks), row["why"]])
                 continue
@@ -30,8 +33,17 @@ def tables(document: Json) -> Iterator[Table]:
             equal = [f"{row['same']:.0%}" if "same" in row else ""] * same
             rows.append([name, short(row["median"]), spread, ratio, *equal, *extra, remark])
         yield f"{what} ({measure['better']} is better)", rows
+    if absent:
+        yield "contestants that did not run", [["contestant", "why"], *map(list, absent.items())]
     if document.get("buckets"):
         yield "our buckets", bucket_rows(document["buckets"])
+
+
+def never(document: Json) -> dict[str, str]:
+    """Return who has not one figure, and why."""
+    rows = [item for measure in document["measures"].values() for item in measure["rows"].items()]
+    ran = {name for name, row in rows if "median" in row}
+    return {name: row["why"] for name, row in rows if name not in ran}
 
 
 def bucket_rows(buckets: list[Json]) -> list[list[str]]:
