@@ -29,8 +29,11 @@ RUN_BY_CI = ("scripts/quickstart", "scripts/test")
 RUN_ELSEWHERE = ("scripts/bench_peers --quick", "scripts/check-neuron-compile", "scripts/check-on-device")
 # What these tests cannot reach: AWS's package index.
 NEVER_RUN = ("pip install --extra-index-url",)
-# Places of other machines -> places of this test.
-ELSEWHERE = {"/opt/buckets": "opt", "/run/nanogpt-buckets": "run", "/mnt/buckets": "mnt"}
+# Places of other machines -> places of this test; some are one, so that what one recipe built the next one finds.
+ELSEWHERE = {
+    "$PWD/.buckets": ".cache/nanogpt-buckets/cache", "/opt/buckets": "opt", "/run/nanogpt-buckets": "run",
+    "/mnt/buckets": "opt",
+}  # fmt: skip
 
 
 def commands(block: str) -> Iterator[str]:

@@ -118,12 +118,15 @@ def test_help_names_every_command_and_the_exit_codes(cli):
 
 # --- scripts without a guard ------------------------------------------------------------------------------------------
 
-SCRIPT = "from nanogpt_buckets import generate\nprint(generate('ROMEO:', model='demo', max_new_tokens={n}, seed=1))\n"
+SCRIPT = """from nanogpt_buckets import generate
+print(generate('ROMEO:', model='demo', max_new_tokens={n}, seed=1, strategy='{strategy}'))
+"""
 
 
 def test_generate_compiles_in_a_cold_cache_from_any_script(tmp_path):
-    script = SCRIPT.format(n=20)  # 25 tokens: the shortest rung of the demo's ladder, 32, is compiled
-    (tmp_path / "script.py").write_text(script)
+    # 25 tokens: the shortest rung of the demo's ladder, 32, is compiled
+    (tmp_path / "script.py").write_text(SCRIPT.format(n=20, strategy="auto"))
+    script = SCRIPT.format(n=20, strategy="recompute")
     ways = {"file": [str(tmp_path / "script.py")], "-c": ["-c", script], "stdin": ["-"]}
 
     def run(way: str) -> subprocess.CompletedProcess[str]:

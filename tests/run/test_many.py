@@ -118,7 +118,8 @@ def test_coverage_is_settled_for_each_row_as_far_as_it_goes(odd_folder):
     """A long one of few tokens and a short one of many fit, though a long one of many would not."""
     plan = [*Plan.grid(seq=[33], strategy="kv"), *Plan.grid(seq=[33])]
     with Engine.load(odd_folder, plan=plan, backend="eager") as engine:
-        fits = [Request([1] * 30, max_new_tokens=4), Request([2] * 4, max_new_tokens=30)]
+        how = {"seed": 1, "ignore_eos": True}
+        fits = [Request([1] * 30, max_new_tokens=4, **how), Request([2] * 4, max_new_tokens=30, **how)]
         assert [g.new_tokens for g in engine.generate_each(fits)] == [4, 30]
         with pytest.raises(CacheMiss, match="no decode bucket of the plan holds 34 tokens"):
             engine.generate_each([*fits, Request([1] * 30, max_new_tokens=5)])
