@@ -455,3 +455,16 @@ def test_the_canary_knows_scores_of_other_weights_and_of_weights_that_are_not_fi
     broken = WEIGHTS | {"transformer.ln_f.weight": torch.full((96,), float("nan"))}
     with pytest.raises(NonFiniteLogits, match=r"transformer\.ln_f\.weight"):
         gate.canary(called(step_named("score").graph(from_weights(ARCH, broken))), ARCH, bucket, broken)
+
+
+def test_weights_that_magnify_rounding_are_judged_by_how_far_the_eager_model_itself_is_off(monkeypatch):
+    monkeypatch.setattr(gate, "FLOAT32_TOLERANCE", 1e-12)  # so that any rounding is too much
+    bucket = Bucket(2, 32)
+    other = graph(from_weights(ARCH, WEIGHTS, Lowering("explicit", lambda rows: "rows")))
+    assert 0 < run_gate(other, bucket)["relative_error_e9"] <= 4 * 2000
+    gate.canary(called(other), ARCH, bucket, WEIGHTS)
+    wrong = graph(from_weights(ARCH, {**WEIGHTS, "transformer.ln_f.bias": WEIGHTS["transformer.ln_f.bias"].flip(0)}))
+    with pytest.raises(GateFailed):
+        run_gate(wrong, bucket)
+    with pytest.raises(GateFailed):
+        gate.canary(called(wrong), ARCH, bucket, WEIGHTS)
