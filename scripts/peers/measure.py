@@ -22,7 +22,7 @@ from typing import Any
 Json = dict[str, Any]
 SCRIPTS = Path(__file__).resolve().parents[1]
 START = time.monotonic()
-WARM_UP: Json = {"do": "steps", "lengths": [8], "new": 4}
+WARM_UP: Json = {"do": "steps", "lengths": [8], "new": 4, "seed": 99}
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ def end(process: subprocess.Popen[str]) -> None:
             pipe.close()
 
 
-def rounds(names: Iterable[str], runs: int, turn: Callable[[str], Json], drop: int = 0) -> dict[str, list[Json]]:
+def rounds(names: Iterable[str], runs: int, turn: Callable[[str, int], Json], drop: int = 0) -> dict[str, list[Json]]:
     """Let contestants take turns; returns the answers of all rounds but the first, or one that says why there are none.
 
     Args:
         names: the contestants.
         runs: rounds that count.
-        turn: asks one.
+        turn: asks one, in the round of this number.
         drop: rounds before them.
     """
     names, taken = list(names), dict[str, list[Json]]()
@@ -129,7 +129,7 @@ def rounds(names: Iterable[str], runs: int, turn: Callable[[str], Json], drop: i
         for name in names[:: -1 if number % 2 else 1]:
             if taken.get(name) and "why" in taken[name][-1]:
                 continue
-            answer = turn(name)
+            answer = turn(name, number)
             time.sleep(0.02)  # threads of the one before have stopped spinning
             if "why" in answer:
                 taken[name] = [answer]
@@ -139,9 +139,12 @@ def rounds(names: Iterable[str], runs: int, turn: Callable[[str], Json], drop: i
 
 
 def run(hall: Hall, cell: Cell) -> dict[str, dict[str, Json]]:
-    """Run a cell; returns for each number of its answers a row for each contestant."""
+    """Run a cell; returns for each number of its answers a row for each contestant.
+
+    Each round has prompts of its own: some engines remember those they have seen.
+    """
     say(cell.title)
-    taken = rounds(cell.contestants, cell.runs, lambda name: hall.ask(name, dict(cell.request)))
+    taken = rounds(cell.contestants, cell.runs, lambda name, number: hall.ask(name, cell.request | {"seed": number}))
     return rows(taken, cell.numbers)
 
 
@@ -172,10 +175,10 @@ def fresh(hall: Hall, names: Iterable[str], runs: int, length: int) -> dict[str,
     """Start each anew: seconds from there to its first token on paper, and the memory that it then takes."""
     say("fresh processes: time to the first token, memory")
 
-    def turn(name: str) -> Json:
+    def turn(name: str, number: int) -> Json:
         start = time.perf_counter()
         process = hall.start(name, lazy=True)
-        first = exchange(process, {"do": "steps", "lengths": [length], "new": 1}, hall.limit_s)
+        first = exchange(process, {"do": "steps", "lengths": [length], "new": 1, "seed": 0}, hall.limit_s)
         taken = time.perf_counter() - start
         answer = first if "why" in first else exchange(process, {"do": "memory"}, hall.limit_s) | {"s": taken}
         if answer.pop("gone", False):
@@ -190,7 +193,7 @@ def fresh(hall: Hall, names: Iterable[str], runs: int, length: int) -> dict[str,
 def importing(runs: int) -> dict[str, dict[str, Json]]:
     """Return how long a fresh process takes to import torch and to say so."""
 
-    def turn(name: str) -> Json:
+    def turn(name: str, number: int) -> Json:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", "import torch; print()"], check=True, stdout=subprocess.DEVNULL)
         return {"s": time.perf_counter() - start}

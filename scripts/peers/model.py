@@ -53,8 +53,8 @@ def prefill_flops(folder: Path, length: int) -> float:
     return 2.0 * macs
 
 
-def texts(count: int, shortest: int, longest: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """Return seeded token ids; lengths are spread evenly at random."""
-    draw = random.Random(seed)
-    lengths = [draw.randint(shortest, longest) for _ in range(count)]
+def texts(count: int, shortest: int, longest: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Return token ids by this seed; lengths are spread evenly at random, and the same for every seed."""
+    spread, draw = random.Random(0), random.Random(seed)
+    lengths = [spread.randint(shortest, longest) for _ in range(count)]
     return [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]

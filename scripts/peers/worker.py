@@ -44,36 +44,36 @@ def open_contestant(name: str, folder: Path, work: Path, options: Json) -> Any:
     return made
 
 
-def steps(made: Any, lengths: list[int], new: int) -> Json:
+def steps(made: Any, lengths: list[int], new: int, seed: int) -> Json:
     """Return seconds to the first token and the median of those of further ones, of one call."""
     new = min(new, made.steps) if new > 1 else 1
     if max(lengths) + new > made.reach:
         raise LookupError(f"holds {made.reach} tokens")
-    prompts = [[(7 * i + row) % min(997, made.vocab_size) for i in range(n)] for row, n in enumerate(lengths)]
+    prompts = [model.texts(1, n, n, made.vocab_size, seed=100 * seed + row)[0] for row, n in enumerate(lengths)]
     ids, first, rest = made.step_times(prompts, new)
     if any(len(row) != new for row in ids):
         raise LookupError(f"gave {len(ids[0])} tokens of {new}")
     return {"first_s": first, "step_s": sorted(rest)[len(rest) // 2] if rest else None, "ids": ids}
 
 
-def throughput(made: Any, count: int, shortest: int, longest: int, new: int) -> Json:
+def throughput(made: Any, count: int, shortest: int, longest: int, new: int, seed: int) -> Json:
     """Return the seconds that many prompts of many lengths take."""
-    prompts = model.texts(count, shortest, longest, made.vocab_size)
+    prompts = model.texts(count, shortest, longest, made.vocab_size, seed)
     remark = made.prepare(prompts, new)
     start = time.perf_counter()
     ids = made.generate(prompts, new)
     return {"s": time.perf_counter() - start, "tokens": count * new, "ids": ids, "remark": remark}
 
 
-def score(made: Any, count: int, shortest: int, longest: int) -> Json:
+def score(made: Any, count: int, shortest: int, longest: int, seed: int) -> Json:
     """Return the seconds that scoring many texts takes."""
-    texts = model.texts(count, shortest, longest, made.vocab_size, seed=1)
+    texts = model.texts(count, shortest, longest, made.vocab_size, 1000 + seed)
     start = time.perf_counter()
     found = made.score(texts)
     return {"s": time.perf_counter() - start, "tokens": sum(map(len, texts)) - count, "logprobs": found}
 
 
-def overhead(made: Any, length: int, new: int) -> Json:
+def overhead(made: Any, length: int, new: int, seed: int) -> Json:
     """Return the host's seconds per step, greedy and with the default sampling."""
     prompt = list(range(length))
     return {"greedy": made.overhead(prompt, new, temperature=0), "sampled": made.overhead(prompt, new)}
