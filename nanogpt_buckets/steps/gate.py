@@ -13,6 +13,7 @@ Knows nothing of compilers, of files or of any one step: how to feed one, it ask
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from nanogpt_buckets.steps import step_named
 Run = Callable[..., Sequence[Tensor]]
 
 # Of what is checked and how strictly; kept in manifests. What an older gate let pass is checked again at first load.
-VERSION = 4
+VERSION = 5
 # Measured: float32 noise is 5e-7..1e-6 of the largest logit, the mildest planted fault (erf for tanh GELU) 2e-4.
 FLOAT32_TOLERANCE = 2e-5
 # bfloat16 is judged by its own noise: eager bfloat16 against float32.
@@ -57,36 +58,37 @@ def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229)
     return weights
 
 
-# How many of a context's last tokens are run one by one where state is kept.
-_TAILS = (0, 8)
+# How many of a context's last tokens are run one by one: after buckets that run prompts, and by those that run these.
+_AFTER_PROMPTS, _OWN = (0, 2), (1, 8)
 _DIRT = 100.0
 
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """A loaded bucket, to be asked about contexts: for the logits that follow, say."""
+    """A loaded bucket, to be asked about contexts: for the logits that follow, say. Eager steps run what it does not.
+
+    Contexts begin as some of the `rows` (B, T) do, so what the eager step keeps of a row's prompt is found once.
+    """
 
     run: Run
     arch: Architecture
     bucket: Bucket
     weights: Mapping[str, Tensor]
-    eager: dict[Bucket, Run] = field(default_factory=dict)  # the steps that are not the bucket's, once they are needed
+    rows: Tensor
+    kept: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    def _part(self, name: str, length: int) -> tuple[Bucket, Run]:
-        """Return what runs a step of a request of some length: the loaded bucket its own, the eager step the other."""
-        if name == self.bucket.step:
-            return self.bucket, self.run
-        other = Bucket(self.bucket.batch_size, length, name)
-        if other not in self.eager:
-            self.eager[other] = step_named(name).eager(self.arch, other, self.weights)
-        return other, self.eager[other]
+    @functools.cached_property
+    def network(self) -> GPT:
+        """The eager network."""
+        return from_weights(self.arch, self.weights)
 
     @property
     def tails(self) -> tuple[int, ...]:
         """How many tokens may come one by one: none where nothing is kept, and one at least where that is the step."""
-        if step_named(self.bucket.step).continued_by == step_named(self.bucket.step).opened_by:
+        step = step_named(self.bucket.step)
+        if step.continued_by == step.opened_by:
             return (0,)
-        return _TAILS if self.opens else tuple(max(1, tail) for tail in _TAILS)
+        return _AFTER_PROMPTS if self.opens else _OWN
 
     @property
     def opens(self) -> bool:
@@ -96,30 +98,59 @@ class _Asked:
     def __call__(
         self, contexts: Sequence[Sequence[int]], tail: int | None = None, filler: Tensor | None = None
     ) -> Tensor:
-        """Return the answers (n, ...) for each of n contexts, whose last `tail` tokens come one by one."""
-        tail, state = self.tails[-1] if tail is None else tail, self.dirty(filler)
+        """Return the answers (n, ...) for each of n contexts, whose last `tail` tokens come one by one.
+
+        Unless said otherwise that is two at most: the second finds what the first has written.
+        """
+        tail, state = min(2, self.tails[-1]) if tail is None else tail, self.dirty(filler)
         for left in range(tail, 0, -1):
             self.call(state, contexts, tail, left, filler)
-        return self.call(state, contexts, tail, 0, filler)
+        answers = self.call(state, contexts, tail, 0, filler)
+        assert answers is not None  # a prompt is all that is kept of an eager step's
+        return answers
 
     def dirty(self, filler: Tensor | None = None) -> list[Tensor]:
         """Return state as a stranger may have left it, over all positions; another one if there is a filler."""
-        whole = Bucket(self.bucket.batch_size, self.arch.block_size, self.bucket.step)
-        dtype = dtype_name(next(iter(self.weights.values())))
-        state = step_named(whole.step).interface(self.arch, whole, dtype).state
-        return [view.blank().fill_(_DIRT if filler is None else -_DIRT / 2) for view in state]
+        B = self.bucket.batch_size
+        return [state.fill_(_DIRT if filler is None else -_DIRT / 2) for state in self._blank(B, self.arch.block_size)]
+
+    def _blank(self, batch_size: int, seq_len: int) -> list[Tensor]:
+        bucket, dtype = Bucket(batch_size, seq_len, self.bucket.step), dtype_name(next(iter(self.weights.values())))
+        return [view.blank() for view in step_named(bucket.step).interface(self.arch, bucket, dtype).state]
 
     def call(
         self, state: list[Tensor], contexts: Sequence[Sequence[int]], tail: int, left: int, filler: Tensor | None = None
-    ) -> Tensor:
-        """Make one call of a request, after which `left` tokens are; its answers."""
+    ) -> Tensor | None:
+        """Make one call of a request, after which `left` tokens are; its answers, unless it is a prompt's and eager."""
         step = step_named(self.bucket.step)
         heads = [context[: max(0, len(context) - left)] for context in contexts]
+        name = step.opened_by if left == tail else step.continued_by
+        if name == self.bucket.step:
+            views = (tensor[:, :, : self.bucket.seq_len] for tensor in state)
+            return step.answers(self.run(*step.pack(heads, self.bucket, filler), *views), len(contexts))
+        if name == step.opened_by:
+            for row, head in enumerate(heads):
+                for tensor, kept in zip(state, self._after(head), strict=True):
+                    tensor[row, :, : len(head)] = kept[0, :, : len(head)]
+            return None
         longest = max(1, *map(len, heads))
-        bucket, run = self._part(step.opened_by if left == tail else step.continued_by, longest)
+        return self._eagerly(name, heads, Bucket(self.bucket.batch_size, longest, name), state)
+
+    def _after(self, head: Sequence[int]) -> list[Tensor]:
+        """Return the state that a prompt leaves; all of a row that begins with it leaves that, too, by causality."""
+        begins = (self.rows[:, : len(head)] == torch.tensor(head, dtype=self.rows.dtype)).all(1)  # (B)
+        row = int(begins.nonzero()[0])
+        if row not in self.kept:
+            length = self.rows.shape[1]
+            opened_by, state = step_named(self.bucket.step).opened_by, self._blank(1, length)
+            self._eagerly(opened_by, self.rows[row : row + 1].tolist(), Bucket(1, length, opened_by), state)
+            self.kept[row] = state
+        return self.kept[row]
+
+    def _eagerly(self, name: str, heads: Sequence[Sequence[int]], bucket: Bucket, state: list[Tensor]) -> Tensor:
+        step = step_named(name)
         views = (tensor[:, :, : bucket.seq_len] for tensor in state)
-        inputs = step_named(bucket.step).pack(heads, bucket, filler if bucket is self.bucket else None)
-        return step_named(bucket.step).answers(run(*inputs, *views), len(contexts))
+        return step.answers(step.graph(self.network).run(*step.pack(heads, bucket), *views), len(heads))
 
 
 def check(
@@ -136,7 +167,7 @@ def check(
     generator = torch.Generator().manual_seed(bucket.batch_size * 100_003 + bucket.seq_len)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, bucket.seq_len), generator=generator, dtype=torch.int32)
     lengths = step_named(bucket.step).lengths(bucket.seq_len)
-    ask = _Asked(run, arch, bucket, weights)
+    ask = _Asked(run, arch, bucket, weights, rows)
     with torch.inference_mode():
         error, tolerance = _worst_error(ask, rows, lengths, rounds)
         if not error <= tolerance:  # NaN fails too
@@ -159,23 +190,24 @@ def _worst_error(ask: _Asked, rows: Tensor, lengths: list[int], rounds: bool) ->
     exact = {name: w.float() for name, w in ask.weights.items()}
     precise = not rounds and all(w.dtype == torch.float32 for w in ask.weights.values())
     worst = noise = 0.0
-    for tail in ask.tails:
-        if ask.opens and tail:  # the prompt fills the bucket, and what follows outgrows it
-            rows = torch.cat([rows, rows.flip(1)], 1)[:, : min(rows.shape[1] + tail, ask.arch.block_size)]
-            lengths = [min(length + tail, rows.shape[1]) for length in lengths]
-        reference = _reference(exact, ask, rows, lengths)  # (B, n, ...)
-        scale = reference.abs().max().item()
+    if ask.opens:  # the prompt fills the bucket, and what follows outgrows it
+        rows = torch.cat([rows, rows.flip(1)], 1)[:, : min(rows.shape[1] + ask.tails[-1], ask.arch.block_size)]
+    longer = {tail: [min(n + tail * ask.opens, rows.shape[1]) for n in lengths] for tail in ask.tails}
+    every = sorted({length for each in longer.values() for length in each})
+    reference = _reference(exact, ask, rows, every)  # (B, n, ...)
+    scale = reference.abs().max().item()
+    for tail, lengths in longer.items():
         for shift in range(0, len(lengths), len(rows)):  # until every length was some row's
-            own = [(row + shift) % len(lengths) for row in range(len(rows))]
-            found = ask(_cut(rows, [lengths[n] for n in own]), tail)  # (B, ...)
-            expected = torch.stack([reference[row, n] for row, n in enumerate(own)])  # (B, ...)
+            own = [lengths[(row + shift) % len(lengths)] for row in range(len(rows))]
+            found = ask(_cut(rows, own), tail)  # (B, ...)
+            expected = torch.stack([reference[row, every.index(n)] for row, n in enumerate(own)])  # (B, ...)
             worst = max(worst, _error(found, expected, scale))
-        if not precise:
-            rounded = {name: w.bfloat16() for name, w in ask.weights.items()}
-            noise = max(noise, _error(_reference(rounded, ask, rows, lengths), reference, scale))
-        elif not worst <= FLOAT32_TOLERANCE:  # weights that magnify rounding do so for whoever computes with them
-            truth = _reference({name: w.double() for name, w in exact.items()}, ask, rows, lengths)
-            noise = max(noise, _error(reference, truth.to(reference.dtype), scale))
+    if not precise:
+        rounded = {name: w.bfloat16() for name, w in ask.weights.items()}
+        noise = _error(_reference(rounded, ask, rows, every), reference, scale)
+    elif not worst <= FLOAT32_TOLERANCE:  # weights that magnify rounding do so for whoever computes with them
+        truth = _reference({name: w.double() for name, w in exact.items()}, ask, rows, every)
+        noise = _error(reference, truth.to(reference.dtype), scale)
     if precise:
         return worst, max(FLOAT32_TOLERANCE, NOISE_FACTOR * noise)
     return worst, BFLOAT16_FACTOR * noise
@@ -207,7 +239,8 @@ def _moved_by(ask: _Asked, rows: Tensor, lengths: list[int]) -> str | None:
         return "other padding"
     if not torch.equal(before, ask(contexts, filler=others)):
         return "other future tokens"
-    if len(rows) > 1 and not torch.equal(before[:1], ask([contexts[0], *others[1:].tolist()])[:1]):
+    # each further row gets that of the one before
+    if len(rows) > 1 and not torch.equal(before[:1], ask([contexts[0], *rows[:-1].tolist()])[:1]):
         return "other neighbours"
     return None
 
@@ -239,7 +272,7 @@ def canary(
     generator = torch.Generator().manual_seed(length)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, length), generator=generator, dtype=torch.int32)
     with torch.inference_mode():
-        ask = _Asked(run, arch, bucket, weights)
+        ask = _Asked(run, arch, bucket, weights, rows)
         expected = _reference(weights, ask, rows, [length])[:, 0]  # (B, ...)
         if not expected.isfinite().all():
             raise NonFiniteLogits(_not_finite(weights), hint="look how the model was trained or saved")

@@ -164,7 +164,8 @@ def test_the_gate_never_runs_with_one_thread(monkeypatch, given, processors, tol
     monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(inductor.host, "visible_cpu_count", lambda: processors)
 
-    assert inductor.InductorBackend().child_environment(None).get("OMP_NUM_THREADS") == told
+    environment = inductor.InductorBackend().child_environment(None)
+    assert (environment.get("OMP_NUM_THREADS"), environment["OMP_WAIT_POLICY"]) == (told, "passive")
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------

@@ -284,6 +284,24 @@ def test_a_planted_fault_of_the_network_fails(bucket, changes):
         gate.check(remembering(bucket, gpt), ARCH, bucket, WEIGHTS)
 
 
+@pytest.mark.parametrize("bucket", [PREFILL, DECODE], ids=str)
+def test_the_canary_knows_a_step_that_remembers_over_other_weights(bucket):
+    other = {name: tensor + 0.01 for name, tensor in WEIGHTS.items()}
+    gate.canary(remembering(bucket), ARCH, bucket, WEIGHTS)
+    with pytest.raises(GateFailed, match="these weights"):
+        gate.canary(remembering(bucket), ARCH, bucket, other)
+
+
+def test_an_eager_prompt_runs_once_for_each_row_however_often_it_is_asked_about(monkeypatch):
+    real, rows = type(step_named("prefill")).forward, []
+    monkeypatch.setattr(
+        type(step_named("prefill")), "forward",
+        lambda self, gpt, ids, *rest: (rows.append(ids.shape), real(self, gpt, ids, *rest))[1],
+    )  # fmt: skip
+    gate.check(remembering(DECODE), ARCH, DECODE, WEIGHTS)
+    assert rows == [(1, 32)] * 3
+
+
 @pytest.mark.parametrize("name", ["recompute", "prefill", "decode", "score"])
 def test_a_check_keeps_nothing_alive(name):
     bucket, weights = Bucket(1, 8, name), {k: v.clone() for k, v in WEIGHTS.items()}

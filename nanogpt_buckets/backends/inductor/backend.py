@@ -65,10 +65,13 @@ class InductorBackend(Backend):
         return None if cxx is None else {"torch": version("torch"), "cxx": cxx}
 
     def child_environment(self, request: BuildRequest) -> dict[str, str]:
-        """Return this process's compiler, an order of sets, and several threads: the gate must see them at work."""
+        """Return this process's compiler, an order of sets, and several threads: the gate must see them at work.
+
+        They wait without spinning: several children share the processors, and each would hold up the others.
+        """
         one = os.environ.get("OMP_NUM_THREADS") == "1" or host.visible_cpu_count() == 1
         threads = {"OMP_NUM_THREADS": "2"} if one else {}
-        return {"PYTHONHASHSEED": "0", "CXX": shlex.join(_cxx())} | threads
+        return {"PYTHONHASHSEED": "0", "CXX": shlex.join(_cxx()), "OMP_WAIT_POLICY": "passive"} | threads
 
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
         """Export the step and compile it to a shared library; runs in a child whose directory is `workdir`."""
