@@ -127,7 +127,7 @@ def test_generate_compiles_in_a_cold_cache_from_any_script(tmp_path):
     # 25 tokens: the shortest rung of the demo's ladder, 32, is compiled
     (tmp_path / "script.py").write_text(SCRIPT.format(n=20, strategy="auto"))
     script = SCRIPT.format(n=20, strategy="recompute")
-    ways = {"file": [str(tmp_path / "script.py")], "-c": ["-c", script], "stdin": ["-"]}
+    ways = {"file": [str(tmp_path / "script.py")], "stdin": ["-"]}
 
     def run(way: str) -> subprocess.CompletedProcess[str]:
         variables = {"PYTHONPATH": str(Path(__file__).parents[2]), "NANOGPT_BUCKETS_CACHE_DIR": str(tmp_path / way)}
