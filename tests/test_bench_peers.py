@@ -17,11 +17,11 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 ASKED = ("--here", "--tiny", "--backend", "eager", "--runs", "2", "--only", "hf fp32,ours fp32,ct2 fp32,ours-rec")
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(SCRIPTS.parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(SCRIPTS / "bench_peers"), *arguments]
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(work: Path) -> subprocess.CompletedProcess[str]:
     measures = "limits,ttft,decode,batch,throughput,score,overhead"
-    done = bench(*ASKED, "--measures", measures, "--work", str(work), "--json", str(work / "out.json"))
+    done = bench(*ASKED, "--measures", measures, "--work", str(work), cwd=work)
     assert done.returncode == 0, done.stderr
     return done
 
 
 @pytest.fixture(scope="module")
 def document(run: subprocess.CompletedProcess[str], work: Path) -> dict[str, Any]:
-    return json.loads((work / "out.json").read_text())
+    return json.loads((work / "bench_peers.json").read_text())
 
 
 def rows(document: dict[str, Any], kind: str) -> list[dict[str, Any]]:
@@ -107,20 +107,20 @@ def test_shares_of_the_machines_limits_follow_from_the_figures(document):
         assert "mbu" not in found["ours-recompute fp32"]  # it recomputes
 
 
-def test_the_plot_is_a_file_or_a_sentence(work):
-    done = bench(
-        *ASKED[:-1], "ours fp32", "--measures", "decode", "--work", str(work), "--plot", str(work / "plot.png")
-    )
-
+def test_the_plot_is_a_file_or_a_sentence(run, work):
     if importlib.util.find_spec("matplotlib"):
-        assert done.returncode == 0, done.stderr
-        assert (work / "plot.png").read_bytes().startswith(b"\x89PNG")
+        assert (work / "bench_peers.png").read_bytes().startswith(b"\x89PNG")
+        assert "written: bench_peers.json, bench_peers.png\n" in run.stderr
     else:
-        assert done.returncode == 1
-        assert (
-            done.stderr
-            == "bench_peers: --plot needs matplotlib, which this Python lacks; without --here it is installed\n"
-        )
+        assert "nothing is drawn: this Python lacks matplotlib; without --here it is installed\n" in run.stderr
+        assert "written: bench_peers.json\n" in run.stderr
+
+
+def test_files_that_could_not_be_written_are_refused_first(tmp_path):
+    done = bench(*ASKED, "--json", str(tmp_path / "nowhere" / "out.json"))
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("out.json cannot be written: there is no such directory\n")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def quick() -> dict[Name, list[Shape]]:
     batch = _grid((8,), (640,), "decode")
     return {
         ("kv", "fp32"): prefill + decode + _grid((1,), (160,), "decode") + batch + _grid((1,), (512,), "score"),
-        ("kv", "bf16"): prefill + decode,
+        ("kv", "bf16"): _grid((1,), (128, 448, 1024), "prefill") + decode,
         ("recompute", "fp32"): _grid((1,), (128, 1024), "recompute"),
         ("one shape", "fp32"): [(1, 1024, "recompute")],
     }
