@@ -5,6 +5,9 @@ What steps find and write is views of it. Knows nothing of which bucket is chose
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -34,10 +37,12 @@ class KVCache:
 
     def __init__(self, arch: Architecture, dtype: str, slots: int, widest: int) -> None:
         self._size = max(slots, widest)
-        shape = (self._size, arch.n_head, arch.block_size, arch.n_embd // arch.n_head)
-        # zeros cost nothing until they are written, and what is masked must be finite all the same
-        kind = getattr(torch, dtype)
-        self._tensors = [torch.zeros(shape, dtype=kind, device="cpu") for _ in range(2 * arch.n_layer)]
+        shape = (2 * arch.n_layer, self._size, arch.n_head, arch.block_size, arch.n_embd // arch.n_head)
+        kind: torch.dtype = getattr(torch, dtype)
+        # What is masked must be finite all the same. Fresh pages are zeros that cost nothing until they are written;
+        # torch.zeros writes them as soon as malloc hands out memory that was in use before.
+        pages = mmap.mmap(-1, math.prod(shape) * kind.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._tensors = torch.frombuffer(pages, dtype=kind).view(shape).unbind()
         self._views: dict[tuple[int, Bucket], list[Tensor]] = {}
 
     @property

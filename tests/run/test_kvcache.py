@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +175,22 @@ def test_copying_keeps_what_was_written_and_the_last_slots_have_views_too():
             assert torch.equal(tensor[0, 0, :, 0], torch.tensor([start] * 5 + [rest] * 11).float())
     assert [cache.views(slot, Bucket(3, 16, "decode"))[0] for slot in range(4)] == [0, 1, 1, 1]
     assert cache.views(2, Bucket(3, 16, "decode"))[1] is cache.views(3, Bucket(3, 16, "decode"))[1]
+
+
+def test_room_for_state_takes_no_memory_until_it_is_written_not_even_after_another_batch():
+    def pss():
+        return int(re.findall(r"^Pss:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)[0])
+
+    large = Architecture(4, 4, 256, 16, 1024, 11)  # 8 tensors of 16 MB
+    for _ in range(3):
+        before = pss()
+        cache = KVCache(large, "float32", 16, 1)
+        assert cache.bytes == 2**27
+        assert pss() - before < 2**12, "kB"
+        for tensor in cache.views(0, Bucket(16, 1024, "decode"))[1]:
+            assert not tensor.count_nonzero()
+            tensor.fill_(1)
+        del cache, tensor
 
 
 def test_more_rows_than_may_be_remembered_take_turns(odd_folder, monkeypatch):
