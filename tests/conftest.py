@@ -16,6 +16,15 @@ from nanogpt_buckets.model.architecture import Architecture
 ODD = Architecture(n_layer=2, n_head=3, n_embd=48, n_inner=192, block_size=100, vocab_size=211)
 
 
+# Files whose tests take minutes: begun first, so that no process is left alone with one.
+LONG = ("test_docs.py", "test_engine.py", "test_disasters.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first; the order is kept by --no-loadscope-reorder."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache."""
