@@ -76,7 +76,7 @@ class HuggingFace(Contestant):
     def prepare(self, prompts: Sequence[Ids], new: int) -> str:
         """Find out which is faster: batches of 8 of like length, or all in one."""
         taken = {}
-        for widest in () if self.widest else (8, len(prompts)):
+        for widest in () if self.widest else {8, len(prompts)}:
             start = time.perf_counter()
             self._batches(prompts, new, widest)
             taken[widest] = time.perf_counter() - start

@@ -30,12 +30,10 @@ def full() -> dict[Name, list[Shape]]:
 
 def quick() -> dict[Name, list[Shape]]:
     """Return fewer: what the measures of --quick need."""
-    prefill, decode = _grid((1,), (16, 128, 448, 1024), "prefill"), _grid((1,), (1024,), "decode")
-    batch = _grid((8,), (640,), "decode")
+    one = _grid((1,), (16, 128, 448), "prefill") + _grid((1,), (160, 448), "decode")
     return {
-        ("kv", "fp32"): prefill + decode + _grid((1,), (160,), "decode") + batch + _grid((1,), (512,), "score"),
-        ("kv", "bf16"): _grid((1,), (128, 448, 1024), "prefill") + decode,
-        ("recompute", "fp32"): _grid((1,), (128, 1024), "recompute"),
+        ("kv", "fp32"): [*one, (8, 320, "decode"), (1, 256, "score")],
+        ("kv", "bf16"): [(1, 128, "prefill"), (1, 160, "decode")],
         ("one shape", "fp32"): [(1, 1024, "recompute")],
     }
 
