@@ -15,7 +15,7 @@ from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.checkpoint import open_model
 
 ODD = {"n_layer": 3, "n_head": 3, "n_embd": 48, "n_positions": 100, "vocab_size": 211, "initializer_range": 0.2}
-LOWERINGS = [gpt.Lowering("sdpa"), gpt.Lowering("explicit")]
+LOWERINGS = [gpt.Lowering(attention) for attention in ("sdpa", "explicit", "sums")]
 
 VARIANTS = {
     "gelu_new": {},

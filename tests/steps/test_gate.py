@@ -194,7 +194,7 @@ def remembering(bucket, gpt=None, change=None):
 @pytest.mark.parametrize("seq_len", [1, 2, 64])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", ["prefill", "decode"])
-@pytest.mark.parametrize("attention", ["sdpa", "explicit"])
+@pytest.mark.parametrize("attention", ["sdpa", "explicit", "sums"])
 @pytest.mark.parametrize("linear", ["aten", "rows", "onednn"])
 def test_the_right_step_that_remembers_passes(name, batch_size, seq_len, attention, linear):
     bucket = Bucket(batch_size, seq_len, name)
