@@ -97,12 +97,12 @@ def plot(document: Json, path: Path) -> None:
         for name, row in measure["rows"].items():
             if "median" in row:
                 lines.setdefault(name, []).append((measure["context"], row["median"]))
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, axes = pyplot.subplots(figsize=(9, 4.5))
     for name, points in lines.items():
-        ours = name.startswith("ours")
+        ours = name.startswith("ours ")
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, linewidth=2.5 if ours else 1.2)
     axes.set(xlabel="tokens of context", ylabel="tokens/s", yscale="log", title="Greedy decode of one sequence")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    axes.legend(fontsize="small", bbox_to_anchor=(1.01, 1), loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
