@@ -8,7 +8,9 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -71,13 +73,19 @@ def likeliest(logits: Tensor, k: int) -> Tensor:
     The k-th largest of the maxima of chunks is a lower bound of the k-th largest logit, for each of k chunks has one
     that reaches it. What is below cannot be among the k largest, and that leaves few to sort.
     """
-    chunks = len(logits) // _CHUNK
+    values = logits.numpy()  # whose loops wait for no other thread
+    chunks = len(values) // _CHUNK
     if chunks < k:
-        return (logits >= logits.topk(k).values[-1]).nonzero().squeeze(1)
-    maxima = logits[: chunks * _CHUNK].view(chunks, _CHUNK).amax(dim=1)  # (chunks)
-    ids = (logits >= maxima.topk(k).values[-1]).nonzero().squeeze(1)  # (m), m at least k
-    values = logits[ids]
-    return ids[values >= values.topk(k).values[-1]]
+        return torch.from_numpy(numpy.flatnonzero(values >= _kth_largest(values, k)))
+    # a chunk is every so-manieth logit: maxima of columns are found many at a time
+    maxima = values[: chunks * _CHUNK].reshape(_CHUNK, chunks).max(axis=0)  # (chunks)
+    ids = numpy.flatnonzero(values >= _kth_largest(maxima, k))  # (m), m at least k
+    few = values[ids]
+    return torch.from_numpy(ids[few >= _kth_largest(few, k)])
+
+
+def _kth_largest(values: numpy.ndarray[Any, Any], k: int) -> Any:
+    return numpy.partition(values, -k)[-k]
 
 
 def uniform(seed: int, prompt: int, sample: int, step: int) -> float:
