@@ -77,7 +77,7 @@ def likeliest(logits: Tensor, k: int) -> Tensor:
     chunks = len(values) // _CHUNK
     if chunks < k:
         return torch.from_numpy(numpy.flatnonzero(values >= _kth_largest(values, k)))
-    # a chunk is every so-manieth logit: maxima of columns are found many at a time
+    # a chunk is a column of this table, for numpy finds the maxima of many columns at a time
     maxima = values[: chunks * _CHUNK].reshape(_CHUNK, chunks).max(axis=0)  # (chunks)
     ids = numpy.flatnonzero(values >= _kth_largest(maxima, k))  # (m), m at least k
     few = values[ids]

@@ -53,8 +53,11 @@ def prefill_flops(folder: Path, length: int) -> float:
     return 2.0 * macs
 
 
-def texts(count: int, shortest: int, longest: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """Return token ids by this seed; lengths are spread evenly at random, and the same for every seed."""
+def texts(count: int, shortest: int, longest: int, vocab_size: int, seed: str) -> list[list[int]]:
+    """Return token ids by this seed; lengths are spread evenly at random, and the same for every seed.
+
+    No two measures have a seed in common: an engine that remembers prompts would find the start of one in another.
+    """
     spread, draw = random.Random(0), random.Random(seed)
     lengths = [spread.randint(shortest, longest) for _ in range(count)]
     return [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]

@@ -46,10 +46,10 @@ def open_contestant(name: str, folder: Path, work: Path, options: Json) -> Any:
 
 def steps(made: Any, lengths: list[int], new: int, seed: int) -> Json:
     """Return seconds to the first token and the median of those of further ones, of one call."""
-    new = min(new, made.steps) if new > 1 else 1
+    what, new = f"{lengths} then {new}, round {seed}", min(new, made.steps) if new > 1 else 1
     if max(lengths) + new > made.reach:
         raise LookupError(f"holds {made.reach} tokens")
-    prompts = [model.texts(1, n, n, made.vocab_size, seed=100 * seed + row)[0] for row, n in enumerate(lengths)]
+    prompts = [model.texts(1, n, n, made.vocab_size, f"{what}, row {row}")[0] for row, n in enumerate(lengths)]
     ids, first, rest = made.step_times(prompts, new)
     if any(len(row) != new for row in ids):
         raise LookupError(f"gave {len(ids[0])} tokens of {new}")
@@ -58,7 +58,7 @@ def steps(made: Any, lengths: list[int], new: int, seed: int) -> Json:
 
 def throughput(made: Any, count: int, shortest: int, longest: int, new: int, seed: int) -> Json:
     """Return the seconds that many prompts of many lengths take."""
-    prompts = model.texts(count, shortest, longest, made.vocab_size, seed)
+    prompts = model.texts(count, shortest, longest, made.vocab_size, f"throughput {seed}")
     remark = made.prepare(prompts, new)
     start = time.perf_counter()
     ids = made.generate(prompts, new)
@@ -67,7 +67,7 @@ def throughput(made: Any, count: int, shortest: int, longest: int, new: int, see
 
 def score(made: Any, count: int, shortest: int, longest: int, seed: int) -> Json:
     """Return the seconds that scoring many texts takes."""
-    texts = model.texts(count, shortest, longest, made.vocab_size, 1000 + seed)
+    texts = model.texts(count, shortest, longest, made.vocab_size, f"score {seed}")
     start = time.perf_counter()
     found = made.score(texts)
     return {"s": time.perf_counter() - start, "tokens": sum(map(len, texts)) - count, "logprobs": found}
