@@ -399,7 +399,7 @@ def test_a_missing_bucket_is_promoted_and_said_once(odd_folder, odd_cache, caplo
 
 def test_a_prompt_no_bucket_reaches_is_a_miss_before_the_first_step(odd_folder, odd_cache):
     with Engine.load(odd_folder, plan=[B(1, 16), B(1, 33)], cache_dir=odd_cache) as engine:
-        engine.generate([prompt(30)], max_new_tokens=4)  # the last step sees 33 tokens
+        engine.generate([prompt(30)], max_new_tokens=4, ignore_eos=True)  # the last step sees 33 tokens
         with pytest.raises(CacheMiss, match="34 tokens") as caught:
             engine.generate([prompt(30)], max_new_tokens=5)
 

@@ -81,7 +81,7 @@ def test_a_prompt_is_run_once_however_many_samples_take_turns(engines, monkeypat
 
 def test_a_prompt_of_several_samples_is_run_once(odd_folder):
     with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
-        engine.generate([[1, 2, 3]], num_samples=4, max_new_tokens=3)
+        engine.generate([[1, 2, 3]], num_samples=4, max_new_tokens=3, ignore_eos=True)
         steps = {bucket: count.rows for bucket, count in engine.report().buckets.items()}
     assert sum(rows for bucket, rows in steps.items() if bucket.step == "prefill") == 1
     assert steps[Bucket(4, 16, "decode")] == 8
@@ -126,7 +126,7 @@ def test_a_strategy_decides_and_auto_follows_the_plan(odd_folder):
         ("kv", None, {"prefill", "decode"}),
     ):
         with Engine.load(odd_folder, plan=plan, backend="eager", strategy=strategy) as engine:
-            engine.generate([[1, 2]], max_new_tokens=3)
+            engine.generate([[1, 2]], max_new_tokens=3, ignore_eos=True)
             assert {bucket.step for bucket in engine.report().buckets} == steps
     with pytest.raises(UsageError, match="strategy 'fast' is unknown"):
         Engine.load(odd_folder, backend="eager", strategy="fast")

@@ -120,7 +120,7 @@ def test_the_host_programs_defaults_change_nothing(odd_folder, odd_cache, engine
                 inside.warmup()
                 assert inside.generate([IDS], max_new_tokens=3, seed=1) == wanted[0]
                 inside.generate([IDS], max_new_tokens=1, seed=1, rng="nanogpt", top_p=0.5)
-                assert len(list(inside.stream(IDS, max_new_tokens=2))) == 2
+                assert len(list(inside.stream(IDS, max_new_tokens=2, ignore_eos=True))) == 2
                 torch.testing.assert_close(inside.logits([IDS]), wanted[1])
                 assert (inside.logits([]).dtype, inside.logits([]).device.type) == (torch.float32, "cpu")
     finally:
@@ -130,7 +130,7 @@ def test_the_host_programs_defaults_change_nothing(odd_folder, odd_cache, engine
 
 def test_what_comes_after_close_is_one_sentence(odd_folder):
     engine = Engine.load(odd_folder, backend="eager", plan=[Bucket(1, 16)])
-    stream = engine.stream(IDS, max_new_tokens=5)
+    stream = engine.stream(IDS, max_new_tokens=5, ignore_eos=True)
     next(stream)
     engine.close()
     engine.close()
