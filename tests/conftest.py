@@ -17,7 +17,7 @@ ODD = Architecture(n_layer=2, n_head=3, n_embd=48, n_inner=192, block_size=100, 
 
 
 # Files whose tests take minutes: begun first, so that no process is left alone with one.
-LONG = ("test_docs.py", "test_engine.py", "test_disasters.py")
+LONG = ("test_docs.py", "test_engine.py", "test_inductor_surroundings.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
-"""A build whose compiler takes seconds and no processor, and says in a file whom it was asked for; see test_farm.py.
+"""Builds without a compiler: one that takes seconds and no processor, and one that finds what was compiled before.
 
-Run as `python -m farm build ...` it is the command line with this compiler. Dask's workers import `compile_bucket`.
+Run as `python -m farm ...` it is the command line with the first, or the second where $FARM_CACHE names what to find.
+Dask's workers import `compile_bucket`; tests of one process put `found_in` in its place.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from nanogpt_buckets import builder
 from nanogpt_buckets.backends.base import Artifact, BuildRequest
 from nanogpt_buckets.cli import main
 from nanogpt_buckets.contract import Contract
+from nanogpt_buckets.run.loader import artifact_of
+from nanogpt_buckets.store.store import Store
 
 
 def compile_bucket(request: dict[str, Any], on_event: object = None) -> Artifact:
@@ -27,6 +31,23 @@ def compile_bucket(request: dict[str, Any], on_event: object = None) -> Artifact
     return Artifact({"library": f"library of {bucket}".encode()}, inputs, (), (), {}, {"peak_bytes": 1_000_000})
 
 
+def found_in(cache: Path) -> Callable[..., Artifact]:
+    """Return a compiler that has compiled everything before: whatever it is asked for is in this cache."""
+    store = Store(cache)
+
+    def find(request: dict[str, Any], on_event: object = None) -> Artifact:
+        build = BuildRequest.from_json(request)
+        (found,) = [
+            entry
+            for entry in store.entries()
+            if (entry.bucket, entry.parts["target"]) == (build.bucket, build.target)
+            and entry.parts["family"]["dtype"] == build.dtype
+        ]
+        return artifact_of(store.read(found))
+
+    return find
+
+
 def tell(what: str) -> None:
     with Path(os.environ["FARM_LOG"]).open("a") as log:
         log.write(f"{os.getpid()} {what}\n")
@@ -35,5 +56,6 @@ def tell(what: str) -> None:
 if __name__ == "__main__":
     import farm  # not this module, which is called __main__ here and on no worker
 
-    builder.compile_bucket = farm.compile_bucket
+    before = os.environ.get("FARM_CACHE")
+    builder.compile_bucket = farm.found_in(Path(before)) if before else farm.compile_bucket
     main(sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -228,8 +229,6 @@ def test_gpt2_needs_neither_weights_nor_network(monkeypatch):
 
 
 def test_the_report_is_plain_json():
-    import json
-
     document = json.loads(json.dumps(pretend_build([32]).to_json()))
 
     assert (document["hits"], document["compiled"], document["failed"]) == (0, 1, 0)
@@ -253,15 +252,17 @@ def test_a_request_survives_its_journey():
     assert dataclasses.replace(request, dtype="bfloat16") != request
 
 
-# --- with the real compiler -----------------------------------------------------------------------------------------
+# --- in processes of their own ----------------------------------------------------------------------------------------
 
 BUILD = [sys.executable, "-m", "nanogpt_buckets", "build", "--model", "demo", "--json", "--strategy=recompute", "--seq"]
 
 
 def test_two_builders_at_once_compile_each_key_once(tmp_path):
-    import json
-
-    runs = [subprocess.Popen([*BUILD, "16"], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [sys.executable, "-m", "farm", *BUILD[3:], "16"]
+    environment = {"PYTHONPATH": str(Path(__file__).parent), "FARM_LOG": str(tmp_path / "log"), "FARM_SECONDS": "5"}
+    runs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment) for _ in range(2)
+    ]
     reports = [json.loads(run.communicate()[0]) for run in runs]
 
     assert sorted((report["hits"], report["compiled"]) for report in reports) == [(0, 1), (1, 0)]

@@ -7,8 +7,9 @@ import threading
 
 import pytest
 import torch
+from farm import found_in
 
-from nanogpt_buckets import Bucket, Engine, Plan, build, generate
+from nanogpt_buckets import Bucket, Engine, Plan, build, builder, generate
 from nanogpt_buckets.backends.inductor.backend import InductorBackend
 from nanogpt_buckets.choice import choose
 from nanogpt_buckets.errors import CacheMiss, CorruptEntry, TokenizerError, UsageError
@@ -351,7 +352,7 @@ def test_the_canary_is_remembered_on_this_node(odd_folder, odd_cache, tmp_path, 
     Engine.load(odd_folder, plan=COMPILED, cache_dir=odd_cache).close()
 
 
-def test_damaged_entries_are_passed_over_or_built_again(odd_folder, odd_cache, tmp_path):
+def test_damaged_entries_are_passed_over_or_built_again(odd_folder, odd_cache, tmp_path, monkeypatch):
     cache = tmp_path / "damaged"
     shutil.copytree(odd_cache, cache)
     selection = Selection(choose(odd_folder, cache_dir=cache))
@@ -367,6 +368,7 @@ def test_damaged_entries_are_passed_over_or_built_again(odd_folder, odd_cache, t
     with pytest.raises(CorruptEntry, match="bytes, not"):
         Engine.load(odd_folder, plan=[B(1, 16)], cache_dir=cache)
 
+    monkeypatch.setattr(builder, "compile_bucket", found_in(odd_cache))
     with Engine.load(odd_folder, plan=[B(1, 16)], cache_dir=cache, on_miss="build", lazy=True) as engine:
         engine.generate([prompt(3)], max_new_tokens=2)
         assert set(engine.report().buckets) == {B(1, 16)}

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+from farm import found_in
 
-from nanogpt_buckets import Engine, build
+from nanogpt_buckets import Engine, build, builder
 from nanogpt_buckets import key as names
 from nanogpt_buckets.choice import choose
 from nanogpt_buckets.cli import main, output
@@ -237,7 +238,7 @@ def test_on_a_terminal_the_plan_is_shown_and_then_asked_for(cache, answer, code,
 # --- what cannot be believed ------------------------------------------------------------------------------------------
 
 
-def test_what_fails_its_check_when_it_is_loaded_is_no_hit_again(cache, run, monkeypatch):
+def test_what_fails_its_check_when_it_is_loaded_is_no_hit_again(cache, demo_cache, run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(gate, "FLOAT32_TOLERANCE", -1.0)
         patch.setattr(gate, "NOISE_FACTOR", -1.0)
@@ -256,6 +257,7 @@ def test_what_fails_its_check_when_it_is_loaded_is_no_hit_again(cache, run, monk
         main(["status", "--model=demo", "--strategy=recompute", "--seq=16"])
     assert end.value.code == 1
 
+    monkeypatch.setattr(builder, "compile_bucket", found_in(demo_cache))
     assert build([Bucket(1, 16)], model="demo").compiled == 1
     with Engine.load("demo") as engine:
         assert engine.generate([1, 2], max_new_tokens=1, seed=1)

@@ -118,7 +118,7 @@ def test_help_names_every_command_and_the_exit_codes(cli):
 # --- scripts without a guard ------------------------------------------------------------------------------------------
 
 SCRIPT = """from nanogpt_buckets import generate
-print(generate('ROMEO:', model='demo', max_new_tokens=20, seed=1))
+print(generate('ROMEO:', model='demo', max_new_tokens=20, seed=1, strategy='recompute'))
 """
 
 

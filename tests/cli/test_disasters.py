@@ -87,13 +87,13 @@ def test_status_and_verify_tell_of_damage_and_cached_only_refuses_it(damage, cli
     assert files(cache) == before, "looking changes nothing"
 
 
-def test_build_replaces_what_is_damaged_and_nothing_else(cli, cache):
+def test_build_replaces_what_is_damaged_and_nothing_else(cli, cache, demo_cache):
     sound = cli(*CACHED, cache=cache).stdout
     spoil(*entry(cache, 16), "flipped byte")
     kept = [path.read_bytes() for path in entry(cache, 32)]
 
     promoted = cli(*CACHED, cache=cache)
-    build = cli(*BUILD, "--seq=16,32", "--json", cache=cache)
+    build = cli(*BUILD, "--seq=16,32", "--json", cache=cache, compiled=demo_cache)
 
     assert promoted.stdout == sound, "the next larger bucket runs in its place"
     assert b"bucket 1x16 is damaged; a larger one runs in its place" in promoted.stderr
@@ -142,9 +142,9 @@ def mount(tmp_path):
         subprocess.run(["umount", "--lazy", str(where)], check=True)
 
 
-def test_a_cache_that_is_full_then_has_room_then_is_read_only_and_may_not_execute(cli, mount):
+def test_a_cache_that_is_full_then_has_room_then_is_read_only_and_may_not_execute(cli, mount, demo_cache):
     cache = mount("size=300k,noexec")
-    full = cli(*BUILD, "--seq=16", "--json", cache=cache)
+    full = cli(*BUILD, "--seq=16", "--json", cache=cache, compiled=demo_cache)
     assert json.loads(full.stdout)["buckets"][0]["state"] == "failed"
     assert full.returncode == 5
     assert b"No space left on device" in full.stderr
@@ -153,7 +153,7 @@ def test_a_cache_that_is_full_then_has_room_then_is_read_only_and_may_not_execut
     assert list(cache.glob("v1/entries/*/*")) == list(cache.glob("v1/blobs/*/*")) == []
 
     mount("size=50m,noexec")
-    assert cli(*BUILD, "--seq=16", cache=cache).returncode == 0
+    assert cli(*BUILD, "--seq=16", cache=cache, compiled=demo_cache).returncode == 0
 
     mount("size=50m,noexec,ro")
     before = files(cache)
