@@ -28,9 +28,10 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from nanogpt_buckets import Engine, errors
+from nanogpt_buckets import Engine, child, errors
 from nanogpt_buckets.errors import BucketsError, CheckpointDamaged, ModelError, UnsupportedModel
 from nanogpt_buckets.model import gpt
+from nanogpt_buckets.model import pickled as pickled_module
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.model.pickled import read_checkpoint
@@ -52,6 +53,17 @@ def nano(path: Path, state: dict | None = None, args=NANO_ARGS, **more) -> Path:
     path.parent.mkdir(exist_ok=True)
     torch.save({"model": nano_state() if state is None else state, "model_args": args} | more, path)
     return path
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """What a child does is done here, for its start takes seconds; that it is a child which does it, others test."""
+
+    def run(module, request, *, on_event, **more):
+        return pickled_module._handle(request, lambda event, **fields: on_event({"event": event, **fields}))
+
+    monkeypatch.setattr(child, "run", run)
+    monkeypatch.setattr(pickled_module, "_bound_memory", lambda size: None)
 
 
 class Evil:
@@ -120,6 +132,7 @@ def test_activations_with_parameters_are_refused(tmp_path, activation):
     assert repr(activation) in refused(tmp_path / "m", UnsupportedModel)
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("how", "tied"),
     [({}, True), ({"shards": 3}, False), ({"zipped": False}, False), ({"shards": 2, "zipped": False}, True)],
@@ -153,6 +166,7 @@ def test_a_pickle_of_a_folder_runs_nothing(tmp_path, zipped):
     assert not (tmp_path / "witness").exists()
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("entry", [3, torch.ones(48).to_sparse(), torch.ones(2, device="meta")])
 def test_a_pickle_of_a_folder_holds_plain_tensors(tmp_path, entry):
     hf(tmp_path / "m")
@@ -161,6 +175,7 @@ def test_a_pickle_of_a_folder_holds_plain_tensors(tmp_path, entry):
     assert "'transformer.ln_f.bias'" in refused(tmp_path / "m", CheckpointDamaged)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_masks_half_precision_and_bare_names_in_a_pickle(tmp_path):
     hf(tmp_path / "m")
     masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 100, 100).tril().byte() for layer in range(2)}
@@ -180,6 +195,7 @@ HEADS = {
 }
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_heads_of_other_tasks_are_left_out_and_said(tmp_path, head, form, caplog):
@@ -280,6 +296,7 @@ def test_prefixes_of_wrapped_models(tmp_path, prefix):
         assert all(torch.equal(tensor, expected[2][name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.usefixtures("in_process")
 def test_two_names_of_one_tensor_are_refused(tmp_path):
     state = nano_state() | {"module.transformer.ln_f.bias": torch.ones(48)}
 
@@ -315,6 +332,7 @@ HARMLESS = {
 }
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("what", HARMLESS)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_harmless_objects_beside_the_weights(tmp_path, what, zipped):
@@ -324,11 +342,13 @@ def test_harmless_objects_beside_the_weights(tmp_path, what, zipped):
     assert open_model(tmp_path / "c.pt").dataset == "x"
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("config", [argparse.Namespace(dataset="mine"), Mine()])
 def test_a_configuration_object_says_the_dataset(tmp_path, config):
     assert open_model(nano(tmp_path / "c.pt", config=config)).dataset == "mine"
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     "entry", ["builtins.eval", "subprocess.Popen", "os.system", "runpy.run_path", "builtins.getattr", "shutil.rmtree"]
 )
@@ -344,6 +364,7 @@ def test_functions_of_pythons_own_library_are_refused_by_name(tmp_path, entry):
     assert not (tmp_path / "witness").exists()
 
 
+@pytest.mark.usefixtures("in_process")
 def test_an_object_in_place_of_a_tensor_is_named(tmp_path):
     state = nano_state() | {"transformer.ln_f.bias": np.ones(48)}
 
