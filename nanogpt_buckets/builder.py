@@ -26,6 +26,7 @@ from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.plan.shard import part
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.store.entry import Miss, Status, Verified
+from nanogpt_buckets.store.lockfile import write_lock
 from nanogpt_buckets.store.manifest import Blob, Manifest
 from nanogpt_buckets.values import shown
 
@@ -46,6 +47,7 @@ def build(
     executor: Executor | None = None,
     tune: str = "off",
     shard: tuple[int, int] | None = None,
+    lock: str | os.PathLike[str] | None = None,
     on_progress: Listener | None = None,
     **options: Unpack[Options],
 ) -> BuildReport:
@@ -63,6 +65,7 @@ def build(
             what it measured in the manifest; "off" takes what is usually best, and makes the same bytes anywhere.
         shard: (I, N), to build only the I-th of N parts of the plan, counted from 1, as others build the rest. Which
             bucket is in which part follows from the plan and the model alone.
+        lock: a lock file, into which the buckets of the plan are written when all of them are built.
         on_progress: called from worker threads with a bucket and its phase: "waiting", "waiting for another build",
             "compiling", "checking", "hit", "compiled" or "failed".
         options: backend, target, dtype, compiler_args, cache_dir; see `Options`.
@@ -76,8 +79,9 @@ def build(
         BackendUnavailable: there is something to compile and no compiler.
     """
     return build_missing(
-        choose(model, **options), plan, jobs=jobs, executor=executor, tune=tune, shard=shard, on_progress=on_progress
-    )
+        choose(model, lock=lock, **options), plan, jobs=jobs, executor=executor, tune=tune, shard=shard,
+        on_progress=on_progress,
+    )  # fmt: skip
 
 
 def build_missing(
@@ -105,12 +109,19 @@ def build_missing(
         hint = f"what it has: {', '.join(backend.steps)}"
         raise UsageError(f"the {backend.name} backend has no {odd[0].step} step", hint=hint)
     choice.check_memory(plan)
+    lock = choice.store.trust.lock
+    if choice.store.trust.locked is not None:
+        raise UsageError("nothing is built for a cache that is locked", hint="to write the lock file anew: --lock")
+    if lock is not None and shard is not None:
+        hint = "build the shards first, then lock the whole plan, which compiles nothing"
+        raise UsageError("a shard is not the whole of what is to be locked", hint=hint)
     own = plan if shard is None else part(plan, shard, choice.cost)
     if not own:
         return BuildReport(choice.model.name, backend.name, target, choice.store.root)
     plan = Plan(own)
     try:
-        rows = _Builder(choice, executor, tune, on_progress or (lambda bucket, phase: None), retry).run(plan, jobs)
+        builder = _Builder(choice, executor, tune, on_progress or (lambda bucket, phase: None), retry)
+        rows = builder.run(plan, jobs)
     except KeyboardInterrupt:
         selection = Selection(choice)
         finished = [bucket for bucket in plan if isinstance(selection.own(bucket), Verified)]
@@ -118,6 +129,8 @@ def build_missing(
             remember_plan(choice, Plan(finished))
         raise
     remember_plan(choice, plan)
+    if lock is not None and len(builder.manifests) == len(plan):
+        write_lock(lock.path, [builder.manifests[bucket] for bucket in plan], choice.replaces)
     return BuildReport(choice.model.name, backend.name, target, choice.store.root, rows)
 
 
@@ -167,6 +180,7 @@ class _Builder:
         self._tell = on_progress
         self._retry = retry
         self._stopped = False
+        self.manifests: dict[Bucket, Manifest] = {}  # of what is built
         self._elsewhere: set[Future[Artifact]] = set()  # what the executor was asked for
 
     def run(self, plan: Plan, jobs: int | None) -> tuple[BuildRow, ...]:
@@ -192,6 +206,7 @@ class _Builder:
                 raise self._store.error(found)
             self._tell(bucket, "waiting")
             return None
+        self.manifests[bucket] = found.manifest
         self._tell(bucket, "hit")
         return BuildRow(bucket, "hit", found.manifest.key, waited_s, found.manifest.size)
 
@@ -237,6 +252,7 @@ class _Builder:
             return BuildRow(
                 bucket, "failed", name, time.monotonic() - start, why=error.message, hint=error.hint, log=error.log
             )
+        self.manifests[bucket] = manifest
         failures.forget(name)
         self._tell(bucket, "compiled")
         seconds, peak = time.monotonic() - start, manifest.stats.get("peak_bytes", 0)

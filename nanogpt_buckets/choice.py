@@ -13,7 +13,7 @@ import functools
 import logging
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -24,8 +24,10 @@ from nanogpt_buckets.model.checkpoint import Model, open_model
 from nanogpt_buckets.plan.bucket import PURPOSES, STRATEGIES, Bucket, Plan
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.store.entry import manifest_of
+from nanogpt_buckets.store.lockfile import open_lock, read_lock
 from nanogpt_buckets.store.plans import Plans, SavedPlan
 from nanogpt_buckets.store.store import Store
+from nanogpt_buckets.store.vouch import PLACE, Trust
 from nanogpt_buckets.values import shown
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ class Options(TypedDict, total=False):
     `backend`: "auto", "inductor", "neuron", or "eager" to run steps uncompiled. `target`: what to generate code for,
     and the only one to load; None for this host's best to build, and any that runs here to load. `dtype`: "float32" or
     "bfloat16". `compiler_args`: flags for neuronx-cc, as a line or a list. `cores`: NeuronCores to run on, each holding
-    every bucket. `cache_dir`: where buckets are; None for the default.
+    every bucket. `cache_dir`: where buckets are; None for the default. `locked`: a lock file, written by `build`: what
+    it does not name is not loaded, wherever the cache is, and nothing is compiled.
     """
 
     backend: str
@@ -53,6 +56,7 @@ class Options(TypedDict, total=False):
     compiler_args: str | Sequence[str]
     cores: int
     cache_dir: str | os.PathLike[str] | None
+    locked: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,11 @@ class Choice:
     def family(self) -> str:
         """The family's digest, which is also its directory."""
         return key.digest(self.family_parts)
+
+    def replaces(self, theirs: Mapping[str, Any]) -> bool:
+        """Whether our family stands where one of these parts did: alike but for versions, source and weights."""
+        ours = self.family_parts.items()
+        return all(theirs.get(name, mine) == mine for name, mine in ours if name not in _CHANGING)
 
     def key_parts(self, bucket: Bucket) -> dict[str, Any] | None:
         """Return the parts of the key this machine would build under, or None if it has no compiler.
@@ -220,6 +229,8 @@ class Choice:
         given = " ".join(self.backend.compiler_args if self.backend is not None else ())
         options += f" --compiler-args={shlex.quote(given)}" if given else ""
         options += settings.cache_dir_option(self.store.root)
+        lock = self.store.trust.lock
+        options += "" if lock is None else f" --lock {shlex.quote(str(lock.path))}"
         return " && ".join(f"nanogpt-buckets build --model {name}{grid}{options}" for grid in grids or [""])
 
 
@@ -232,11 +243,14 @@ def choose(
     compiler_args: str | Sequence[str] = (),
     cores: int = 1,
     cache_dir: str | os.PathLike[str] | None = None,
+    locked: str | os.PathLike[str] | None = None,
+    lock: str | os.PathLike[str] | None = None,
 ) -> Choice:
-    """Resolve what the user asked for; see `Options` for the arguments.
+    """Resolve what the user asked for; see `Options` for the arguments. `lock`: the lock file that a build is to write.
 
     Raises:
         UsageError: an unknown dtype or backend, or an argument it does not take.
+        CacheError: the lock file cannot be used.
         BackendUnavailable: the backend cannot be used, or not for this target.
         ModelError: the model cannot be used.
     """
@@ -247,18 +261,30 @@ def choose(
         backends.refuse_neuron_only(EAGER, target, compiler_args, cores)
         if target is not None:
             raise UsageError("the eager backend builds for no target", hint="leave --target out")
+        if locked is not None:
+            raise UsageError("the eager backend loads nothing that could be locked", hint="leave --locked out")
     else:
         chosen = backends.backend_for(backend, target, compiler_args=compiler_args, cores=cores)
         chosen.target(target)  # refuse an impossible target before anything else is done
-    return Choice(open_model(model), chosen, dtype, Store(settings.cache_dir(cache_dir)), target)
+    store = Store(settings.cache_dir(cache_dir), _trust(locked, lock))
+    return Choice(open_model(model), chosen, dtype, store, target)
+
+
+def _trust(locked: str | os.PathLike[str] | None, lock: str | os.PathLike[str] | None) -> Trust:
+    if locked is not None:
+        return Trust(read_lock(settings.expanded(locked, "--locked")), only=True)
+    return PLACE if lock is None else Trust(open_lock(settings.expanded(lock, "--lock")))
 
 
 def default_plan(choice: Choice) -> Plan | None:
-    """Return what was saved for a choice, or None if nothing was.
+    """Return what was saved for a choice, or is locked for it; None if nothing is.
 
     Raises:
         CacheError: it cannot be read, or a newer release wrote it.
     """
+    if (locked := choice.store.trust.locked) is not None:
+        buckets = locked.buckets(choice.family, choice.only_target)
+        return Plan(buckets) if buckets else None
     saved = Plans(choice.store).load(choice.plan_names[-1])
     return None if saved is None else saved.buckets
 
@@ -282,5 +308,4 @@ def remember_plan(choice: Choice, plan: Plan) -> None:
 def _replaced(choice: Choice, family: str) -> bool:
     """Whether the choice's family stands where another did before: alike but for versions, source and weights."""
     manifest = next(filter(None, map(manifest_of, choice.store.family(family))), None)
-    theirs = manifest.parts["family"] if manifest else {}
-    return all(theirs.get(name, mine) == mine for name, mine in choice.family_parts.items() if name not in _CHANGING)
+    return choice.replaces(manifest.parts["family"] if manifest else {})

@@ -27,6 +27,12 @@ def others(found: os.stat_result) -> str:
     return f"can be written by {'everyone' if found.st_mode & stat.S_IWOTH else 'its group'}"
 
 
+def strangers(found: os.stat_result) -> str:
+    """Say what `others` does, but for a group that is this user's alone, which is nobody else."""
+    why = others(found)
+    return "" if not why.startswith("belongs") and _is_own_group(found) else why
+
+
 def check_way(path: Path, hint: str) -> os.stat_result | None:
     """Return what a path leads to, None if nothing, once it is known that others can exchange nothing on the way there.
 

@@ -44,6 +44,10 @@ class Selection:
 
     @functools.cached_property
     def _entries(self) -> list[Found]:
+        lock = self.store.trust.locked
+        if lock is not None and self.choice.family not in lock.families:
+            why, hint = lock.why_not(self.choice.family_parts), self.choice.build_command()
+            return [Miss(Status.INCOMPATIBLE, self.choice.family, why=why, hint=hint)]
         return self.store.family(self.choice.family)
 
     @functools.cached_property
@@ -94,7 +98,9 @@ class Selection:
     def reasons(self) -> list[Miss]:
         """Return every entry of the family that cannot be used, whatever its bucket, then what others differ in."""
         lacking = [entry for found in self.ranked.values() for entry in found if isinstance(entry, Miss)]
-        others = [Miss(Status.ABSENT, why=self._why_absent(bucket)) for bucket in sorted(self._alike)]
+        lock = self.store.trust.locked
+        known = self._alike if lock is None else lock.buckets(self.choice.family, self.choice.only_target)
+        others = [Miss(Status.ABSENT, why=self._why_absent(bucket)) for bucket in sorted(known)]
         return [*lacking, *self.unreadable, *others]
 
     def _fit(self, manifest: Manifest) -> Found:
@@ -120,6 +126,10 @@ class Selection:
 
     def _why_absent(self, bucket: Bucket) -> str:
         """Say that a bucket is not built, and how the most alike one of this architecture differs from it."""
+        lock = self.store.trust.locked
+        if lock is not None:
+            named = bucket in lock.buckets(self.choice.family, self.choice.only_target)
+            return f"{lock.path} names it, and it is not here" if named else f"{lock.path} does not name it"
         differences = self._alike.get(bucket)
         if not differences:
             return NOT_BUILT

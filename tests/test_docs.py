@@ -32,7 +32,7 @@ NEVER_RUN = ("pip install --extra-index-url",)
 # Places of other machines -> places of this test; some are one, so that what one recipe built the next one finds.
 ELSEWHERE = {
     "$PWD/.buckets": ".cache/nanogpt-buckets/cache", "/opt/buckets": "opt", "/run/nanogpt-buckets": "run",
-    "/mnt/buckets": "opt",
+    "/mnt/buckets": "opt", "/mnt/team": ".cache/nanogpt-buckets/cache",
 }  # fmt: skip
 
 

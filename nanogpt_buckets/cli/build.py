@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from pathlib import Path
 
 import click
 
@@ -31,6 +32,10 @@ from nanogpt_buckets.plan.ladder import default_ladder
     "--shard", type=Shard(), help="Build only part I of N of the plan, counted from 1, as other machines do the rest."
 )
 @click.option("--scheduler", metavar="ADDRESS", help="Compile on the workers of this Dask scheduler: tcp://HOST:PORT.")
+@click.option(
+    "--lock", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write keys and digests of these buckets into this file, for --locked; added to what it names.",
+)  # fmt: skip
 @output_options
 def build(
     wanted: PlanOptions,
@@ -40,6 +45,7 @@ def build(
     tune: str,
     shard: tuple[int, int] | None,
     scheduler: str | None,
+    lock: Path | None,
     as_json: bool,
 ) -> int:
     """Compile the buckets that are not built yet.
@@ -53,7 +59,7 @@ def build(
     Example: nanogpt-buckets build --model demo --seq 32,64,128
     """
     plan = read_plan(wanted)
-    choice = choose(model, **options)
+    choice = choose(model, lock=lock, **options)
     plan = plan or grid(wanted, choice)
     if plan is None:
         # what is saved here may not be what is saved where the other shards are built
@@ -75,6 +81,8 @@ def build(
         raise
     if shard is not None:
         output.say(f"shard {shard[0]}/{shard[1]} of the plan: {len(report.rows)} of {len(plan)} buckets")
+    if lock is not None:
+        output.say(f"{lock} is left as it was" if report.failed else f"locked in {lock}")
     if as_json:
         output.document(report.to_json())
     else:

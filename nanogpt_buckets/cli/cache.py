@@ -20,10 +20,13 @@ from nanogpt_buckets.key import leaves
 from nanogpt_buckets.node import prune as node_prune
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.entry import Found, Miss, Verified, manifest_of
+from nanogpt_buckets.store.lockfile import read_lock
 from nanogpt_buckets.store.plans import Plans
 from nanogpt_buckets.store.prune import Deletion, delete, plan_prune, plan_removal
 from nanogpt_buckets.store.store import Store
+from nanogpt_buckets.store.trust import why_shared
 from nanogpt_buckets.store.verify import verify as verify_store
+from nanogpt_buckets.store.vouch import Trust
 
 # What an entry is called that is in order as far as was looked.
 _STORED = "stored"
@@ -206,27 +209,33 @@ def rm(keys: tuple[str, ...], dry_run: bool, yes: bool, cache_dir: Path | None, 
 )
 @click.option("--planned", is_flag=True, help="Age and size count for entries that a plan names, too.")
 @click.option("--old-toolchains", is_flag=True, help="Entries made for library versions older than those installed.")
+@click.option(
+    "--locked", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+    help="What this lock file names stays, unless it is damaged; may be repeated.",
+)  # fmt: skip
 @_deletion_options
 @cache_dir_option
 @output_options
 def prune(
-    older_than: float | None, max_size: float | None, planned: bool, old_toolchains: bool, dry_run: bool, yes: bool,
-    cache_dir: Path | None, as_json: bool,
+    older_than: float | None, max_size: float | None, planned: bool, old_toolchains: bool, locked: tuple[Path, ...],
+    dry_run: bool, yes: bool, cache_dir: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Delete what is damaged or of no use and, if asked, what is old.
 
     Damaged entries, libraries that no entry names, what killed processes left and, in this node's own directory,
     prepared weights that no model needs any more always go. What a saved plan names stays whatever its age and the
-    cache's size, unless --planned is given, it is damaged or an old toolchain's.
+    cache's size, unless --planned is given, it is damaged or an old toolchain's. Plans are of this cache, lock files
+    elsewhere: name with --locked those that are in use.
 
     Example: nanogpt-buckets cache prune --older-than 30d --old-toolchains --dry-run
     """
     store = _open(cache_dir)
+    locks = [read_lock(settings.expanded(path, "--locked")) for path in locked]
     size = None if max_size is None else int(max_size)
     with output.progress("reading", sum(1 for _ in store.entries())) as advance:
         deletion = plan_prune(
             store, older_than_s=older_than, max_bytes=size, old_toolchains=old_toolchains, planned=planned,
-            on_entry=lambda: advance(1),
+            locks=locks, on_entry=lambda: advance(1),
         )  # fmt: skip
     try:
         deletion = replace(deletion, files=deletion.files + node_prune.plan())
@@ -238,7 +247,12 @@ def prune(
 
 
 def _open(cache_dir: Path | None) -> Store:
-    return Store(settings.cache_dir(cache_dir))
+    """Return a store to look at, or to delete from: nothing in it is loaded, so others may write there, too."""
+    root = settings.cache_dir(cache_dir)
+    shared = why_shared(root)
+    if shared:
+        output.say(f"note: {root} {shared}; nothing in it is loaded that no lock file names")
+    return Store(root, Trust(looks=bool(shared)))
 
 
 def _carry_out(store: Store, deletion: Deletion, dry_run: bool, yes: bool, as_json: bool) -> int:

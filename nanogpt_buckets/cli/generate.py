@@ -12,7 +12,7 @@ import click
 from nanogpt_buckets.choice import EAGER, Options
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.lines import read_text
-from nanogpt_buckets.cli.options import model_options, output_options, sampling_options
+from nanogpt_buckets.cli.options import locked_option, model_options, output_options, sampling_options
 from nanogpt_buckets.cli.prompts import Job
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.tokenization.base import well_formed
@@ -37,6 +37,7 @@ _PARTING = "---------------"
     help="Where these lines go; if some are there already, the rest are added.",
 )
 @click.option("--start", metavar="TEXT", help="The prompt, as nanoGPT's sample.py names it.")
+@locked_option
 @model_options
 @click.option("--init-from", metavar="resume|gpt2...", help="sample.py's name for --model; resume takes --out-dir.")
 @click.option("--out-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where ckpt.pt is; means resume.")
@@ -66,8 +67,8 @@ def generate(
 ) -> None:  # fmt: skip
     """Continue PROMPT and print both. `FILE:prompt.txt` reads a file, `-` reads standard input.
 
-    Buckets this needs and that are not built are compiled first, unless --cached-only. sample.py's flags work in both
-    spellings.
+    Buckets this needs and that are not built are compiled first, unless --cached-only or --locked. sample.py's flags
+    work in both spellings.
 
     Example: nanogpt-buckets generate "ROMEO:" --model demo --max-new-tokens 200 --seed 1337
     """

@@ -137,6 +137,12 @@ model_options: Callable[[Command], Command] = _together(
     cache_dir_option,
 )  # fmt: skip
 
+# Goes above `model_options`, for what it says is one of the fields of `Options`.
+locked_option = click.option(
+    "--locked", type=click.Path(path_type=Path), metavar="FILE",
+    help="Load nothing but what this lock file names, which build --lock wrote; never compile.",
+)  # fmt: skip
+
 # The fields of `Sampling` as one argument, `sampling`.
 sampling_options: Callable[[Command], Command] = _together(
     "sampling",

@@ -10,7 +10,7 @@ import click
 from nanogpt_buckets.choice import Options
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.lines import Record, read_records
-from nanogpt_buckets.cli.options import model_options, output_options
+from nanogpt_buckets.cli.options import locked_option, model_options, output_options
 
 if TYPE_CHECKING:
     from nanogpt_buckets.run.engine import Engine
@@ -23,6 +23,7 @@ _BEGINNING = 40
 
 @click.command()
 @click.argument("file")
+@locked_option
 @model_options
 @click.option("--stride", type=int, metavar="N", help="Tokens between windows of long texts. Default: block_size / 2.")
 @click.option("--plain-text", is_flag=True, help="<|endoftext|> in a text is ordinary text.")
@@ -40,7 +41,7 @@ def score(
     put in front of it. A text longer than block_size is scored in windows of that length, --stride tokens apart, each
     token once. The last row is of all tokens together. --json also has each token's log-probability.
 
-    Buckets this needs and that are not built are compiled first, unless --cached-only.
+    Buckets this needs and that are not built are compiled first, unless --cached-only or --locked.
 
     Example: nanogpt-buckets score texts.txt --model demo
     """

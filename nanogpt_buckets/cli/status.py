@@ -8,7 +8,15 @@ import click
 
 from nanogpt_buckets.choice import Choice, Options, choose, default_plan
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import PlanOptions, grid, model_options, output_options, plan_options, read_plan
+from nanogpt_buckets.cli.options import (
+    PlanOptions,
+    grid,
+    locked_option,
+    model_options,
+    output_options,
+    plan_options,
+    read_plan,
+)
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.selection import Selection, explain_miss
@@ -17,6 +25,7 @@ from nanogpt_buckets.store.entry import Miss, Status
 
 @click.command()
 @plan_options
+@locked_option
 @model_options
 @output_options
 def status(wanted: PlanOptions, model: str, options: Options, as_json: bool) -> int:

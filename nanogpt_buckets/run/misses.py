@@ -68,7 +68,8 @@ class Buckets:
         self._report = report
         self._loader = loader
         self._compiled = loader if isinstance(loader, Compiled) else None
-        self._builds = on_miss == "build" and self._compiled is not None
+        locked = self._choice.store.trust.locked is not None
+        self._builds = on_miss == "build" and self._compiled is not None and not locked
         self._on_progress = on_progress
         self._said: set[Bucket] = set()
         self._built_here: set[Bucket] = set()

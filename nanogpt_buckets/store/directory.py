@@ -44,19 +44,21 @@ class Directory:
 
     Args:
         root: the cache directory; made, private, when something is first written.
+        shared: others may write here too, for what vouches for an entry is not its place.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, shared: bool = False) -> None:
         self.root = root
+        self.shared = shared
         self._v1 = root / "v1"
 
     def path(self, name: str) -> Path:
         """Return where a name is, or would be."""
         return self._v1 / name
 
-    def get(self, name: str, *, size: int | None = None, limit: int | None = None) -> bytes:
+    def get(self, name: str, *, size: int | None = None, limit: int | None = None, anyone: bool = False) -> bytes:
         """Read a file once, if only this user, or root, can have written it; see `Tier`."""
-        return read(self.root, self.path(name), size=size, limit=limit)
+        return read(self.root, self.path(name), size=size, limit=limit, anyone=anyone)
 
     def size(self, name: str) -> int | None:
         """Return the size of a file; see `Tier`."""
@@ -65,14 +67,14 @@ class Directory:
         return None
 
     def names(self, folder: str) -> list[str]:
-        """List a directory that only this user, or root, can have written; see `Tier`."""
-        check_location(self.root, self.path(folder))
+        """List a directory; see `Tier`."""
+        self.check(self.path(folder))
         return list_names(self.path(folder))
 
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Write a file aside and give it its name; see `Tier`."""
         path = self.path(name)
-        check_location(self.root, path.parent)
+        self.check(path.parent)
         with self._writing():
             self._make(path.parent)
             return self._put(path, data, 0o444 if name.startswith("blobs/") else 0o666, replace)
@@ -89,6 +91,10 @@ class Directory:
             if time.time() - path.stat().st_mtime > every_s:
                 os.utime(path)
 
+    def check(self, *further: Path) -> None:
+        """Raise unless this is a place where nobody else writes, or others may; see `check_location`."""
+        check_location(self.root, *further, anyone=self.shared)
+
     def prepare(self) -> None:
         """Make what writing needs, to find out early whether it is possible.
 
@@ -96,7 +102,7 @@ class Directory:
             UntrustedStore: others could have written the store.
             CacheError: it cannot be written.
         """
-        check_location(self.root)
+        self.check()
         with self._writing():
             self._make()
             if not os.access(self.path("tmp"), os.W_OK):
@@ -111,9 +117,9 @@ class Directory:
         path = self.path(f"locks/{name}.lock")
         lock: filelock.BaseFileLock | None = None
         with contextlib.suppress(OSError, CacheError):
-            check_location(self.root)
+            self.check()
             self._make()
-            check_file(self.root, path)
+            check_file(self.root, path, anyone=self.shared)
             lock = _acquired(filelock.FileLock(path, mode=0o600 | self._mode() & 0o666), timeout_s, cancelled)
         try:
             yield lock is not None
@@ -170,7 +176,8 @@ class Directory:
             directory.mkdir(0o700)
             sync_directory(directory.parent)
         # asked again of one that exists: whoever made it may have been killed before this line
-        if stat.S_IMODE(directory.stat().st_mode) != self._mode():
+        found = directory.lstat()
+        if stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) != self._mode():
             with contextlib.suppress(OSError):
                 directory.chmod(self._mode())
 

@@ -7,6 +7,7 @@ field, whose digest holds is incompatible and is left alone. Knows nothing of di
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -70,6 +71,11 @@ class Manifest:
     stats: dict[str, int]
     gate: dict[str, Any]
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """The sha256 of its file."""
+        return hashlib.sha256(encode(self)).hexdigest()
+
     @property
     def size(self) -> int:
         """Of all blobs together, in bytes."""
@@ -83,9 +89,18 @@ class Manifest:
     @property
     def bucket(self) -> Bucket | None:
         """The bucket it was compiled for; None if only a newer release has such buckets."""
-        named = self.parts["bucket"]
-        known = named.keys() <= {"step", "batch_size", "seq_len"} and named.get("step", STEPS[0]) in STEPS
-        return Bucket(**named) if known else None
+        return bucket_of(self.parts["bucket"])
+
+
+def bucket_of(named: Mapping[str, Any]) -> Bucket | None:
+    """Return the bucket that a key's parts name; None if only a newer release has such buckets.
+
+    Raises:
+        PlanError: it is none.
+        TypeError: it is none.
+    """
+    known = named.keys() <= {"step", "batch_size", "seq_len"} and named.get("step", STEPS[0]) in STEPS
+    return Bucket(**named) if known else None
 
 
 def is_digest(text: object) -> bool:
@@ -134,7 +149,7 @@ def decode(data: bytes) -> Manifest:
     require_format(document | {"format": 1}, 1, {"format", "sha256", "body"}, "the manifest")
     if keys.canonical_json(document) + b"\n" != data:
         _corrupt("the manifest is not written as format 1 is")
-    _check(body, _BODY, "the manifest")
+    check(body, _BODY, "the manifest")
     _check_names(body)
     fields = body | {"blobs": tuple(Blob(**row) for row in body["blobs"])}
     for name in ("inputs", "outputs", "weights"):
@@ -155,7 +170,7 @@ def why_rejected(data: bytes, manifest: str) -> str | None:
     """Read a mark: why it rejects this manifest, or None if it is another one's, replaced since."""
     mark = parse(data, _MARK)
     require_format(mark, MARK_FORMAT, ("format", "manifest", "why"), _MARK)
-    _check(mark, {str: _is_plain}, _MARK)
+    check(mark, {str: _is_plain}, _MARK)
     return str(mark["why"]) if mark["manifest"] == manifest else None
 
 
@@ -178,14 +193,14 @@ def require_format(document: Mapping[str, Any], known: int, names: Iterable[str]
         _corrupt(f"{what} lacks fields")
 
 
-def parse(data: bytes, what: str) -> dict[str, Any]:
+def parse(data: bytes, what: str, limit: int = MAX_BYTES) -> dict[str, Any]:
     """Read a small JSON object that anyone may have written, `what` in errors: bounded, no floats, no name twice.
 
     Raises:
         CorruptEntry: it is anything else.
     """
-    if len(data) > MAX_BYTES:
-        _corrupt(f"{what} is longer than {MAX_BYTES} bytes")
+    if len(data) > limit:
+        _corrupt(f"{what} is longer than {limit} bytes")
     try:
         value = json.loads(
             data.decode("utf-8"), parse_float=_no_float, parse_constant=_no_float, object_pairs_hook=_once
@@ -223,8 +238,12 @@ def _corrupt(message: str) -> NoReturn:
     raise CorruptEntry(message)
 
 
-def _check(value: Any, wanted: Any, what: str) -> None:
-    """Refuse a value that is not of this type, or this list or object of them, or that a function does not like."""
+def check(value: Any, wanted: Any, what: str) -> None:
+    """Refuse a value that is not of this type, or this list or object of them, or that a function does not like.
+
+    Raises:
+        CorruptEntry: it is not.
+    """
     if isinstance(wanted, list):
         right = type(value) is list
         inner = [(item, wanted[0], what) for item in value] if right else []
@@ -237,7 +256,7 @@ def _check(value: Any, wanted: Any, what: str) -> None:
     if not right:
         _corrupt(f"{what[:40]} is not what it should be, but {value!r:.80}")
     for item in inner:
-        _check(*item)
+        check(*item)
 
 
 def _is_plain(value: Any) -> bool:
@@ -252,13 +271,12 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
+BLOB = {"role": lambda role: type(role) is str and _ROLE.fullmatch(role), "sha256": is_digest, "size": _is_count}
 _CONTRACTS = [{"name": str, "dtype": str, "shape": [_is_count]}]
 # What stands where a name is `str` is so whatever its name.
 _BODY = {
     "format": int, "family": is_digest, "key": is_digest, "parts": dict,
-    "blobs": [
-        {"role": lambda role: type(role) is str and _ROLE.fullmatch(role), "sha256": is_digest, "size": _is_count}
-    ],
+    "blobs": [BLOB],
     "inputs": _CONTRACTS, "outputs": _CONTRACTS, "weights": _CONTRACTS,
     "requires": {str: _is_flat}, "contains_weights": bool, "stats": {str: _is_count}, "gate": dict,
 }  # fmt: skip
@@ -279,11 +297,11 @@ def _check_names(body: dict[str, Any]) -> None:
 def _check_parts(manifest: Manifest) -> None:
     """Refuse parts that are not of the kind that whoever reads them expects."""
     for name, kind in _PARTS.items():
-        _check(manifest.parts.get(name), kind, name)
+        check(manifest.parts.get(name), kind, name)
     for name, kind in _FAMILY.items():
         if name in manifest.parts["family"]:
-            _check(manifest.parts["family"][name], kind, name)
-    _check(manifest.gate.get(DEFERRED, ""), str, DEFERRED)
+            check(manifest.parts["family"][name], kind, name)
+    check(manifest.gate.get(DEFERRED, ""), str, DEFERRED)
     try:
         manifest.bucket  # noqa: B018
     except (TypeError, PlanError) as error:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.files import Doomed, doom, remove
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.entry import Found, Miss, Status, manifest_of
+from nanogpt_buckets.store.lockfile import LockFile
 from nanogpt_buckets.store.manifest import Manifest
 from nanogpt_buckets.store.plans import Plans, without
 from nanogpt_buckets.store.store import Store
-from nanogpt_buckets.store.trust import check_location
 from nanogpt_buckets.versions import installed, version_tuple
 
 # A blob that no entry names may be one whose manifest is about to be written.
@@ -52,7 +52,7 @@ class Deletion:
 
 def plan_removal(store: Store, prefixes: Iterable[str]) -> Deletion:
     """Plan to delete the entries whose keys begin so, as `Store.find` takes them, and the blobs they alone name."""
-    check_location(store.root)
+    store.directory.check()
     found = [store.find(prefix) for prefix in prefixes]
     pins = Plans(store).pins()
     unplanned = [(name, pin[1]) for entry in found if (pin := _pin(entry)) for name in pins.buckets.get(pin, ())]
@@ -68,6 +68,7 @@ def plan_prune(
     max_bytes: int | None = None,
     old_toolchains: bool = False,
     planned: bool = False,
+    locks: Sequence[LockFile] = (),
     on_entry: Callable[[], None] = lambda: None,
 ) -> Deletion:
     """Plan to delete what is damaged or of no use, and more if asked.
@@ -81,9 +82,10 @@ def plan_prune(
         max_bytes: delete the longest unused entries until no more than this is left.
         old_toolchains: delete entries made for older versions of the libraries that are installed here.
         planned: age and size count for entries of plans too; the plans still name them.
+        locks: what these files name stays whatever its age, size and toolchain, unless it is damaged.
         on_entry: called when an entry has been read.
     """
-    check_location(store.root)
+    store.directory.check()
     notes: list[str] = []
     entries = list(store.entries())
     pins = Plans(store).pins()
@@ -95,12 +97,14 @@ def plan_prune(
             chosen[entry.key] = f"damaged: {checked.why}"
         on_entry()
     readable = [manifest for entry in entries if (manifest := manifest_of(entry)) is not None]
+    locked = {entry.manifest for lock in locks for entry in lock.entries}
+    loose = [manifest for manifest in readable if manifest.digest not in locked]
     if old_toolchains:
-        chosen |= {manifest.key: why for manifest in readable if (why := _outdated(manifest))}
+        chosen |= {manifest.key: why for manifest in loose if (why := _outdated(manifest))}
     if planned:
         pins.buckets.clear()  # what a newer release planned stays all the same
     # a bucket that is unknown here is a newer release's
-    free = [m for m in readable if m.bucket is not None and not pins.keep(m.family, m.bucket)]
+    free = [m for m in loose if m.bucket is not None and not pins.keep(m.family, m.bucket)]
     used = {manifest.key: store.entry_path(manifest).stat().st_mtime for manifest in free}
     if older_than_s is not None:
         limit = time.time() - older_than_s
@@ -110,6 +114,7 @@ def plan_prune(
         left = _shrink(readable, candidates, chosen, max_bytes)
         if left > max_bytes:
             what = "cannot be judged" if planned else "are in plans (--planned deletes those too) or cannot be judged"
+            what = f"are locked, {what}" if locked else what
             notes.append(f"{left / 1e6:.1f} MB {what}, and stay; asked for at most {max_bytes / 1e6:.1f} MB")
     return _deletion(store, entries, chosen, notes, all_unused=True)
 

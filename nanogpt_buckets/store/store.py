@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from nanogpt_buckets.store.manifest import (
     Blob,
     Manifest,
     decode,
-    encode,
     encode_entry,
     encode_mark,
     is_digest,
@@ -31,6 +31,7 @@ from nanogpt_buckets.store.manifest import (
     why_rejected,
 )
 from nanogpt_buckets.store.tier import Tier
+from nanogpt_buckets.store.vouch import PLACE, Trust
 
 _USED_EVERY_S = 60.0
 
@@ -40,11 +41,13 @@ class Store:
 
     Args:
         root: the cache directory; made, private, when something is first published.
+        trust: what vouches for an entry.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, trust: Trust = PLACE) -> None:
         self.root = root
-        self.directory = Directory(root)
+        self.trust = trust
+        self.directory = Directory(root, shared=trust.shared)
         self.tier: Tier = self.directory
         self._rejected: dict[str, str] = {}  # digest of a manifest -> why, where the store could not be told
 
@@ -53,15 +56,19 @@ class Store:
     def look(self, family: str, key: str, parts: Mapping[str, Any] | None = None) -> Found:
         """Read one manifest, and no blob; one with other key parts than those that are given is corrupt."""
         try:
-            data = self.tier.get(entry_name(family, key), limit=MAX_BYTES)
+            data, doubt = self._manifest(entry_name(family, key))
             manifest = decode(data)
             if (manifest.family, manifest.key) != (family, key):
                 raise CorruptEntry("the manifest belongs under another name")
             if parts is not None and (lines := keys.difference(parts, manifest.parts)):
                 raise CorruptEntry(lines[0])
-            why = self._why_rejected(family, key, hashlib.sha256(data).hexdigest())
+            why = self._why_rejected(manifest)
         except (OSError, CacheError) as error:
             return Miss.of(error, family, key)
+        try:
+            self.trust.judge(manifest, doubt)
+        except CacheError as error:
+            return replace(Miss.of(error, family, key), manifest=manifest)
         return Miss(Status.CORRUPT, family, key, f"rejected: {why}", manifest=manifest) if why else manifest
 
     def family(self, family: str) -> list[Found]:
@@ -73,7 +80,9 @@ class Store:
 
     def entries(self) -> Iterator[Found]:
         """Look at every entry."""
-        for family in filter(is_digest, self.tier.names("entries")):
+        locked = self.trust.locked
+        families = self.tier.names("entries") if locked is None else sorted(locked.families)
+        for family in filter(is_digest, families):
             yield from self._look_at_all(family)
 
     def find(self, prefix: str) -> Found:
@@ -120,7 +129,8 @@ class Store:
             UntrustedStore: others could have written the store.
         """
         try:
-            data = self.tier.get(blob_name(blob.sha256), size=blob.size)
+            # where others write, it is the digest that is believed
+            data = self.tier.get(blob_name(blob.sha256), size=blob.size, anyone=self.trust.shared)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptEntry(f"{blob.role} ({blob.sha256[:12]}) is missing from the cache") from error
         if hashlib.sha256(data).hexdigest() != blob.sha256:
@@ -162,15 +172,14 @@ class Store:
         for left in (*replaced, mark_name(manifest.family, manifest.key)):
             with contextlib.suppress(CacheError):
                 self.tier.delete(left)
-        self._rejected.pop(hashlib.sha256(data).hexdigest(), None)
+        self._rejected.pop(manifest.digest, None)
         return manifest
 
     def reject(self, manifest: Manifest, why: str) -> None:
         """Record that an entry as it is now does not compute what it should, here if not in the store; never fails."""
-        name = hashlib.sha256(encode(manifest)).hexdigest()
-        self._rejected[name] = why
+        self._rejected[manifest.digest] = why
         with contextlib.suppress(OSError, CacheError):
-            self.tier.put(mark_name(manifest.family, manifest.key), encode_mark(name, why), replace=True)
+            self.tier.put(mark_name(manifest.family, manifest.key), encode_mark(manifest.digest, why), replace=True)
 
     def mark_used(self, manifest: Manifest) -> None:
         """Note on an entry that it was loaded, at most once a minute, if the store can be written; never fails."""
@@ -197,17 +206,30 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def _manifest(self, name: str) -> tuple[bytes, UntrustedStore | None]:
+        """Return the bytes of a manifest, and what speaks against believing them for where they are."""
+        try:
+            return self.tier.get(name, limit=MAX_BYTES), None
+        except UntrustedStore as doubt:
+            if not self.trust.shared:
+                raise
+            return self.tier.get(name, limit=MAX_BYTES, anyone=True), doubt
+
     def _look_at_all(self, family: str) -> list[Found]:
-        names = self.tier.names(f"entries/{require_digest(family)}")
-        found = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+        if self.trust.locked is not None:  # nothing else counts, so nobody need list it
+            found = [entry.key for entry in self.trust.locked.of(family)]
+        else:
+            names = self.tier.names(f"entries/{require_digest(family)}")
+            found = [name.removesuffix(".json") for name in names if name.endswith(".json")]
         entries = [self.look(family, key) for key in found if is_digest(key)]
         return [entry for entry in entries if isinstance(entry, Manifest) or entry.status is not Status.ABSENT]
 
-    def _why_rejected(self, family: str, key: str, manifest: str) -> str | None:
+    def _why_rejected(self, manifest: Manifest) -> str | None:
         why = None
         with contextlib.suppress(FileNotFoundError):
-            why = why_rejected(self.tier.get(mark_name(family, key), limit=MAX_BYTES), manifest)
-        return why or self._rejected.get(manifest)
+            mark = self.tier.get(mark_name(manifest.family, manifest.key), limit=MAX_BYTES, anyone=self.trust.shared)
+            why = why_rejected(mark, manifest.digest)
+        return why or self._rejected.get(manifest.digest)
 
     def _stored(self, manifest: Manifest) -> Verified | Miss:
         """Return what is under this key: complete, ABSENT or CORRUPT; raise for all others."""

@@ -11,8 +11,11 @@ from typing import Protocol
 class Tier(Protocol):
     """Where a store's bytes are. A `CacheError` of each verb says by its kind what was wrong."""
 
-    def get(self, name: str, *, size: int | None = None, limit: int | None = None) -> bytes:
-        """Return what has a name, which must be `size` or at most `limit` bytes; FileNotFoundError if nothing has."""
+    def get(self, name: str, *, size: int | None = None, limit: int | None = None, anyone: bool = False) -> bytes:
+        """Return what has a name, which must be `size` or at most `limit` bytes; FileNotFoundError if nothing has.
+
+        An UntrustedStore if others can have written it, unless `anyone` may: whoever reads knows its digest.
+        """
 
     def size(self, name: str) -> int | None:
         """Return how many bytes have a name, without reading them; None if that is unknown or there are none."""

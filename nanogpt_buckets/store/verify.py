@@ -10,7 +10,6 @@ from nanogpt_buckets.store.entry import Found, Miss, Status, manifest_of
 from nanogpt_buckets.store.manifest import Blob
 from nanogpt_buckets.store.plans import Plans
 from nanogpt_buckets.store.store import Store
-from nanogpt_buckets.store.trust import check_location
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def verify(store: Store, on_file: Callable[[int], None] | None = None) -> Verifi
 
     `on_file` is called with the size of each blob once it is read.
     """
-    check_location(store.root)
+    store.directory.check()
     # before the blobs: what a manifest names was stored before it
     entries = list(store.entries())
     paths = store.blob_paths()

@@ -302,7 +302,7 @@ def test_status_and_build_say_the_same_of_an_empty_directory_that_others_can_wri
         out, err = capsys.readouterr()
         assert end.value.code == code
         assert why in out + err
-        assert "json" in command or f"hint: delete it and build again: rm -r {empty}" in err
+        assert "json" in command or f"delete it and build again: rm -r {empty}" in err
         assert "missing" not in out
     assert list(empty.iterdir()) == []
 

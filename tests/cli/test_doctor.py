@@ -113,7 +113,7 @@ def test_a_cache_others_can_write_is_a_problem_with_the_command_that_mends_it(ru
     err = run(str(cache))[2]
 
     assert (code, found["cache trust"]["verdict"]) == (1, "problem")
-    assert f"hint: delete it and build again: rm -r {cache}" in err
+    assert f"delete it and build again: rm -r {cache}" in err
     assert "1 problem, " in err
 
 

@@ -12,7 +12,9 @@ import pytest
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.errors import CacheError, UntrustedStore, UsageError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.store import prune
 from nanogpt_buckets.store.entry import Miss, Status
+from nanogpt_buckets.store.lockfile import write_lock
 from nanogpt_buckets.store.manifest import Blob, Manifest
 from nanogpt_buckets.store.plans import Plans, SavedPlan
 from nanogpt_buckets.store.prune import delete, plan_prune, plan_removal
@@ -288,3 +290,23 @@ def test_each_file_is_told_when_it_is_done(store):
     delete(store, plan_prune(store, older_than_s=0), on_file=told.append)
 
     assert [file.what for file in told] == ["entry", "blob"]
+
+
+# lock files
+
+
+def test_what_a_lock_file_names_stays_whatever_else_is_asked_unless_it_is_damaged(store, tmp_path, monkeypatch):
+    locked, free = publish(store, 8, torch="2.9.0", days_unused=9), publish(store, 16, torch="2.9.0", days_unused=9)
+    monkeypatch.setattr(prune, "installed", lambda library: "2.13.0")
+    asked = {"older_than_s": DAY, "max_bytes": 0, "old_toolchains": True, "planned": True}
+    assert set(names(plan_prune(store, **asked))) == {locked.key, free.key}
+    locks = [write_lock(tmp_path / "buckets.lock", [locked], lambda parts: False)]
+
+    kept = plan_prune(store, locks=locks, **asked)
+    assert names(kept) == [free.key]
+    assert "are locked" in kept.notes[-1]
+
+    path = store.blob_path(locked.blobs[0].sha256)
+    path.chmod(0o600)
+    path.write_bytes(b"x")
+    assert set(names(plan_prune(store, locks=locks, **asked))) == {locked.key, free.key}

@@ -15,7 +15,7 @@ class Memory:
     def __init__(self) -> None:
         self.held: dict[str, bytes] = {}
 
-    def get(self, name: str, *, size: int | None = None, limit: int | None = None) -> bytes:
+    def get(self, name: str, *, size: int | None = None, limit: int | None = None, anyone: bool = False) -> bytes:
         if name not in self.held:
             raise FileNotFoundError(name)
         return self.held[name]
