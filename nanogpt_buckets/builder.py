@@ -68,7 +68,7 @@ def build(
         lock: a lock file, into which the buckets of the plan are written when all of them are built.
         on_progress: called from worker threads with a bucket and its phase: "waiting", "waiting for another build",
             "compiling", "checking", "hit", "compiled" or "failed".
-        options: backend, target, dtype, compiler_args, cache_dir; see `Options`.
+        options: backend, target, dtype, compiler_args, cache_dir, layers; see `Options`.
 
     Returns:
         One row per bucket, of the shard if there is one. Failed buckets are rows, not exceptions.

@@ -47,7 +47,8 @@ class Options(TypedDict, total=False):
     and the only one to load; None for this host's best to build, and any that runs here to load. `dtype`: "float32" or
     "bfloat16". `compiler_args`: flags for neuronx-cc, as a line or a list. `cores`: NeuronCores to run on, each holding
     every bucket. `cache_dir`: where buckets are; None for the default. `locked`: a lock file, written by `build`: what
-    it does not name is not loaded, wherever the cache is, and nothing is compiled.
+    it does not name is not loaded, wherever the cache is, and nothing is compiled. `layers`: further cache directories
+    to look in, where nothing is written; None for those that NANOGPT_BUCKETS_LAYERS names.
     """
 
     backend: str
@@ -57,6 +58,7 @@ class Options(TypedDict, total=False):
     cores: int
     cache_dir: str | os.PathLike[str] | None
     locked: str | os.PathLike[str] | None
+    layers: Sequence[str | os.PathLike[str]] | None
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ class Choice:
         given = " ".join(self.backend.compiler_args if self.backend is not None else ())
         options += f" --compiler-args={shlex.quote(given)}" if given else ""
         options += settings.cache_dir_option(self.store.root)
+        options += "".join(f" --layer {shlex.quote(str(layer.root))}" for layer in self.store.layers)
         lock = self.store.trust.lock
         options += "" if lock is None else f" --lock {shlex.quote(str(lock.path))}"
         return " && ".join(f"nanogpt-buckets build --model {name}{grid}{options}" for grid in grids or [""])
@@ -244,6 +247,7 @@ def choose(
     cores: int = 1,
     cache_dir: str | os.PathLike[str] | None = None,
     locked: str | os.PathLike[str] | None = None,
+    layers: Sequence[str | os.PathLike[str]] | None = None,
     lock: str | os.PathLike[str] | None = None,
 ) -> Choice:
     """Resolve what the user asked for; see `Options` for the arguments. `lock`: the lock file that a build is to write.
@@ -266,7 +270,7 @@ def choose(
     else:
         chosen = backends.backend_for(backend, target, compiler_args=compiler_args, cores=cores)
         chosen.target(target)  # refuse an impossible target before anything else is done
-    store = Store(settings.cache_dir(cache_dir), _trust(locked, lock))
+    store = Store(settings.cache_dir(cache_dir), _trust(locked, lock), settings.layers(layers))
     return Choice(open_model(model), chosen, dtype, store, target)
 
 
@@ -285,8 +289,10 @@ def default_plan(choice: Choice) -> Plan | None:
     if (locked := choice.store.trust.locked) is not None:
         buckets = locked.buckets(choice.family, choice.only_target)
         return Plan(buckets) if buckets else None
-    saved = Plans(choice.store).load(choice.plan_names[-1])
-    return None if saved is None else saved.buckets
+    for store in (choice.store, *choice.store.layers):
+        if (saved := Plans(store).load(choice.plan_names[-1])) is not None:
+            return saved.buckets
+    return None
 
 
 def remember_plan(choice: Choice, plan: Plan) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import platformdirs
@@ -16,6 +17,7 @@ from nanogpt_buckets.errors import UsageError
 
 _APP = "nanogpt-buckets"
 CACHE_DIR_VARIABLE = "NANOGPT_BUCKETS_CACHE_DIR"
+LAYERS_VARIABLE = "NANOGPT_BUCKETS_LAYERS"
 LOCAL_DIR_VARIABLE = "NANOGPT_BUCKETS_LOCAL_DIR"
 
 
@@ -31,6 +33,25 @@ def cache_dir(argument: str | os.PathLike[str] | None = None) -> Path:
         raise UsageError("the cache directory's name is empty", hint="leave --cache-dir out for the default")
     chosen = argument or os.environ.get(CACHE_DIR_VARIABLE) or user_cache() / "cache"
     return expanded(chosen, f"--cache-dir or {CACHE_DIR_VARIABLE}")
+
+
+def layers(argument: Iterable[str | os.PathLike[str]] | None = None) -> list[Path]:
+    """Return further cache directories to look in, in order, where nothing is written.
+
+    The caller's choice, else what NANOGPT_BUCKETS_LAYERS says, separated as PATH is, else none.
+
+    Raises:
+        UsageError: one of them is no directory.
+    """
+    if isinstance(argument, str | os.PathLike):
+        argument = [argument]
+    chosen = list(argument or ()) or [name for name in os.environ.get(LAYERS_VARIABLE, "").split(os.pathsep) if name]
+    said = f"--layer or {LAYERS_VARIABLE}"
+    found = [expanded(path, said) for path in chosen]
+    for path in found:
+        if not path.is_dir():
+            raise UsageError(f"the layer {path} is not a directory", hint=f"name one that build has filled in {said}")
+    return found
 
 
 def cache_dir_option(directory: Path) -> str:

@@ -135,6 +135,10 @@ model_options: Callable[[Command], Command] = _together(
         "--compiler-args", default="", metavar="FLAGS", help="For neuronx-cc; they are part of a bucket's key."
     ),
     cache_dir_option,
+    click.option(
+        "--layer", "layers", multiple=True, type=DIRECTORY, metavar="DIR",
+        help="A further cache directory to look in, never written; may be repeated. Default: $NANOGPT_BUCKETS_LAYERS.",
+    ),
 )  # fmt: skip
 
 # Goes above `model_options`, for what it says is one of the fields of `Options`.

@@ -89,7 +89,7 @@ class Engine:
             strategy: "kv" runs a prompt once and keeps what it remembers, "recompute" runs the whole context for each
                 token; "auto" is "kv" where buckets for it are planned.
             on_progress: told what becomes of each bucket that is compiled; see `build`.
-            options: backend, target, dtype, compiler_args, cores, cache_dir, locked; see `Options`.
+            options: backend, target, dtype, compiler_args, cores, cache_dir, layers, locked; see `Options`.
 
         Raises:
             CacheMiss: no bucket is built and none may be compiled.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,20 @@ _USED_EVERY_S = 60.0
 
 
 class Store:
-    """The entries in a cache directory.
+    """The entries in a cache directory, and in layers below it, where nothing is written.
+
+    What is in order counts before what is not, and a directory before the layers, in their order.
 
     Args:
         root: the cache directory; made, private, when something is first published.
         trust: what vouches for an entry.
+        layers: further cache directories to look in.
     """
 
-    def __init__(self, root: Path, trust: Trust = PLACE) -> None:
+    def __init__(self, root: Path, trust: Trust = PLACE, layers: Iterable[Path] = ()) -> None:
         self.root = root
         self.trust = trust
+        self.layers = tuple(Store(layer, trust) for layer in layers)
         self.directory = Directory(root, shared=trust.shared)
         self.tier: Tier = self.directory
         self._rejected: dict[str, str] = {}  # digest of a manifest -> why, where the store could not be told
@@ -55,6 +59,14 @@ class Store:
 
     def look(self, family: str, key: str, parts: Mapping[str, Any] | None = None) -> Found:
         """Read one manifest, and no blob; one with other key parts than those that are given is corrupt."""
+        found = self._look_here(family, key, parts)
+        for layer in self.layers:
+            if isinstance(found, Manifest):
+                break
+            found = self._better(found, layer.look(family, key, parts))
+        return found
+
+    def _look_here(self, family: str, key: str, parts: Mapping[str, Any] | None = None) -> Found:
         try:
             data, doubt = self._manifest(entry_name(family, key))
             manifest = decode(data)
@@ -74,12 +86,23 @@ class Store:
     def family(self, family: str) -> list[Found]:
         """Look at every entry of one family, by key; one miss without a key if the store cannot be believed."""
         try:
-            return self._look_at_all(family)
-        except UntrustedStore as error:
-            return [Miss.of(error, family)]
+            found = self._look_at_all(family)
+        except CacheError as error:
+            if not (self.layers or isinstance(error, UntrustedStore)):
+                raise
+            found = [Miss.of(error, family)]
+        for layer in self.layers:
+            found = self._merged(found, layer, family)
+        return found
 
     def entries(self) -> Iterator[Found]:
-        """Look at every entry."""
+        """Look at every entry, also at those of layers, which may be the same once more."""
+        yield from self._entries_here()
+        for layer in self.layers:
+            with contextlib.suppress(CacheError):
+                yield from layer.entries()
+
+    def _entries_here(self) -> Iterator[Found]:
         locked = self.trust.locked
         families = self.tier.names("entries") if locked is None else sorted(locked.families)
         for family in filter(is_digest, families):
@@ -128,6 +151,15 @@ class Store:
             TransientError: it cannot be read this time.
             UntrustedStore: others could have written the store.
         """
+        try:
+            return self._read_blob_here(blob)
+        except CacheError:
+            for layer in self.layers:
+                with contextlib.suppress(CacheError):
+                    return layer.read_blob(blob)
+            raise
+
+    def _read_blob_here(self, blob: Blob) -> bytes:
         try:
             # where others write, it is the digest that is believed
             data = self.tier.get(blob_name(blob.sha256), size=blob.size, anyone=self.trust.shared)
@@ -206,6 +238,27 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def _merged(self, found: list[Found], layer: Store, family: str) -> list[Found]:
+        """Return the entries of a family with those of a layer below, by key, after the misses that have none."""
+        try:
+            below = layer.family(family)
+        except CacheError as error:
+            below = [Miss.of(error, family)]
+        best = {entry.key: entry for entry in found if entry.key}
+        for entry in below:
+            if entry.key:
+                best[entry.key] = self._better(best.get(entry.key, Miss(Status.ABSENT)), entry)
+        return [*(entry for entry in (*found, *below) if not entry.key), *(best[key] for key in sorted(best))]
+
+    def _better(self, found: Found, below: Found) -> Found:
+        """Return what is of more use, what was found or what a layer below has; rejected here is rejected there."""
+        if isinstance(below, Manifest) and not isinstance(found, Manifest):
+            with contextlib.suppress(OSError, CacheError):
+                if why := self._why_rejected(below):
+                    return Miss(Status.CORRUPT, below.family, below.key, f"rejected: {why}", manifest=below)
+            return below
+        return below if isinstance(found, Miss) and found.status is Status.ABSENT else found
+
     def _manifest(self, name: str) -> tuple[bytes, UntrustedStore | None]:
         """Return the bytes of a manifest, and what speaks against believing them for where they are."""
         try:
@@ -221,7 +274,7 @@ class Store:
         else:
             names = self.tier.names(f"entries/{require_digest(family)}")
             found = [name.removesuffix(".json") for name in names if name.endswith(".json")]
-        entries = [self.look(family, key) for key in found if is_digest(key)]
+        entries = [self._look_here(family, key) for key in found if is_digest(key)]
         return [entry for entry in entries if isinstance(entry, Manifest) or entry.status is not Status.ABSENT]
 
     def _why_rejected(self, manifest: Manifest) -> str | None:
@@ -240,11 +293,11 @@ class Store:
 
     def _damaged_blobs(self, manifest: Manifest) -> list[str]:
         """Return the blobs of the entry about to be replaced that are not what their name says: of use to nobody."""
-        before = manifest_of(self.look(manifest.family, manifest.key))
+        before = manifest_of(self._look_here(manifest.family, manifest.key))
         damaged = []
         for blob in before.blobs if before else ():
             try:
-                self.read_blob(blob)
+                self._read_blob_here(blob)
             except CorruptEntry:
                 damaged.append(blob_name(blob.sha256))
         return damaged
@@ -252,7 +305,7 @@ class Store:
     def _put_blob(self, blob: Blob, data: bytes) -> None:
         name = blob_name(blob.sha256)
         try:
-            self.read_blob(blob)
+            self._read_blob_here(blob)
             self.directory.touch(name)  # young again: whoever is pruning will leave it
         except CorruptEntry:
             self.tier.put(name, data, replace=True)

@@ -205,3 +205,18 @@ def test_status_of_a_lock_file_loads_no_torch(lock, cache):
         "    assert not end.code\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_layer_serves_what_the_cache_lacks_and_its_plan(demo_cache, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "compile_bucket", lambda *a: pytest.fail("compiled"))
+    command = ["generate", "ROMEO:", "--model=demo", "-n", "4", "--seed=1", "--json", "--cached-only"]
+    assert run(*command)[0] == 3
+    code, out, err = run(*command, "--layer", demo_cache)
+    assert code == 0, err
+    assert [b["seq_len"] for b in json.loads(out)["report"]["buckets"]] == [16]
+
+    monkeypatch.setenv("NANOGPT_BUCKETS_LAYERS", str(demo_cache))
+    assert run("status", "--model=demo")[1].count("warm") == 2
+    assert run("build", *PLAN, "--seq=16,32")[1].count("hit") == 2
+    code, _, err = run("status", "--model=demo", "--layer", tmp_path / "nowhere")
+    assert (code, "the layer " in err) == (2, True)
