@@ -8,7 +8,8 @@ from fake import choice_of, damage, publish
 from nanogpt_buckets.errors import CacheMiss, CorruptEntry, IncompatibleEntry, TransientError
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.selection import NOT_BUILT, Selection, explain_miss
-from nanogpt_buckets.store.entry import Miss, Status, Verified, manifest_of
+from nanogpt_buckets.store.directory import Directory
+from nanogpt_buckets.store.entry import Status, Verified, manifest_of
 from nanogpt_buckets.store.store import Store
 
 B16, B32 = Bucket(1, 16), Bucket(1, 32)
@@ -78,8 +79,10 @@ def test_what_is_alike_says_what_it_differs_in(choose):
 
 
 def unreadable(choice, manifest, monkeypatch):
-    answer = Miss.of(OSError(5, "Input/output error"), manifest.family, manifest.key)
-    monkeypatch.setattr(Store, "look", lambda self, *a, **k: answer)
+    def fail(*arguments: object, **how: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Directory, "get", fail)
 
 
 def scribble(choice, manifest, monkeypatch):

@@ -1,4 +1,4 @@
-"""`nanogpt-buckets cache`: dir, ls, show, verify, rm, prune. Imports no torch."""
+"""`nanogpt-buckets cache`: dir, ls, show, verify, rm, prune; push and pull are in transfer.py. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nanogpt_buckets import child, settings
 from nanogpt_buckets.backends import BACKENDS, backend_for
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import SIZE, TIME_SPAN, added, cache_dir_option, output_options
+from nanogpt_buckets.cli.transfer import pull, push
 from nanogpt_buckets.errors import BucketsError, CacheError, CorruptEntry, UsageError
 from nanogpt_buckets.key import leaves
 from nanogpt_buckets.node import prune as node_prune
@@ -35,7 +36,11 @@ _SHAPE = {"n_layer": "L", "n_head": "H", "n_embd": "C", "vocab_size": "V"}
 
 @click.group()
 def cache() -> None:
-    """Look at the cache and clear it."""
+    """Look at the cache, copy it, clear it."""
+
+
+cache.add_command(push)
+cache.add_command(pull)
 
 
 @cache.command("dir")

@@ -52,6 +52,9 @@ class Directory:
         self.shared = shared
         self._v1 = root / "v1"
 
+    def __str__(self) -> str:
+        return str(self.root)
+
     def path(self, name: str) -> Path:
         """Return where a name is, or would be."""
         return self._v1 / name

@@ -1,4 +1,4 @@
-"""A tier: bytes by name, and five verbs. It is never believed: whoever reads compares digests.
+"""A tier: bytes by name, and six verbs. It is never believed: whoever reads compares digests.
 
 A name is a relative path such as "blobs/cd/cd35…". Knows nothing of manifests or blobs.
 """
@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Tier(Protocol):
-    """Where a store's bytes are. A `CacheError` of each verb says by its kind what was wrong."""
+    """Where a store's bytes are; its text names the place. A `CacheError` of a verb says by its kind what was wrong."""
 
     def get(self, name: str, *, size: int | None = None, limit: int | None = None, anyone: bool = False) -> bytes:
         """Return what has a name, which must be `size` or at most `limit` bytes; FileNotFoundError if nothing has.
@@ -28,3 +28,6 @@ class Tier(Protocol):
 
     def delete(self, name: str) -> None:
         """Take a name away, if it is there."""
+
+    def touch(self, name: str, every_s: float = 0.0) -> None:
+        """Note that a name is in use, where that can be noted; never fails."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -12,7 +13,9 @@ import pytest
 
 from nanogpt_buckets import __version__, doctor, node, settings
 from nanogpt_buckets.backends import host
+from nanogpt_buckets.backends.inductor.backend import InductorBackend
 from nanogpt_buckets.cli import main
+from nanogpt_buckets.findings import Finding
 from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.mounts import Mount
 
@@ -36,6 +39,21 @@ def facts(run):
         return code, {f"{row['topic']} {row['name']}": row for row in json.loads(out)["findings"]}
 
     return facts
+
+
+_tried: list[Finding] = []
+
+
+@pytest.fixture(autouse=True)
+def tried_once(monkeypatch):
+    """Torch is tried in a child once for all tests here, which takes seconds; one that spoils it forgets `_tried`."""
+    try_it = InductorBackend.findings
+
+    def findings(backend: InductorBackend) -> Iterator[Finding]:
+        _tried[:] = _tried or try_it(backend)
+        yield from _tried
+
+    monkeypatch.setattr(InductorBackend, "findings", findings)
 
 
 @contextmanager
@@ -181,6 +199,7 @@ def test_a_missing_library_is_a_problem(facts, monkeypatch):
 
 
 def test_a_torch_that_cannot_be_imported_is_a_problem(facts, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules[__name__], "_tried", [])
     (tmp_path / "torch.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 

@@ -220,3 +220,50 @@ def test_a_layer_serves_what_the_cache_lacks_and_its_plan(demo_cache, run, tmp_p
     assert run("build", *PLAN, "--seq=16,32")[1].count("hit") == 2
     code, _, err = run("status", "--model=demo", "--layer", tmp_path / "nowhere")
     assert (code, "the layer " in err) == (2, True)
+
+
+@pytest.mark.parametrize("place", ["there", "buckets.tar"])
+def test_what_is_pushed_with_a_lock_file_is_pulled_and_run_elsewhere(lock, run, tmp_path, monkeypatch, place):
+    there = tmp_path / place
+    code, out, err = run("cache", "push", there, "--locked", lock, "--json")
+    assert code == 0, err
+    (pushed,) = json.loads(out)["entries"]
+    assert (pushed["bucket"], pushed["state"]) == ("1x16", "copied")
+
+    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(tmp_path / "elsewhere"))
+    code, _, err = run(*generate(lock))
+    assert (code, f"{lock} names it, and it is not here" in err) == (3, True)
+    code, out, err = run("cache", "pull", there, "--locked", lock)
+    assert (code, out.count("copied")) == (0, 1), err
+    assert run(*generate(lock, "--cached-only"))[0] == 0
+    assert run("cache", "pull", there)[1].count("there") == 1, "which nobody else can write"
+
+
+def test_a_plan_is_pushed_and_what_no_plan_names_is_not(cache, run, tmp_path):
+    assert run("cache", "push", tmp_path / "there")[1].count("copied") == 2
+    shutil.rmtree(cache / "v1" / "plans")
+    code, _, err = run("cache", "push", tmp_path / "there")
+    assert (code, "is planned, so there is nothing to push" in err) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["push", "pull"])
+def test_a_place_of_no_use_is_one_sentence(cache, run, tmp_path, command):
+    (tmp_path / "file").touch()
+    places = {"ftp://x/y": 2, "s3://": 2, tmp_path / "file": 1, tmp_path / "none" / "x.tar": 1, "~nobody-here/x": 2}
+    for place, expected in places.items():
+        code, _, err = run("cache", command, place)
+        assert code == expected or (command, code) == ("pull", 4), (place, err)
+        assert err.count("error: ") == 1
+        assert "Traceback" not in err
+
+
+def test_entries_with_weights_are_pushed_by_who_says_so(cache, run, tmp_path, monkeypatch):
+    from nanogpt_buckets.store import manifest as manifests
+
+    decode = manifests.decode
+    monkeypatch.setattr(
+        "nanogpt_buckets.store.entries.decode", lambda data: replace(decode(data), contains_weights=True)
+    )
+    code, _, err = run("cache", "push", tmp_path / "there")
+    assert (code, "--with-weights" in err) == (2, True)
+    assert run("cache", "push", tmp_path / "there", "--with-weights", "-q")[0] == 0

@@ -36,6 +36,9 @@ class Memory:
     def delete(self, name: str) -> None:
         self.held.pop(name, None)
 
+    def touch(self, name: str, every_s: float = 0.0) -> None:
+        pass
+
 
 @pytest.fixture
 def tier(store) -> Memory:

@@ -1,0 +1,236 @@
+"""The entries of one tier, under the names of what was compiled; their blobs under the digest of their content.
+
+Whatever the tier gives back is judged here, once: format, names, digests, who vouches for it, whether it was rejected.
+Published is what has a manifest, so blobs come first and the manifest last. Knows nothing of compiling or loading, nor
+of where a tier is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from nanogpt_buckets import key as keys
+from nanogpt_buckets.errors import CacheError, CorruptEntry, UntrustedStore
+from nanogpt_buckets.store.entry import Found, Miss, Status, Verified, manifest_of
+from nanogpt_buckets.store.manifest import (
+    MAX_BYTES,
+    Blob,
+    Manifest,
+    decode,
+    encode_entry,
+    encode_mark,
+    is_digest,
+    require_digest,
+    why_rejected,
+)
+from nanogpt_buckets.store.tier import Tier
+from nanogpt_buckets.store.vouch import PLACE, Trust
+
+
+class Entries:
+    """The entries of a tier.
+
+    Args:
+        tier: where they are.
+        trust: what vouches for one.
+    """
+
+    def __init__(self, tier: Tier, trust: Trust = PLACE) -> None:
+        self.tier = tier
+        self.trust = trust
+        self._rejected: dict[str, str] = {}  # digest of a manifest -> why, where the tier could not be told
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def look(self, family: str, key: str, parts: Mapping[str, Any] | None = None) -> Found:
+        """Read one manifest, and no blob; one with other key parts than those that are given is corrupt."""
+        return self._look_here(family, key, parts)
+
+    def family(self, family: str) -> list[Found]:
+        """Look at every entry of one family, by key; one miss without a key if the tier cannot be believed."""
+        try:
+            return self._look_at_all(family)
+        except UntrustedStore as error:
+            return [Miss.of(error, family)]
+
+    def entries(self) -> Iterator[Found]:
+        """Look at every entry."""
+        locked = self.trust.locked
+        families = self.tier.names("entries") if locked is None else sorted(locked.families)
+        for family in filter(is_digest, families):
+            yield from self._look_at_all(family)
+
+    def glance(self, found: Found) -> Found:
+        """Look whether the blobs of an entry are there and have the right size; no byte of them is read."""
+        for blob in found.blobs if isinstance(found, Manifest) else ():
+            size = self.tier.size(blob_name(blob.sha256))
+            if size != blob.size:
+                what = "is missing" if size is None else f"has {size} bytes, not {blob.size}"
+                return Miss(Status.CORRUPT, found.family, found.key, f"{blob.role} ({blob.sha256[:12]}) {what}")
+        return found
+
+    def check(self, found: Found) -> Verified | Miss:
+        """Read and verify every blob of an entry."""
+        if isinstance(found, Miss):
+            return found
+        try:
+            return self.read(found)
+        except CacheError as error:
+            return Miss.of(error, found.family, found.key)
+
+    def read(self, manifest: Manifest) -> Verified:
+        """Read every blob of an entry; raises as `read_blob`."""
+        return Verified(manifest, {blob.role: self.read_blob(blob) for blob in manifest.blobs})
+
+    def read_blob(self, blob: Blob) -> bytes:
+        """Read a blob once and return exactly the bytes that were hashed.
+
+        Raises:
+            CorruptEntry: it is missing, or is not what its name says.
+            TransientError: it cannot be read this time.
+            UntrustedStore: others could have written the store.
+        """
+        return self._read_blob_here(blob)
+
+    def error(self, miss: Miss) -> CacheError:
+        """Return a miss as the error that it is."""
+        entry = f"entry {miss.key[:12]} in {self.tier} is {miss.status}: {miss.why or 'it is missing'}"
+        names_the_place = miss.status in (Status.UNTRUSTED, Status.TRANSIENT)
+        return miss.status.error(miss.why if names_the_place else entry, hint=miss.hint)
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def publish(self, manifest: Manifest, blobs: Mapping[str, bytes]) -> Manifest:
+        """Store an entry, or adopt the one that another process stored first; return what is in the store now.
+
+        Raises:
+            ValueError: the blobs by role are not the manifest's, or it could not be read back.
+            IncompatibleEntry: a newer release has stored something under this key; it is left alone.
+            UntrustedStore: others could have written the store.
+            CacheError: it cannot be written; a TransientError if trying again may help.
+        """
+        data = encode_entry(manifest, blobs)
+        stored = self._stored(manifest)
+        if isinstance(stored, Verified):
+            return stored.manifest
+        for blob in manifest.blobs:
+            self._put_blob(blob, blobs[blob.role])
+        corrupt = stored.status is Status.CORRUPT
+        replaced = self._damaged_blobs(manifest) if corrupt else []
+        name = entry_name(manifest.family, manifest.key)
+        if not self.tier.put(name, data, replace=corrupt):
+            # Another process was first. If what it left is damaged already, ours replaces it.
+            stored = self._stored(manifest)
+            if isinstance(stored, Verified):
+                return stored.manifest
+            self.tier.put(name, data, replace=True)
+        for left in (*replaced, mark_name(manifest.family, manifest.key)):
+            with contextlib.suppress(CacheError):
+                self.tier.delete(left)
+        self._rejected.pop(manifest.digest, None)
+        return manifest
+
+    def reject(self, manifest: Manifest, why: str) -> None:
+        """Record that an entry as it is now does not compute what it should, here if not in the store; never fails."""
+        self._rejected[manifest.digest] = why
+        with contextlib.suppress(OSError, CacheError):
+            self.tier.put(mark_name(manifest.family, manifest.key), encode_mark(manifest.digest, why), replace=True)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _look_here(self, family: str, key: str, parts: Mapping[str, Any] | None = None) -> Found:
+        try:
+            data, doubt = self._manifest(entry_name(family, key))
+            manifest = decode(data)
+            if (manifest.family, manifest.key) != (family, key):
+                raise CorruptEntry("the manifest belongs under another name")
+            if parts is not None and (lines := keys.difference(parts, manifest.parts)):
+                raise CorruptEntry(lines[0])
+            why = self._why_rejected(manifest)
+        except (OSError, CacheError) as error:
+            return Miss.of(error, family, key)
+        try:
+            self.trust.judge(manifest, doubt)
+        except CacheError as error:
+            return replace(Miss.of(error, family, key), manifest=manifest)
+        return Miss(Status.CORRUPT, family, key, f"rejected: {why}", manifest=manifest) if why else manifest
+
+    def _read_blob_here(self, blob: Blob) -> bytes:
+        try:
+            # where others write, it is the digest that is believed
+            data = self.tier.get(blob_name(blob.sha256), size=blob.size, anyone=self.trust.shared)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorruptEntry(f"{blob.role} ({blob.sha256[:12]}) is missing from the cache") from error
+        if hashlib.sha256(data).hexdigest() != blob.sha256:
+            raise CorruptEntry(f"{blob.role} ({blob.sha256[:12]}) is not what its name says")
+        return data
+
+    def _manifest(self, name: str) -> tuple[bytes, UntrustedStore | None]:
+        """Return the bytes of a manifest, and what speaks against believing them for where they are."""
+        try:
+            return self.tier.get(name, limit=MAX_BYTES), None
+        except UntrustedStore as doubt:
+            if not self.trust.shared:
+                raise
+            return self.tier.get(name, limit=MAX_BYTES, anyone=True), doubt
+
+    def _look_at_all(self, family: str) -> list[Found]:
+        if self.trust.locked is not None:  # nothing else counts, so nobody need list it
+            found = [entry.key for entry in self.trust.locked.of(family)]
+        else:
+            names = self.tier.names(f"entries/{require_digest(family)}")
+            found = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+        entries = [self._look_here(family, key) for key in found if is_digest(key)]
+        return [entry for entry in entries if isinstance(entry, Manifest) or entry.status is not Status.ABSENT]
+
+    def _why_rejected(self, manifest: Manifest) -> str | None:
+        why = None
+        with contextlib.suppress(FileNotFoundError):
+            mark = self.tier.get(mark_name(manifest.family, manifest.key), limit=MAX_BYTES, anyone=self.trust.shared)
+            why = why_rejected(mark, manifest.digest)
+        return why or self._rejected.get(manifest.digest)
+
+    def _stored(self, manifest: Manifest) -> Verified | Miss:
+        """Return what is under this key: complete, ABSENT or CORRUPT; raise for all others."""
+        found = self.check(self.look(manifest.family, manifest.key, manifest.parts))
+        if isinstance(found, Miss) and found.status not in (Status.ABSENT, Status.CORRUPT):
+            raise self.error(found)
+        return found
+
+    def _damaged_blobs(self, manifest: Manifest) -> list[str]:
+        """Return the blobs of the entry about to be replaced that are not what their name says: of use to nobody."""
+        before = manifest_of(self._look_here(manifest.family, manifest.key))
+        damaged = []
+        for blob in before.blobs if before else ():
+            try:
+                self._read_blob_here(blob)
+            except CorruptEntry:
+                damaged.append(blob_name(blob.sha256))
+        return damaged
+
+    def _put_blob(self, blob: Blob, data: bytes) -> None:
+        name = blob_name(blob.sha256)
+        try:
+            self._read_blob_here(blob)
+            self.tier.touch(name)  # young again: whoever is pruning will leave it
+        except CorruptEntry:
+            self.tier.put(name, data, replace=True)
+
+
+def entry_name(family: str, key: str) -> str:
+    """Return the name of a key's manifest."""
+    return f"entries/{require_digest(family)}/{require_digest(key)}.json"
+
+
+def mark_name(family: str, key: str) -> str:
+    """Return the name of the mark that a key's entry was rejected."""
+    return f"entries/{require_digest(family)}/{require_digest(key)}.rejected"
+
+
+def blob_name(sha256: str) -> str:
+    """Return the name of a blob."""
+    return f"blobs/{require_digest(sha256)[:2]}/{sha256}"
