@@ -103,6 +103,20 @@ class Selection:
         others = [Miss(Status.ABSENT, why=self._why_absent(bucket)) for bucket in sorted(known)]
         return [*lacking, *self.unreadable, *others]
 
+    def nearest(self, bucket: Bucket) -> tuple[Manifest, list[str]] | None:
+        """Return the entry whose key parts are most like those that a bucket needs here, and each that differs.
+
+        None where there are no entries. A machine without a compiler cannot tell which one it would need.
+        """
+        choice = self.choice
+        rest = {"family": choice.family_parts, "bucket": bucket.to_json(), "target": choice.build_target}
+        wanted = choice.key_parts(bucket) or rest
+        found = [
+            (manifest, key.difference(wanted, {name: manifest.parts.get(name) for name in wanted}))
+            for manifest in filter(None, map(manifest_of, self.store.entries()))
+        ]
+        return min(found, key=lambda f: (len(f[1]), f[0].bucket != bucket, f[0].key), default=None)
+
     def _fit(self, manifest: Manifest) -> Found:
         lack = self.choice.compiler.unmet(manifest.requires)
         if lack is None:

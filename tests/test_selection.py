@@ -78,6 +78,19 @@ def test_what_is_alike_says_what_it_differs_in(choose):
     assert Selection(choose()).best(B32).why == NOT_BUILT
 
 
+def test_the_nearest_entry_is_the_one_that_differs_in_the_fewest_parts(choose):
+    assert Selection(choose()).nearest(B16) is None
+    publish(choose(dtype="bfloat16", compiler="3.0"), B16)
+    made = publish(choose(compiler="2.0"), B16)
+
+    for compiler, lines in (("1.0", ["compiler.fakec: 2.0, not 1.0"]), (None, [])):
+        assert Selection(choose(compiler=compiler)).nearest(B16) == (made, lines)
+    # another bucket of the same make, as soon as there is one
+    other = publish(choose(), B32)
+    assert Selection(choose()).nearest(B16) == (made, ["compiler.fakec: 2.0, not 1.0"]), "of equals the same bucket"
+    assert Selection(choose()).nearest(Bucket(1, 64)) == (other, ["bucket.seq_len: 32, not 64"])
+
+
 def unreadable(choice, manifest, monkeypatch):
     def fail(*arguments: object, **how: object) -> None:
         raise OSError(5, "Input/output error")

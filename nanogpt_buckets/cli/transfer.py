@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -62,7 +63,7 @@ def push(target: str, with_weights: bool, locked: Path | None, cache_dir: Path |
             # what is there is compared and not loaded, whoever wrote it
             there = place_of(target, Trust(looks=True))
             moved = list(move(source, manifests, there, lambda manifest: advance(1)))
-    hint = f"adopt what is there: nanogpt-buckets cache pull {target}, then build --lock"
+    hint = f"adopt what is there: nanogpt-buckets cache pull {shlex.quote(target)}, then build --lock"
     return _show(moved, target, as_json, hint)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import importlib
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,10 +28,10 @@ _RETRIES = {
 _CLIENT = {"connect_timeout": 5 * _SECOND, "timeout": 60 * _SECOND}
 # What services say, and what it means.
 _MEANINGS = (
-    (("NoSuchBucket", "ContainerNotFound", "bucket does not exist"), "there is no such bucket"),
-    (("RequestTimeTooSkewed",), "this machine's clock is wrong"),
-    (("169.254.169.254", "metadata.google", "no credentials", "NoCredentials"), "no credentials were found"),
-    (("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "401"), "the credentials are refused"),
+    ("<Code>(NoSuchBucket|ContainerNotFound)</Code>|The specified bucket does not exist", "there is no such bucket"),
+    ("<Code>RequestTimeTooSkewed</Code>", "this machine's clock is wrong"),
+    ("performing [A-Z]+ http://(169[.]254[.]|metadata[.]google)", "no credentials were found"),
+    ("status code: 40[13] ", "the credentials are refused"),
 )
 
 
@@ -121,8 +122,8 @@ class Objects:
             raise FileExistsError(str(error)) from error
         except (FileNotFoundError, exceptions.BaseError) as error:
             text = str(error)
-            for words, meaning in _MEANINGS:
-                if any(word in text for word in words):
+            for pattern, meaning in _MEANINGS:
+                if re.search(pattern, text):
                     raise CacheError(f"{self.url} cannot be used: {meaning}", hint=_hint(meaning)) from error
             if isinstance(error, FileNotFoundError):
                 raise

@@ -5,6 +5,7 @@ Knows nothing of terminals, nor of models.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from nanogpt_buckets.errors import CacheError, UsageError
 from nanogpt_buckets.store.archive import Archive, pack
 from nanogpt_buckets.store.directory import Directory
 from nanogpt_buckets.store.entries import Entries
-from nanogpt_buckets.store.entry import Found, Miss, Status, Verified
+from nanogpt_buckets.store.entry import Found, Miss, Status, Verified, manifest_of
 from nanogpt_buckets.store.manifest import Manifest
 from nanogpt_buckets.store.objects import Objects
 from nanogpt_buckets.store.plans import Plans
@@ -58,9 +59,8 @@ def planned(store: Store) -> list[Found]:
     if store.trust.locked is not None:
         return list(store.entries())
     pins = Plans(store).pins()
-    entries = list(store.entries())
-    kept = {e.key for e in entries if isinstance(e, Manifest) and pins.keep(e.family, e.bucket)}
-    return [entry for entry in entries if entry.key in kept]
+    known = ((entry, manifest_of(entry)) for entry in store.entries())
+    return [entry for entry, manifest in known if manifest and pins.keep(manifest.family, manifest.bucket)]
 
 
 def require_all(found: Iterable[Found], source: Entries) -> list[Manifest]:
@@ -74,7 +74,7 @@ def require_all(found: Iterable[Found], source: Entries) -> list[Manifest]:
     lock = source.trust.locked
     missing = [] if lock is None else [entry for entry in lock.entries if entry.key not in have]
     if lock is not None and missing:
-        hint = f"build it, or lock what is there: nanogpt-buckets build --lock {lock.path}"
+        hint = f"build it, or lock what is there: nanogpt-buckets build --lock {shlex.quote(str(lock.path))}"
         raise CacheError(
             f"{len(missing)} of {len(lock.entries)} entries that {lock.path} names are not in {source.tier}", hint=hint
         )

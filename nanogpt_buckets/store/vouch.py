@@ -5,6 +5,7 @@ Knows nothing of directories, nor of what an entry is for.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from nanogpt_buckets.errors import UntrustedStore
@@ -49,7 +50,8 @@ class Trust:
             return
         if self.lock is not None and self.only:
             why = "names another build of it" if named else "does not name it"
-            hint = f"get the one it names, or lock this one: nanogpt-buckets build --lock {self.lock.path}"
+            path = shlex.quote(str(self.lock.path))
+            hint = f"get the one it names, or lock this one: nanogpt-buckets build --lock {path}"
             raise UntrustedStore(f"{self.lock.path} {why}", hint=hint)
         if doubt is not None and not self.looks:
             raise doubt

@@ -267,3 +267,13 @@ def test_entries_with_weights_are_pushed_by_who_says_so(cache, run, tmp_path, mo
     code, _, err = run("cache", "push", tmp_path / "there")
     assert (code, "--with-weights" in err) == (2, True)
     assert run("cache", "push", tmp_path / "there", "--with-weights", "-q")[0] == 0
+
+
+def test_status_says_what_the_nearest_entry_differs_in(cache, run, odd_folder):
+    code, out, _ = run("status", *PLAN, "--seq=16,64", "--why")
+    assert (code, out.count("bucket.seq_len: ")) == (1, 1)
+    assert "DIFFERS IN" not in run("status", *PLAN, "--seq=16,64")[1]
+    code, out, _ = run("status", "--model", odd_folder, "--strategy=recompute", "--seq=16", "--why", "--json")
+    (row,) = json.loads(out)["buckets"]
+    assert row["nearest"]["key"] in {path.stem for path in cache.glob("v1/entries/*/*.json")}
+    assert all(line.startswith("family.architecture.") for line in row["nearest"]["differs"])

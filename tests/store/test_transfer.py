@@ -221,6 +221,40 @@ def test_a_service_that_does_not_answer_is_transient_and_soon_said(s3, use, monk
     assert tier.size("a") is None
 
 
+SAID = {
+    "no credentials": "performing PUT http://169.254.169.254/latest/api/token in 1ms - HTTP error",
+    "credentials are refused": "performing GET https://s3/b/x in 1ms - non-2xx status code: 403 Forbidden:",
+    "clock is wrong": "status code: 403 Forbidden: <Error><Code>RequestTimeTooSkewed</Code></Error>",
+}
+
+
+@pytest.mark.parametrize("meaning", SAID)
+def test_what_a_service_refuses_is_no_transient_error(s3, monkeypatch, meaning):
+    tier = Objects(s3)
+
+    def refuse(*arguments: object, **how: object) -> None:
+        raise tier._obstore.exceptions.GenericError(f"Generic S3 error: Error {SAID[meaning]}")
+
+    monkeypatch.setattr(tier._obstore, "get", refuse)
+    with pytest.raises(CacheError, match=meaning) as caught:
+        tier.get("a", anyone=True)
+    assert type(caught.value) is CacheError
+    assert caught.value.hint
+
+
+def test_numbers_in_a_url_are_no_verdict(s3, monkeypatch):
+    tier = Objects(s3)
+
+    def miss(*arguments: object, **how: object) -> None:
+        raise FileNotFoundError(
+            "Error performing GET http://127.0.0.1:40177/NoSuchBucket/403 in 1ms - status code: 404"
+        )
+
+    monkeypatch.setattr(tier._obstore, "get", miss)
+    with pytest.raises(FileNotFoundError):
+        tier.get("a", anyone=True)
+
+
 @pytest.mark.parametrize("url", ["ftp://x", "s3://", "file:///tmp", "http://127.0.0.1/x", "memory:///"])
 def test_a_url_of_another_kind_is_a_usage_error(url):
     with pytest.raises(UsageError, match="is no place that can be used"):
