@@ -47,14 +47,14 @@ def check_way(path: Path, hint: str) -> os.stat_result | None:
     return last
 
 
-def _way(path: Path, hint: str) -> Iterator[tuple[Path, os.stat_result | None]]:
+def _way(path: Path, hint: str) -> Iterator[tuple[str, os.stat_result | None]]:
     """Yield all that is passed on the way to a path, links too, and what it leads to last; None for what is missing."""
     path = path.absolute()
-    here, names, links = Path(path.anchor), list(reversed(path.parts[1:])), 0
+    here, names, links = path.anchor, list(reversed(path.parts[1:])), 0
     yield here, os.lstat(here)
     while names:
         name = names.pop()
-        place = here.parent if name == ".." else here / name
+        place = os.path.dirname(here) if name == ".." else os.path.join(here, name)
         found = look(place, hint)
         yield place, found
         if found is None:
@@ -67,25 +67,27 @@ def _way(path: Path, hint: str) -> Iterator[tuple[Path, os.stat_result | None]]:
             raise CacheError(f"{path} goes through too many symbolic links", hint=hint)
         target = Path(os.readlink(place))
         names += reversed(target.parts[1:] if target.is_absolute() else target.parts)
-        here = Path(target.anchor) if target.is_absolute() else here
+        here = target.anchor if target.is_absolute() else here
 
 
-def look(place: Path, hint: str) -> os.stat_result | None:
+def look(place: Path | str, hint: str) -> os.stat_result | None:
     """Return what is in a place, links not followed; None if nothing is. Raises as `check_way`."""
     try:
         return os.lstat(place)
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
-        raise CacheError(f"{place.parent} is not a directory", hint=hint) from error
+        raise CacheError(f"{os.path.dirname(place)} is not a directory", hint=hint) from error
     except OSError as error:
         raise TransientError(f"{place} cannot be examined: {error.strerror or error}") from error
 
 
-def _is_open(place: Path, found: os.stat_result, why: str) -> bool:
+def _is_open(place: str, found: os.stat_result, why: str) -> bool:
     """Whether others can put something else in the place of what is below a directory, or behind a link."""
     if why.startswith("belongs"):
-        return found.st_uid != os.lstat(place.anchor).st_uid  # root, as seen from a user namespace that has another
+        return (
+            found.st_uid != os.lstat(Path(place).anchor).st_uid
+        )  # root, as seen from a user namespace that has another
     return not (found.st_mode & stat.S_ISVTX or _is_own_group(found))
 
 

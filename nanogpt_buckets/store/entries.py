@@ -142,7 +142,8 @@ class Entries:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _look_here(self, family: str, key: str, parts: Mapping[str, Any] | None = None) -> Found:
+    def _look_here(self, family: str, key: str, parts: Mapping[str, Any] | None = None, marked: bool = True) -> Found:
+        """Look at one entry of this tier; `marked`: there may be a mark that it was rejected."""
         try:
             data, doubt = self._manifest(entry_name(family, key))
             manifest = decode(data)
@@ -150,7 +151,7 @@ class Entries:
                 raise CorruptEntry("the manifest belongs under another name")
             if parts is not None and (lines := keys.difference(parts, manifest.parts)):
                 raise CorruptEntry(lines[0])
-            why = self._why_rejected(manifest)
+            why = self._why_rejected(manifest, marked)
         except (OSError, CacheError) as error:
             return Miss.of(error, family, key)
         try:
@@ -180,18 +181,19 @@ class Entries:
 
     def _look_at_all(self, family: str) -> list[Found]:
         if self.trust.locked is not None:  # nothing else counts, so nobody need list it
-            found = [entry.key for entry in self.trust.locked.of(family)]
+            entries = [self._look_here(family, entry.key) for entry in self.trust.locked.of(family)]
         else:
-            names = self.tier.names(f"entries/{require_digest(family)}")
-            found = [name.removesuffix(".json") for name in names if name.endswith(".json")]
-        entries = [self._look_here(family, key) for key in found if is_digest(key)]
+            names = set(self.tier.names(f"entries/{require_digest(family)}"))
+            found = sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+            entries = [self._look_here(family, k, marked=f"{k}.rejected" in names) for k in found if is_digest(k)]
         return [entry for entry in entries if isinstance(entry, Manifest) or entry.status is not Status.ABSENT]
 
-    def _why_rejected(self, manifest: Manifest) -> str | None:
+    def _why_rejected(self, manifest: Manifest, marked: bool = True) -> str | None:
         why = None
-        with contextlib.suppress(FileNotFoundError):
-            mark = self.tier.get(mark_name(manifest.family, manifest.key), limit=MAX_BYTES, anyone=self.trust.shared)
-            why = why_rejected(mark, manifest.digest)
+        if marked:
+            name = mark_name(manifest.family, manifest.key)
+            with contextlib.suppress(FileNotFoundError):
+                why = why_rejected(self.tier.get(name, limit=MAX_BYTES, anyone=self.trust.shared), manifest.digest)
         return why or self._rejected.get(manifest.digest)
 
     def _stored(self, manifest: Manifest) -> Verified | Miss:

@@ -117,9 +117,7 @@ def require_digest(text: str) -> str:
 
 def encode(manifest: Manifest) -> bytes:
     """Return the bytes of a manifest file; a TypeError if it holds a float, or anything that is not plain JSON."""
-    body = {"format": FORMAT, **asdict(manifest)}
-    digest = hashlib.sha256(keys.canonical_json(body)).hexdigest()
-    return keys.canonical_json({"sha256": digest, "body": body}) + b"\n"
+    return _file(keys.canonical_json({"format": FORMAT, **asdict(manifest)}))
 
 
 def encode_entry(manifest: Manifest, blobs: Mapping[str, bytes]) -> bytes:
@@ -143,11 +141,12 @@ def decode(data: bytes) -> Manifest:
     """
     document = parse(data, "the manifest")
     body = document.get("body")
-    if not isinstance(body, dict) or document.get("sha256") != hashlib.sha256(keys.canonical_json(body)).hexdigest():
+    content = keys.canonical_json(body)
+    if not isinstance(body, dict) or document.get("sha256") != hashlib.sha256(content).hexdigest():
         _corrupt("the manifest does not match its own digest")
     require_format(body, FORMAT, _BODY, "the manifest")
     require_format(document | {"format": 1}, 1, {"format", "sha256", "body"}, "the manifest")
-    if keys.canonical_json(document) + b"\n" != data:
+    if _file(content) != data:
         _corrupt("the manifest is not written as format 1 is")
     check(body, _BODY, "the manifest")
     _check_names(body)
@@ -157,7 +156,13 @@ def decode(data: bytes) -> Manifest:
     del fields["format"]
     manifest = Manifest(**fields)
     _check_parts(manifest)
+    vars(manifest)["digest"] = hashlib.sha256(data).hexdigest()  # known, so that nobody need encode it once more
     return manifest
+
+
+def _file(body: bytes) -> bytes:
+    """Return the bytes of a manifest file, which are the canonical JSON of body and digest, and a newline."""
+    return b'{"body":%b,"sha256":"%b"}\n' % (body, hashlib.sha256(body).hexdigest().encode("ascii"))
 
 
 def encode_mark(manifest: str, why: str) -> bytes:

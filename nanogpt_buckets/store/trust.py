@@ -36,12 +36,14 @@ def check_location(root: Path, *further: Path, anyone: bool = False) -> None:
     can, it is no directory, or it cannot be examined this time.
     """
     found = _followed(root) if anyone else check_way(root, _ELSEWHERE)
-    for place in (root, *(root / name for name in _INSIDE), *further):
-        found = found if place == root else look(place, _ELSEWHERE)
+    base = os.fspath(root)
+    # as text, since this is asked for every file of a large cache
+    for place in (base, *(f"{base}/{name}" for name in _INSIDE), *map(os.fspath, further)):
+        found = found if place == base else look(place, _ELSEWHERE)
         if found is not None:
             _refuse_others(root, place, found, anyone)
             if not stat.S_ISDIR(found.st_mode):
-                raise CacheError(f"{place} is not a directory", hint=_ELSEWHERE if place == root else _remedy(root))
+                raise CacheError(f"{place} is not a directory", hint=_ELSEWHERE if place == base else _remedy(root))
 
 
 def why_shared(root: Path) -> str:
@@ -85,12 +87,13 @@ def _open_below(root: Path, anyone: bool, path: Path, flags: int) -> int:
     """Open a file by its names from the root down, and judge each descriptor."""
     if os.open not in os.supports_dir_fd:
         return os.open(path, flags)
-    place, descriptor = root, os.open(root, _FOLDER)
+    place, names, descriptor = os.fspath(root), path.relative_to(root).parts, os.open(root, _FOLDER)
     try:
-        _refuse_others(root, root, os.fstat(descriptor), anyone)
-        for name in path.relative_to(root).parts:
-            place /= name
-            inner = os.open(name, flags if place == path else _FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
+        _refuse_others(root, place, os.fstat(descriptor), anyone)
+        for depth, name in enumerate(names, start=1):
+            place = f"{place}/{name}"
+            last = depth == len(names)
+            inner = os.open(name, flags if last else _FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
             os.close(descriptor)
             descriptor = inner
             _refuse_others(root, place, os.fstat(descriptor), anyone)
@@ -110,11 +113,11 @@ def _followed(root: Path) -> os.stat_result | None:
         raise TransientError(f"{root} cannot be examined: {error.strerror or error}") from error
 
 
-def _refuse_others(root: Path, place: Path, found: os.stat_result, anyone: bool = False) -> None:
+def _refuse_others(root: Path, place: Path | str, found: os.stat_result, anyone: bool = False) -> None:
     if stat.S_ISLNK(found.st_mode):
         raise UntrustedStore(f"{place} is a symbolic link, and what it leads to may be anybody's", hint=_remedy(root))
     if not anyone and (why := others(found)):
-        way_out = _remedy(root) if place != root else f"{_SHARED}, or {_remedy(root)}"
+        way_out = _remedy(root) if Path(place) != root else f"{_SHARED}, or {_remedy(root)}"
         raise UntrustedStore(f"{place} {why}, who could have written the native code in it", hint=way_out)
 
 
