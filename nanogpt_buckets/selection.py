@@ -9,11 +9,12 @@ Knows nothing of compiling or running. Imports no torch.
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nanogpt_buckets import key
+from nanogpt_buckets import key, settings
 from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.errors import CacheError, CacheMiss
 from nanogpt_buckets.plan.bucket import Bucket
@@ -183,6 +184,9 @@ def explain_miss(
     """
     rung = [Bucket(1, rung_for(need, choice.model.architecture.block_size), step)] if need else []
     command = choice.build_command(lacking or rung)
+    if (lock := selection.store.trust.locked) is not None:
+        pull = f"nanogpt-buckets cache pull SOURCE{settings.cache_dir_option(selection.store.root)}"
+        command = f"{pull} --locked {shlex.quote(str(lock.path))}, or build and lock others: {command}"
     message = f"{what} for model {choice.model.name} in {selection.store.root}"
     found = [selection.best(bucket) for bucket in lacking] if lacking else selection.reasons()
     misses = [miss for miss in found if isinstance(miss, Miss)]

@@ -233,6 +233,7 @@ def test_what_is_pushed_with_a_lock_file_is_pulled_and_run_elsewhere(lock, run, 
     monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(tmp_path / "elsewhere"))
     code, _, err = run(*generate(lock))
     assert (code, f"{lock} names it, and it is not here" in err) == (3, True)
+    assert f"hint: nanogpt-buckets cache pull SOURCE --locked {lock}, or build" in err
     code, out, err = run("cache", "pull", there, "--locked", lock)
     assert (code, out.count("copied")) == (0, 1), err
     assert run(*generate(lock, "--cached-only"))[0] == 0
