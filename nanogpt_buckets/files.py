@@ -11,9 +11,11 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from nanogpt_buckets.errors import CorruptEntry, TransientError
 
@@ -92,6 +94,25 @@ def write_new(path: Path, data: bytes, mode: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that takes the place of what a path leads to, in one step, once it is written and on disk.
+
+    Whatever is raised meanwhile leaves what was there, and nothing beside it.
+    """
+    final = path.resolve()
+    staged = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+    try:
+        with staged.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(final)
+        sync_directory(final.parent)
+    finally:
+        unlink(staged)
 
 
 def move_to_absent(staged: Path, path: Path) -> None:

@@ -27,10 +27,19 @@ def others(found: os.stat_result) -> str:
     return f"can be written by {'everyone' if found.st_mode & stat.S_IWOTH else 'its group'}"
 
 
-def strangers(found: os.stat_result) -> str:
-    """Say what `others` does, but for a group that is this user's alone, which is nobody else."""
-    why = others(found)
-    return "" if not why.startswith("belongs") and _is_own_group(found) else why
+def doubted(path: Path, hint: str) -> UntrustedStore | None:
+    """Return what speaks against believing a file that its user named: others could have written or exchanged it.
+
+    A group that is this user's alone is nobody else. Raises as `check_way` where the file cannot be examined.
+    """
+    try:
+        found = check_way(path, hint)
+    except UntrustedStore as error:
+        return error
+    why = others(found) if found else ""
+    if found is None or not why or (not why.startswith("belongs") and _is_own_group(found)):
+        return None
+    return UntrustedStore(f"{path} {why}, who could have changed it", hint=hint)
 
 
 def check_way(path: Path, hint: str) -> os.stat_result | None:

@@ -7,16 +7,14 @@ where its name says. Knows nothing of what the bytes mean.
 from __future__ import annotations
 
 import io
-import os
 import re
 import tarfile
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from nanogpt_buckets.errors import CacheError, CorruptEntry, TransientError, UntrustedStore
-from nanogpt_buckets.files import sync_directory, unlink
-from nanogpt_buckets.owners import check_way, strangers
+from nanogpt_buckets.errors import CacheError, CorruptEntry, TransientError
+from nanogpt_buckets.files import replacing
+from nanogpt_buckets.owners import doubted
 from nanogpt_buckets.store.entries import blob_name, entry_name
 from nanogpt_buckets.store.entry import Verified
 from nanogpt_buckets.store.manifest import encode_entry
@@ -35,12 +33,7 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._doubt: UntrustedStore | None = None
-        try:
-            if why := strangers(found) if (found := check_way(path, _LOCK)) else "":
-                self._doubt = UntrustedStore(f"{path} {why}, who could have put native code in it", hint=_LOCK)
-        except UntrustedStore as error:
-            self._doubt = error
+        self._doubt = doubted(path, _LOCK)
         try:
             if not path.is_file():
                 raise CacheError(f"{path} is no file", hint=_WHENCE)
@@ -100,27 +93,18 @@ def pack(path: Path, entries: Iterable[Verified]) -> None:
     Raises:
         CacheError: it cannot be written; nothing is left of it then.
     """
-    final = path.resolve()
-    staged = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
     try:
-        with staged.open("xb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                written: set[str] = set()
-                for entry in entries:
-                    manifest = entry.manifest
-                    files = {blob_name(blob.sha256): entry.blobs[blob.role] for blob in manifest.blobs}
-                    files[entry_name(manifest.family, manifest.key)] = encode_entry(manifest, entry.blobs)
-                    for name in sorted(files.keys() - written):
-                        _add(tar, f"v1/{name}", files[name])
-                    written |= files.keys()
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(final)
-        sync_directory(final.parent)
+        with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            written: set[str] = set()
+            for entry in entries:
+                manifest = entry.manifest
+                files = {blob_name(blob.sha256): entry.blobs[blob.role] for blob in manifest.blobs}
+                files[entry_name(manifest.family, manifest.key)] = encode_entry(manifest, entry.blobs)
+                for name in sorted(files.keys() - written):
+                    _add(tar, f"v1/{name}", files[name])
+                written |= files.keys()
     except OSError as error:
         raise CacheError(f"{path} cannot be written: {error.strerror or error}", hint="name another file") from error
-    finally:
-        unlink(staged)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanogpt_buckets import key as keys
-from nanogpt_buckets.errors import CacheError, CorruptEntry, PlanError, UntrustedStore, UsageError
-from nanogpt_buckets.files import read_file, sync_directory, unlink
-from nanogpt_buckets.owners import check_way, strangers
+from nanogpt_buckets.errors import CacheError, CorruptEntry, PlanError, UsageError
+from nanogpt_buckets.files import read_file, replacing
+from nanogpt_buckets.owners import doubted
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.manifest import BLOB, Blob, Manifest, bucket_of, check, is_digest, parse, require_format
 
@@ -108,7 +107,7 @@ def read_lock(path: Path) -> LockFile:
         IncompatibleEntry: a newer release wrote it.
     """
     try:
-        doubt = _doubt(path)
+        doubt = doubted(path, _OWN)
         return _parsed(path, read_file(path.resolve(), limit=_MAX_BYTES), doubt)
     except OSError as error:
         raise UsageError(f"the lock file {path} cannot be read: {error.strerror or error}") from error
@@ -169,20 +168,13 @@ def _write(path: Path, content: LockFile) -> None:
         for entry in content.entries
     ]  # fmt: skip
     document = {"format": FORMAT, "families": content.families, "entries": rows}
-    final = path.resolve()
-    staged = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     try:
-        with staged.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(final)
-        sync_directory(final.parent)
+        with replacing(path) as file:
+            file.write(text.encode("utf-8"))
     except OSError as error:
         hint = "name another with --lock; what was built is kept"
         raise CacheError(f"the lock file {path} cannot be written: {error.strerror or error}", hint=hint) from error
-    finally:
-        unlink(staged)
 
 
 def _parsed(path: Path, data: bytes, doubt: CacheError | None) -> LockFile:
@@ -210,15 +202,6 @@ def _entry(row: Mapping[str, Any]) -> Locked:
     if row["bytes"] != entry.size:
         raise CorruptEntry(f"the sizes of {entry.key[:12]} are not those of its blobs")
     return entry
-
-
-def _doubt(path: Path) -> CacheError | None:
-    try:
-        found = check_way(path, _OWN)
-    except UntrustedStore as error:
-        return error
-    why = strangers(found) if found else ""
-    return UntrustedStore(f"{path} {why}, who could have named other entries in it", hint=_OWN) if why else None
 
 
 def _is_bucket(value: Any) -> bool:

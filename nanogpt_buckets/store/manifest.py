@@ -219,12 +219,14 @@ def parse(data: bytes, what: str, limit: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def _examine(value: Any, what: str, depth: int) -> None:
-    if isinstance(value, str) and _CONTROL.search(value):
-        _corrupt(f"{what} holds control characters")
-    if isinstance(value, dict | list):
+    kind = type(value)  # exactly that: it is what json.loads makes
+    if kind is str:
+        if _CONTROL.search(value):
+            _corrupt(f"{what} holds control characters")
+    elif kind is dict or kind is list:
         if depth == 0:
             _corrupt(f"{what} is nested deeper than {MAX_DEPTH} levels")
-        for inner in value if isinstance(value, list) else (*value, *value.values()):
+        for inner in value if kind is list else (*value, *value.values()):
             _examine(inner, what, depth - 1)
 
 
