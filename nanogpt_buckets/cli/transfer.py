@@ -30,7 +30,7 @@ from nanogpt_buckets.store.vouch import PLACE, Trust
 _options = added(
     click.option(
         "--locked", type=click.Path(path_type=Path), metavar="FILE",
-        help="What this lock file names, and nothing else. Default: what saved plans name to push, all there is to pull.",
+        help="What this lock file names, and nothing else. Default: to push, what plans name; to pull, all there is.",
     ),
     cache_dir_option,
     output_options,
