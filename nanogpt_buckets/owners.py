@@ -94,9 +94,8 @@ def look(place: Path | str, hint: str) -> os.stat_result | None:
 def _is_open(place: str, found: os.stat_result, why: str) -> bool:
     """Whether others can put something else in the place of what is below a directory, or behind a link."""
     if why.startswith("belongs"):
-        return (
-            found.st_uid != os.lstat(Path(place).anchor).st_uid
-        )  # root, as seen from a user namespace that has another
+        # root, as seen from a user namespace that has another
+        return found.st_uid != os.lstat(Path(place).anchor).st_uid
     return not (found.st_mode & stat.S_ISVTX or _is_own_group(found))
 
 

@@ -300,6 +300,7 @@ HOSTILE = {
     "a hard link": member(f"v1/blobs/00/{'0' * 64}", type=tarfile.LNKTYPE, linkname="/etc/passwd"),
     "a pipe": member(f"v1/blobs/00/{'0' * 64}", type=tarfile.FIFOTYPE),
     "a device": member(f"v1/blobs/00/{'0' * 64}", type=tarfile.CHRTYPE),
+    "a sparse file": member(f"v1/blobs/00/{'0' * 64}", type=tarfile.GNUTYPE_SPARSE),
     "a directory": member("v1/blobs/00", type=tarfile.DIRTYPE),
 }
 
