@@ -48,6 +48,8 @@ def build(
     tune: str = "off",
     shard: tuple[int, int] | None = None,
     lock: str | os.PathLike[str] | None = None,
+    sign_key: str | os.PathLike[str] | None = None,
+    sign_command: str | None = None,
     on_progress: Listener | None = None,
     **options: Unpack[Options],
 ) -> BuildReport:
@@ -66,9 +68,11 @@ def build(
         shard: (I, N), to build only the I-th of N parts of the plan, counted from 1, as others build the rest. Which
             bucket is in which part follows from the plan and the model alone.
         lock: a lock file, into which the buckets of the plan are written when all of them are built.
+        sign_key: a file with an Ed25519 private key in PEM, which signs the buckets of the plan.
+        sign_command: a command that does, the statement on its standard input, the signature on its standard output.
         on_progress: called from worker threads with a bucket and its phase: "waiting", "waiting for another build",
             "compiling", "checking", "hit", "compiled" or "failed".
-        options: backend, target, dtype, compiler_args, cache_dir, layers; see `Options`.
+        options: backend, target, dtype, compiler_args, cache_dir, remote, ...; see `Options`.
 
     Returns:
         One row per bucket, of the shard if there is one. Failed buckets are rows, not exceptions.
@@ -79,8 +83,8 @@ def build(
         BackendUnavailable: there is something to compile and no compiler.
     """
     return build_missing(
-        choose(model, lock=lock, **options), plan, jobs=jobs, executor=executor, tune=tune, shard=shard,
-        on_progress=on_progress,
+        choose(model, lock=lock, sign_key=sign_key, sign_command=sign_command, **options), plan, jobs=jobs,
+        executor=executor, tune=tune, shard=shard, on_progress=on_progress,
     )  # fmt: skip
 
 
@@ -185,6 +189,8 @@ class _Builder:
 
     def run(self, plan: Plan, jobs: int | None) -> tuple[BuildRow, ...]:
         rows = {bucket: row for bucket in plan if (row := self._hit(bucket))}
+        if len(rows) < len(plan) and self._store.ask():
+            rows |= {bucket: row for bucket in plan if bucket not in rows and (row := self._hit(bucket))}
         missing = sorted((b for b in plan if b not in rows), key=lambda b: -b.batch_size * b.seq_len)
         if missing and self._choice.key_parts(missing[0]) is None:
             backend = self._choice.compiler
@@ -206,6 +212,7 @@ class _Builder:
                 raise self._store.error(found)
             self._tell(bucket, "waiting")
             return None
+        self._store.sign(found.manifest)
         self.manifests[bucket] = found.manifest
         self._tell(bucket, "hit")
         return BuildRow(bucket, "hit", found.manifest.key, waited_s, found.manifest.size)

@@ -15,7 +15,7 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Unpack
 
 from nanogpt_buckets import backends, key, settings
 from nanogpt_buckets.backends.base import DTYPES, Backend
@@ -24,10 +24,9 @@ from nanogpt_buckets.model.checkpoint import Model, open_model
 from nanogpt_buckets.plan.bucket import PURPOSES, STRATEGIES, Bucket, Plan
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.store.entry import manifest_of
-from nanogpt_buckets.store.lockfile import open_lock, read_lock
+from nanogpt_buckets.store.opening import Places, Written, open_store
 from nanogpt_buckets.store.plans import Plans, SavedPlan
 from nanogpt_buckets.store.store import Store
-from nanogpt_buckets.store.vouch import PLACE, Trust
 from nanogpt_buckets.values import shown
 
 log = logging.getLogger(__name__)
@@ -40,15 +39,13 @@ _CHANGING = ("runtime", "source", "weights")
 _READING = 4
 
 
-class Options(TypedDict, total=False):
+class Options(Places, total=False):
     """What can be chosen besides the model; every public function that takes these hands them on whole.
 
     `backend`: "auto", "inductor", "neuron", or "eager" to run steps uncompiled. `target`: what to generate code for,
     and the only one to load; None for this host's best to build, and any that runs here to load. `dtype`: "float32" or
     "bfloat16". `compiler_args`: flags for neuronx-cc, as a line or a list. `cores`: NeuronCores to run on, each holding
-    every bucket. `cache_dir`: where buckets are; None for the default. `locked`: a lock file, written by `build`: what
-    it does not name is not loaded, wherever the cache is, and nothing is compiled. `layers`: further cache directories
-    to look in, where nothing is written; None for those that NANOGPT_BUCKETS_LAYERS names.
+    every bucket. The rest says where buckets are and which are believed: see `Places`.
     """
 
     backend: str
@@ -56,9 +53,6 @@ class Options(TypedDict, total=False):
     dtype: str
     compiler_args: str | Sequence[str]
     cores: int
-    cache_dir: str | os.PathLike[str] | None
-    locked: str | os.PathLike[str] | None
-    layers: Sequence[str | os.PathLike[str]] | None
 
 
 @dataclass(frozen=True)
@@ -245,12 +239,9 @@ def choose(
     dtype: str = "float32",
     compiler_args: str | Sequence[str] = (),
     cores: int = 1,
-    cache_dir: str | os.PathLike[str] | None = None,
-    locked: str | os.PathLike[str] | None = None,
-    layers: Sequence[str | os.PathLike[str]] | None = None,
-    lock: str | os.PathLike[str] | None = None,
+    **places: Unpack[Written],
 ) -> Choice:
-    """Resolve what the user asked for; see `Options` for the arguments. `lock`: the lock file that a build is to write.
+    """Resolve what the user asked for; see `Options` and, for what a build writes, `Written`.
 
     Raises:
         UsageError: an unknown dtype or backend, or an argument it does not take.
@@ -265,19 +256,13 @@ def choose(
         backends.refuse_neuron_only(EAGER, target, compiler_args, cores)
         if target is not None:
             raise UsageError("the eager backend builds for no target", hint="leave --target out")
-        if locked is not None:
+        if places.get("locked") is not None:
             raise UsageError("the eager backend loads nothing that could be locked", hint="leave --locked out")
     else:
         chosen = backends.backend_for(backend, target, compiler_args=compiler_args, cores=cores)
         chosen.target(target)  # refuse an impossible target before anything else is done
-    store = Store(settings.cache_dir(cache_dir), _trust(locked, lock), settings.layers(layers))
+    store = open_store(**places)
     return Choice(open_model(model), chosen, dtype, store, target)
-
-
-def _trust(locked: str | os.PathLike[str] | None, lock: str | os.PathLike[str] | None) -> Trust:
-    if locked is not None:
-        return Trust(read_lock(settings.expanded(locked, "--locked")), only=True)
-    return PLACE if lock is None else Trust(open_lock(settings.expanded(lock, "--lock")))
 
 
 def default_plan(choice: Choice) -> Plan | None:

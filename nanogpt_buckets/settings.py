@@ -18,6 +18,10 @@ from nanogpt_buckets.errors import UsageError
 _APP = "nanogpt-buckets"
 CACHE_DIR_VARIABLE = "NANOGPT_BUCKETS_CACHE_DIR"
 LAYERS_VARIABLE = "NANOGPT_BUCKETS_LAYERS"
+REMOTE_VARIABLE = "NANOGPT_BUCKETS_REMOTE"
+REMOTE_MODE_VARIABLE = "NANOGPT_BUCKETS_REMOTE_MODE"
+TRUSTED_VARIABLE = "NANOGPT_BUCKETS_TRUSTED"
+POLICY_VARIABLE = "NANOGPT_BUCKETS_POLICY"
 LOCAL_DIR_VARIABLE = "NANOGPT_BUCKETS_LOCAL_DIR"
 
 
@@ -52,6 +56,37 @@ def layers(argument: Iterable[str | os.PathLike[str]] | None = None) -> list[Pat
         if not path.is_dir():
             raise UsageError(f"the layer {path} is not a directory", hint=f"name one that build has filled in {said}")
     return found
+
+
+def remote(argument: str | os.PathLike[str] | None = None) -> str | None:
+    """Return where else to ask for what is not in the cache directory: a URL or a directory; None for nowhere."""
+    return os.fspath(argument) if argument is not None else os.environ.get(REMOTE_VARIABLE) or None
+
+
+def remote_mode(argument: str | None = None) -> str:
+    """Return what is done there: "ro", unless the caller or NANOGPT_BUCKETS_REMOTE_MODE says "rw" or "off"."""
+    return argument or os.environ.get(REMOTE_MODE_VARIABLE) or "ro"
+
+
+def trusted(argument: Iterable[str] | str | None = None) -> list[str]:
+    """Return the keys, or files of keys, whose signatures count besides the user's own file."""
+    if isinstance(argument, str):
+        argument = [argument]
+    named = os.environ.get(TRUSTED_VARIABLE, "").split(",")
+    return list(argument or ()) or [name.strip() for name in named if name.strip()]
+
+
+def policy(argument: str | None = None) -> str:
+    """Return how much is asked in a place of one's own: "off" unless the caller or NANOGPT_BUCKETS_POLICY says more."""
+    return argument or os.environ.get(POLICY_VARIABLE) or "off"
+
+
+def trust_file() -> Path:
+    """Return the user's own file of trusted keys, which need not exist."""
+    try:
+        return Path(platformdirs.user_config_dir(_APP, appauthor=False)) / "trust.json"
+    except RuntimeError:
+        return Path("~/.config", _APP, "trust.json")
 
 
 def cache_dir_option(directory: Path) -> str:

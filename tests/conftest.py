@@ -32,6 +32,7 @@ def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("NANOGPT_BUCKETS_LOCAL_DIR", str(tmp_path / "local"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ _COMMANDS = {
     "bench": "Time the built buckets and compare them with the eager model.",
     "report": "Say what the last run on this machine did.",
     "doctor": "Say what works on this machine and what is wrong.",
-    "cache": "Look at the cache and clear it: dir, ls, show, verify, rm, prune.",
+    "cache": "Look at the cache, copy it, clear it: dir, ls, show, verify, push, pull, rm, prune.",
+    "trust": "Say whose signatures count: ls, add, revoke.",
 }
 
 

@@ -14,7 +14,16 @@ from nanogpt_buckets.builder import build_missing
 from nanogpt_buckets.built import BuildReport
 from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import PlanOptions, Shard, grid, model_options, output_options, plan_options, read_plan
+from nanogpt_buckets.cli.options import (
+    PlanOptions,
+    Shard,
+    grid,
+    model_options,
+    output_options,
+    plan_options,
+    read_plan,
+    sign_options,
+)
 from nanogpt_buckets.errors import CompileFailed
 from nanogpt_buckets.plan.bucket import SHORTEST, Plan
 from nanogpt_buckets.plan.ladder import default_ladder
@@ -36,6 +45,7 @@ from nanogpt_buckets.plan.ladder import default_ladder
     "--lock", type=click.Path(path_type=Path), metavar="FILE",
     help="Write keys and digests of these buckets into this file, for --locked; added to what it names.",
 )  # fmt: skip
+@sign_options
 @output_options
 def build(
     wanted: PlanOptions,
@@ -46,6 +56,8 @@ def build(
     shard: tuple[int, int] | None,
     scheduler: str | None,
     lock: Path | None,
+    sign_key: Path | None,
+    sign_command: str | None,
     as_json: bool,
 ) -> int:
     """Compile the buckets that are not built yet.
@@ -59,7 +71,7 @@ def build(
     Example: nanogpt-buckets build --model demo --seq 32,64,128
     """
     plan = read_plan(wanted)
-    choice = choose(model, lock=lock, **options)
+    choice = choose(model, lock=lock, sign_key=sign_key, sign_command=sign_command, **options)
     plan = plan or grid(wanted, choice)
     if plan is None:
         # what is saved here may not be what is saved where the other shards are built

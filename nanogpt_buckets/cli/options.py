@@ -20,6 +20,8 @@ from nanogpt_buckets.plan.bucket import PURPOSES, Plan
 from nanogpt_buckets.run.options import RNGS, SamplingOptions
 from nanogpt_buckets.settings import expanded
 from nanogpt_buckets.store.manifest import MAX_BYTES, parse
+from nanogpt_buckets.store.opening import MODES
+from nanogpt_buckets.store.signers import Policy
 from nanogpt_buckets.values import shown
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -112,6 +114,31 @@ def _together(name: str, keys: Iterable[str], *options: Callable[[Any], Any]) ->
     return decorate
 
 
+# Whose signatures count.
+trust_options = added(
+    click.option(
+        "--trusted", multiple=True, metavar="KEY",
+        help="A public key, or a file of keys, whose signatures count; may be repeated. Default: "
+        "$NANOGPT_BUCKETS_TRUSTED. What trust add keeps counts, too.",
+    ),
+    click.option(
+        "--policy", type=click.Choice([policy.value for policy in Policy]),
+        help="What is asked where nobody else can write: nothing more, a warning, or a signature. Default: "
+        "$NANOGPT_BUCKETS_POLICY, else off.",
+    ),
+)  # fmt: skip
+# Who signs.
+sign_options = added(
+    click.option(
+        "--sign-key", type=click.Path(path_type=Path), metavar="FILE",
+        help="Sign with the Ed25519 private key in this file, in PEM.",
+    ),
+    click.option(
+        "--sign-command", metavar="CMD",
+        help="Sign with this command: it reads the statement and prints the signature.",
+    ),
+)  # fmt: skip
+
 cache_dir_option = click.option(
     "--cache-dir", type=DIRECTORY, metavar="DIR",
     help="Directory of compiled buckets. Default: $NANOGPT_BUCKETS_CACHE_DIR, else the user's cache directory.",
@@ -139,6 +166,16 @@ model_options: Callable[[Command], Command] = _together(
         "--layer", "layers", multiple=True, type=DIRECTORY, metavar="DIR",
         help="A further cache directory to look in, never written; may be repeated. Default: $NANOGPT_BUCKETS_LAYERS.",
     ),
+    click.option(
+        "--remote", metavar="PLACE",
+        help="Where to ask for what is not here: a directory, s3://BUCKET/PREFIX, gs://... or az://... Default: "
+        "$NANOGPT_BUCKETS_REMOTE.",
+    ),
+    click.option(
+        "--remote-mode", type=click.Choice(MODES),
+        help="rw: publish there what is built. Default: $NANOGPT_BUCKETS_REMOTE_MODE, else ro.",
+    ),
+    trust_options,
 )  # fmt: skip
 
 # Goes above `model_options`, for what it says is one of the fields of `Options`.

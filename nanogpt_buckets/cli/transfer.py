@@ -9,10 +9,10 @@ import click
 
 from nanogpt_buckets import settings
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import added, cache_dir_option, output_options
+from nanogpt_buckets.cli.options import added, cache_dir_option, output_options, trust_options
 from nanogpt_buckets.errors import CacheError
-from nanogpt_buckets.store.lockfile import read_lock
 from nanogpt_buckets.store.manifest import Manifest
+from nanogpt_buckets.store.opening import trust_of
 from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.transfer import (
     OTHER,
@@ -25,13 +25,14 @@ from nanogpt_buckets.store.transfer import (
     refuse_weights,
     require_all,
 )
-from nanogpt_buckets.store.vouch import PLACE, Trust
+from nanogpt_buckets.store.vouch import Trust
 
 _options = added(
     click.option(
         "--locked", type=click.Path(path_type=Path), metavar="FILE",
         help="What this lock file names, and nothing else. Default: to push, what plans name; to pull, all there is.",
     ),
+    trust_options,
     cache_dir_option,
     output_options,
 )  # fmt: skip
@@ -41,15 +42,18 @@ _options = added(
 @click.argument("target")
 @click.option("--with-weights", is_flag=True, help="Also entries that have a model's weights compiled in.")
 @_options
-def push(target: str, with_weights: bool, locked: Path | None, cache_dir: Path | None, as_json: bool) -> int:
+def push(
+    target: str, with_weights: bool, locked: Path | None, trusted: tuple[str, ...], policy: str | None,
+    cache_dir: Path | None, as_json: bool,
+) -> int:  # fmt: skip
     """Copy entries to TARGET: a directory, s3://BUCKET/PREFIX, gs://..., az://..., or a file that ends in .tar.
 
-    What is there stays as it is; a tar file is written anew. Who pulls needs the lock file, unless nobody else can
-    write there.
+    What is there stays as it is; a tar file is written anew. Signatures go along. Who pulls needs the lock file or
+    trusts the key, unless nobody else can write there.
 
     Example: nanogpt-buckets cache push buckets.tar --locked buckets.lock
     """
-    source = Store(settings.cache_dir(cache_dir), _trust(locked))
+    source = Store(settings.cache_dir(cache_dir), trust_of(locked=locked, trusted=trusted, policy=policy))
     manifests = require_all(planned(source), source)
     if not manifests:
         hint = "nanogpt-buckets build makes and plans some"
@@ -70,14 +74,17 @@ def push(target: str, with_weights: bool, locked: Path | None, cache_dir: Path |
 @click.command()
 @click.argument("source")
 @_options
-def pull(source: str, locked: Path | None, cache_dir: Path | None, as_json: bool) -> int:
+def pull(
+    source: str, locked: Path | None, trusted: tuple[str, ...], policy: str | None, cache_dir: Path | None,
+    as_json: bool,
+) -> int:  # fmt: skip
     """Copy entries from SOURCE, as push takes it, into the cache directory, each once it is read whole and in order.
 
-    Without --locked everything that is there, from a place that nobody else can write.
+    Without --locked everything that is there, from a place that nobody else can write, or signed by a trusted key.
 
     Example: nanogpt-buckets cache pull buckets.tar --locked buckets.lock
     """
-    trust = _trust(locked)
+    trust = trust_of(locked=locked, trusted=trusted, policy=policy)
     store, there = Store(settings.cache_dir(cache_dir), trust), place_of(source, trust)
     manifests = require_all(there.entries(), there)
     if not manifests:
@@ -86,10 +93,6 @@ def pull(source: str, locked: Path | None, cache_dir: Path | None, as_json: bool
     with output.progress("pulling", len(manifests)) as advance:
         moved = list(move(there, manifests, store, lambda manifest: advance(1)))
     return _show(moved, str(store.root), as_json, "delete it first: nanogpt-buckets cache rm KEY")
-
-
-def _trust(locked: Path | None) -> Trust:
-    return PLACE if locked is None else Trust(read_lock(settings.expanded(locked, "--locked")), only=True)
 
 
 def _show(moved: list[Moved], target: str, as_json: bool, hint: str) -> int:

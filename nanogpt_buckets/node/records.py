@@ -110,5 +110,6 @@ FAILURES = Kind("failures", 1)
 LAST_RUN = Kind("", 2)
 MARKS = Kind("canary", 1)
 MARK_HEAD = 32  # how much of the weights' digest a mark's name begins with
+REVOKED = Kind("revoked", 1)
 SOURCES = Kind("sources", 2)
 VERIFIED = Kind("verified", 1)

@@ -84,17 +84,19 @@ class Engine:
             tokenizer: see `tokenizer_for`. Where the model's own is missing or fails, token ids work all the same.
             on_miss: "promote" runs the cheapest bucket at hand that fits and never compiles; "build" compiles what a
                 call needs before its first step.
-            cached_only: never compile, whatever else is said.
+            cached_only: never compile, whatever else is said, and ask no remote but one that `remote` names.
             lazy: load each bucket when it is first needed.
             strategy: "kv" runs a prompt once and keeps what it remembers, "recompute" runs the whole context for each
                 token; "auto" is "kv" where buckets for it are planned.
             on_progress: told what becomes of each bucket that is compiled; see `build`.
-            options: backend, target, dtype, compiler_args, cores, cache_dir, layers, locked; see `Options`.
+            options: backend, target, dtype, compiler_args, cores, cache_dir, locked, remote, ...; see `Options`.
 
         Raises:
             CacheMiss: no bucket is built and none may be compiled.
             BucketsError: the model, its tokenizer or the cache cannot be used.
         """
+        if cached_only and options.get("remote") is None:
+            options["remote_mode"] = "off"
         choice = choose(model, **options)
         loader = Uncompiled(choice) if choice.backend is None else Compiled(choice)
         report = Report(choice.backend_name, choice.model.name)

@@ -103,6 +103,14 @@ class Compiled(Loader):
         """Whether there is an entry that says it runs here."""
         return bucket in self.selection.usable
 
+    def ask(self) -> bool:
+        """Look also in the store's remote, if there is one; False if that changes nothing."""
+        if not self.choice.store.ask():
+            return False
+        self.selection = Selection(self.choice)
+        self.refused.clear()
+        return True
+
     def open(self, bucket: Bucket) -> Executable:
         """Load the first entry that can be, best first."""
         self.weights  # noqa: B018  what this node cannot prepare is no entry's fault

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from nanogpt_buckets.builder import Listener, build_missing
 from nanogpt_buckets.choice import default_plan, remember_plan
@@ -74,7 +74,10 @@ class Buckets:
         self._said: set[Bucket] = set()
         self._built_here: set[Bucket] = set()
         self._chosen = plan is not None
+        self._given = plan
         self._plan = self._wanted(plan)
+        if not lazy:
+            self._ask_for(self._plan)
         self._check_start(lazy)
 
     def executable(self, bucket: Bucket) -> Executable:
@@ -116,6 +119,7 @@ class Buckets:
             return functools.partial(buckets_used, spans, most, cost=cost, block_size=block_size, strategy=way)
 
         wanted = next(iter(needs))  # what a miss is about
+        self._ask_for(call(wanted)(self._plan) if reach(self._plan, needs[wanted]) else ())
         if self._builds:
             self._build_for(call(wanted), needs)
         while True:
@@ -170,6 +174,13 @@ class Buckets:
             way = KV if self._strategy == KV else RECOMPUTE
             plan = Plan.grid(seq=default_ladder(self._block_size), strategy=way).completed(self._block_size)
         return list(Plan(plan).check(self._block_size))
+
+    def _ask_for(self, buckets: Collection[Bucket]) -> None:
+        """Look in the remote, if there is one, unless all of some buckets are here; none: nothing here will do."""
+        if self._compiled is None or (buckets and all(map(self._compiled.has, buckets))):
+            return
+        if self._compiled.ask():
+            self._plan = self._wanted(self._given)
 
     def _check_start(self, lazy: bool) -> None:
         """Refuse what no call could run; what is `lazy` learns at its first call what that one lacks."""

@@ -15,13 +15,15 @@ from pathlib import Path
 from nanogpt_buckets.errors import CacheError, CorruptEntry, TransientError
 from nanogpt_buckets.files import replacing
 from nanogpt_buckets.owners import doubted
-from nanogpt_buckets.store.entries import blob_name, entry_name
+from nanogpt_buckets.store.entries import blob_name, entry_name, signature_name
 from nanogpt_buckets.store.entry import Verified
 from nanogpt_buckets.store.manifest import encode_entry
 
-_MEMBER = re.compile(r"v1/(entries/[0-9a-f]{64}/[0-9a-f]{64}\.json|blobs/[0-9a-f]{2}/[0-9a-f]{64})")
+_MEMBER = re.compile(
+    r"v1/(entries/[0-9a-f]{64}/[0-9a-f]{64}(\.json|\.[0-9a-f]{16}\.sig)|blobs/[0-9a-f]{2}/[0-9a-f]{64})"
+)
 _WHENCE = "take it again from where it was written: nanogpt-buckets cache push FILE.tar"
-_LOCK = "name the lock file that build --lock wrote: --locked FILE"
+_LOCK = "name the lock file that build --lock wrote, --locked FILE, or a key that signed it, --trusted KEY"
 
 
 class Archive:
@@ -76,6 +78,10 @@ class Archive:
         start = f"v1/{folder}/"
         return sorted({name[len(start) :].split("/")[0] for name in self._members if name.startswith(start)})
 
+    def gather(self, folder: str) -> list[str]:
+        """Return what is in a folder: the table of all members was read."""
+        return self.names(folder)
+
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Refuse: see `pack`."""
         raise CacheError(f"{self.path} cannot be written: it is a tar file")
@@ -101,6 +107,8 @@ def pack(path: Path, entries: Iterable[Verified]) -> None:
                 manifest = entry.manifest
                 files = {blob_name(blob.sha256): entry.blobs[blob.role] for blob in manifest.blobs}
                 files[entry_name(manifest.family, manifest.key)] = encode_entry(manifest, entry.blobs)
+                if entry.signature is not None:
+                    files[signature_name(manifest.family, manifest.key, manifest.digest)] = entry.signature
                 for name in sorted(files.keys() - written):
                     _add(tar, f"v1/{name}", files[name])
                 written |= files.keys()

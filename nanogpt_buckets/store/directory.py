@@ -74,6 +74,9 @@ class Directory:
         self.check(self.path(folder))
         return list_names(self.path(folder))
 
+    def gather(self, folder: str) -> None:
+        """Do nothing: files are read one by one."""
+
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Write a file aside and give it its name; see `Tier`."""
         path = self.path(name)

@@ -8,8 +8,9 @@ of where a tier is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,11 @@ class Entries:
         self.tier = tier
         self.trust = trust
         self._rejected: dict[str, str] = {}  # digest of a manifest -> why, where the tier could not be told
+
+    @functools.cached_property
+    def _trust(self) -> Trust:
+        """What vouches for an entry, less what is revoked here."""
+        return self.trust.informed(self.tier)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -96,6 +102,14 @@ class Entries:
         """
         return self._read_blob_here(blob)
 
+    def signature(self, manifest: Manifest) -> bytes | None:
+        """Return the signature beside a manifest, whoever made it; None if there is none."""
+        name = signature_name(manifest.family, manifest.key, manifest.digest)
+        try:
+            return self.tier.get(name, limit=MAX_BYTES, anyone=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def error(self, miss: Miss) -> CacheError:
         """Return a miss as the error that it is."""
         entry = f"entry {miss.key[:12]} in {self.tier} is {miss.status}: {miss.why or 'it is missing'}"
@@ -104,8 +118,10 @@ class Entries:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def publish(self, manifest: Manifest, blobs: Mapping[str, bytes]) -> Manifest:
+    def publish(self, manifest: Manifest, blobs: Mapping[str, bytes], signature: bytes | None = None) -> Manifest:
         """Store an entry, or adopt the one that another process stored first; return what is in the store now.
+
+        `signature` is one that it has already; where there is none and this store signs, it gets one.
 
         Raises:
             ValueError: the blobs by role are not the manifest's, or it could not be read back.
@@ -117,10 +133,12 @@ class Entries:
         stored = self._stored(manifest)
         if isinstance(stored, Verified):
             return stored.manifest
+        signature = signature or self.trust.sign(manifest)
         for blob in manifest.blobs:
             self._put_blob(blob, blobs[blob.role])
+        self._put_signature(manifest, signature)  # before the manifest, so that nobody meets that without
         corrupt = stored.status is Status.CORRUPT
-        replaced = self._damaged_blobs(manifest) if corrupt else []
+        replaced = self._replaced(manifest) if corrupt else []
         name = entry_name(manifest.family, manifest.key)
         if not self.tier.put(name, data, replace=corrupt):
             # Another process was first. If what it left is damaged already, ours replaces it.
@@ -134,6 +152,22 @@ class Entries:
         self._rejected.pop(manifest.digest, None)
         return manifest
 
+    def sign(self, manifest: Manifest) -> None:
+        """Sign an entry of this tier that is in order and that no trusted key signed yet, if this store signs.
+
+        Raises:
+            CacheError: it cannot be signed, or the signature cannot be written.
+        """
+        if self.trust.signer is None or self.tier.size(entry_name(manifest.family, manifest.key)) is None:
+            return
+        if self._trust.why_unsigned(manifest, lambda: self.signature(manifest)):
+            self._put_signature(manifest, self.trust.sign(manifest))
+
+    def add_signature(self, manifest: Manifest, signature: bytes | None) -> None:
+        """Put a signature beside an entry that has none."""
+        if signature is not None and self.signature(manifest) is None:
+            self._put_signature(manifest, signature)
+
     def reject(self, manifest: Manifest, why: str) -> None:
         """Record that an entry as it is now does not compute what it should, here if not in the store; never fails."""
         self._rejected[manifest.digest] = why
@@ -142,8 +176,10 @@ class Entries:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _look_here(self, family: str, key: str, parts: Mapping[str, Any] | None = None, marked: bool = True) -> Found:
-        """Look at one entry of this tier; `marked`: there may be a mark that it was rejected."""
+    def _look_here(
+        self, family: str, key: str, parts: Mapping[str, Any] | None = None, beside: Collection[str] | None = None
+    ) -> Found:
+        """Look at one entry of this tier; `beside`: the names that are in its folder, if they are known."""
         try:
             data, doubt = self._manifest(entry_name(family, key))
             manifest = decode(data)
@@ -151,11 +187,14 @@ class Entries:
                 raise CorruptEntry("the manifest belongs under another name")
             if parts is not None and (lines := keys.difference(parts, manifest.parts)):
                 raise CorruptEntry(lines[0])
-            why = self._why_rejected(manifest, marked)
+            why = self._why_rejected(manifest, beside)
         except (OSError, CacheError) as error:
             return Miss.of(error, family, key)
         try:
-            self.trust.judge(manifest, doubt)
+            name = signature_name(family, key, manifest.digest).rpartition("/")[2]
+            there = beside is None or name in beside
+            why = why or self._trust.why_revoked(manifest)
+            self._trust.judge(manifest, doubt, lambda: self.signature(manifest) if there else None)
         except CacheError as error:
             return replace(Miss.of(error, family, key), manifest=manifest)
         return Miss(Status.CORRUPT, family, key, f"rejected: {why}", manifest=manifest) if why else manifest
@@ -180,18 +219,20 @@ class Entries:
             return self.tier.get(name, limit=MAX_BYTES, anyone=True), doubt
 
     def _look_at_all(self, family: str) -> list[Found]:
+        folder = f"entries/{require_digest(family)}"
+        names = self.tier.gather(folder)
         if self.trust.locked is not None:  # nothing else counts, so nobody need list it
-            entries = [self._look_here(family, entry.key) for entry in self.trust.locked.of(family)]
+            entries = [self._look_here(family, entry.key, beside=names) for entry in self.trust.locked.of(family)]
         else:
-            names = set(self.tier.names(f"entries/{require_digest(family)}"))
+            names = set(self.tier.names(folder)) if names is None else names
             found = sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
-            entries = [self._look_here(family, k, marked=f"{k}.rejected" in names) for k in found if is_digest(k)]
+            entries = [self._look_here(family, key, beside=names) for key in found if is_digest(key)]
         return [entry for entry in entries if isinstance(entry, Manifest) or entry.status is not Status.ABSENT]
 
-    def _why_rejected(self, manifest: Manifest, marked: bool = True) -> str | None:
+    def _why_rejected(self, manifest: Manifest, beside: Collection[str] | None = None) -> str | None:
         why = None
-        if marked:
-            name = mark_name(manifest.family, manifest.key)
+        name = mark_name(manifest.family, manifest.key)
+        if beside is None or name.rpartition("/")[2] in beside:
             with contextlib.suppress(FileNotFoundError):
                 why = why_rejected(self.tier.get(name, limit=MAX_BYTES, anyone=self.trust.shared), manifest.digest)
         return why or self._rejected.get(manifest.digest)
@@ -203,16 +244,22 @@ class Entries:
             raise self.error(found)
         return found
 
-    def _damaged_blobs(self, manifest: Manifest) -> list[str]:
-        """Return the blobs of the entry about to be replaced that are not what their name says: of use to nobody."""
+    def _replaced(self, manifest: Manifest) -> list[str]:
+        """Return what is of use to nobody once an entry is replaced: damaged blobs, and the signature."""
         before = manifest_of(self._look_here(manifest.family, manifest.key))
         damaged = []
+        if before is not None and before.digest != manifest.digest:
+            damaged.append(signature_name(before.family, before.key, before.digest))
         for blob in before.blobs if before else ():
             try:
                 self._read_blob_here(blob)
             except CorruptEntry:
                 damaged.append(blob_name(blob.sha256))
         return damaged
+
+    def _put_signature(self, manifest: Manifest, signature: bytes | None) -> None:
+        if signature is not None:
+            self.tier.put(signature_name(manifest.family, manifest.key, manifest.digest), signature, replace=True)
 
     def _put_blob(self, blob: Blob, data: bytes) -> None:
         name = blob_name(blob.sha256)
@@ -231,6 +278,11 @@ def entry_name(family: str, key: str) -> str:
 def mark_name(family: str, key: str) -> str:
     """Return the name of the mark that a key's entry was rejected."""
     return f"entries/{require_digest(family)}/{require_digest(key)}.rejected"
+
+
+def signature_name(family: str, key: str, manifest: str) -> str:
+    """Return the name of the signature on a key's manifest; another manifest, by its digest, has another."""
+    return f"entries/{require_digest(family)}/{require_digest(key)}.{require_digest(manifest)[:16]}.sig"
 
 
 def blob_name(sha256: str) -> str:

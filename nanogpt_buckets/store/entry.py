@@ -48,10 +48,14 @@ _ERRORS: dict[Status, type[CacheError]] = {
 
 @dataclass(frozen=True)
 class Verified:
-    """An entry whose every byte was read once and is what its digest says; these bytes are what is loaded."""
+    """An entry whose every byte was read once and is what its digest says; these bytes are what is loaded.
+
+    `signature` is what was beside it, where it is on the way to another place.
+    """
 
     manifest: Manifest
     blobs: Mapping[str, bytes]
+    signature: bytes | None = None
 
 
 @dataclass(frozen=True)

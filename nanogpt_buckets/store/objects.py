@@ -5,20 +5,33 @@ Others may always have written there, so what is read needs a lock file. Knows n
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import importlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from nanogpt_buckets.errors import CacheError, CorruptEntry, TransientError, UntrustedStore, UsageError
+from nanogpt_buckets.errors import (
+    CacheError,
+    CorruptEntry,
+    IncompatibleEntry,
+    TransientError,
+    UntrustedStore,
+    UsageError,
+)
+from nanogpt_buckets.store.manifest import MAX_BYTES, check, parse, require_format
 
 _SCHEMES = ("s3", "gs", "az")
 _EXAMPLES = "for example s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://ACCOUNT/CONTAINER/PREFIX"
 _EXTRA = "pip install 'nanogpt-buckets[remote]'"
-_LOCK = "name the lock file that build --lock wrote: --locked FILE"
+_LOCK = "name the lock file that build --lock wrote, --locked FILE, or a key that signed it, --trusted KEY"
+_FORMAT = 1
+_MAX_INDEX = 16 << 20
+_ATTEMPTS = 8
 _SECOND = datetime.timedelta(seconds=1)
 # Three attempts in about five seconds: what takes longer is not there.
 _RETRIES = {
@@ -61,6 +74,8 @@ class Objects:
         except (self._obstore.exceptions.BaseError, ValueError) as error:
             raise UsageError(f"{url} is no place that can be used", hint=_EXAMPLES) from error
 
+        self._gathered: dict[str, Mapping[str, bytes]] = {}
+
     def __str__(self) -> str:
         return self.url
 
@@ -70,14 +85,12 @@ class Objects:
             raise UntrustedStore(
                 f"{self.url} may be written by others, who could have put native code there", hint=_LOCK
             )
-        with self._reading():
-            found = self._obstore.get(self._store, _path(name))
-            there = found.meta["size"]
-            if size is not None and there != size:
-                raise CorruptEntry(f"{name.rpartition('/')[2]} has {there} bytes, not {size}")
-            if limit is not None and there > limit:
-                raise CorruptEntry(f"{name.rpartition('/')[2]} is longer than {limit} bytes")
-            return bytes(found.bytes())
+        folder, _, last = name.rpartition("/")
+        if (gathered := self._gathered.get(folder)) is not None:
+            if last not in gathered:
+                raise FileNotFoundError(name)
+            return gathered[last]
+        return self._get(name, size=size, limit=limit)[0]
 
     def size(self, name: str) -> int | None:
         """Return the size of an object; see `Tier`."""
@@ -92,9 +105,87 @@ class Objects:
         paths = [*(each["path"] for each in found["objects"]), *found["common_prefixes"]]
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
+    def gather(self, folder: str) -> Collection[str] | None:
+        """Read the index of a folder, which has all its files in one object; see `Tier`. None where there is none."""
+        self._gathered.pop(folder, None)
+        try:
+            index = self._index(folder)[0]
+        except (FileNotFoundError, CorruptEntry, IncompatibleEntry):
+            return None
+        self._gathered[folder] = index
+        return index.keys()
+
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Write an object, on the condition that there is none; see `Tier`."""
-        mode = "overwrite" if replace else "create"
+        done = self._put(name, data, "overwrite" if replace else "create")
+        folder, _, last = name.rpartition("/")
+        if done and folder.startswith("entries/"):
+            self._amend(folder, lambda index: index.update({last: data}))
+        return done
+
+    def delete(self, name: str) -> None:
+        """Delete an object; see `Tier`."""
+        with contextlib.suppress(FileNotFoundError), self._reading():
+            self._obstore.delete(self._store, _path(name))
+        folder, _, last = name.rpartition("/")
+        if folder.startswith("entries/"):
+            self._amend(folder, lambda index: index.pop(last, None))
+
+    def touch(self, name: str, every_s: float = 0.0) -> None:
+        """Do nothing: an object's age is when it was written."""
+
+    def mend(self, folder: str) -> None:
+        """See that the index of a folder names all that is in it: whoever wrote may have been killed before that."""
+        with contextlib.suppress(FileNotFoundError, CorruptEntry, IncompatibleEntry):
+            if self._index(folder)[0].keys() == set(self.names(folder)):
+                return
+        self._amend(folder, None)
+
+    def _amend(self, folder: str, change: Callable[[dict[str, bytes]], object] | None) -> None:
+        """Change the index of a folder, or make it anew, whoever else does meanwhile.
+
+        Where it would be too large, a newer release's, or others are always first, there is none in the end: then
+        whoever reads lists the folder.
+        """
+        self._gathered.pop(folder, None)
+        index: dict[str, bytes] | None
+        mode: Any
+        for _ in range(_ATTEMPTS):
+            try:
+                index, mode = self._index(folder)
+            except FileNotFoundError:
+                index, mode = None, "create"
+            except CorruptEntry:
+                index, mode = None, "overwrite"
+            except IncompatibleEntry:
+                break
+            if index is None or change is None:
+                index = self._everything(folder)
+            if change is not None:
+                change(index)
+            data = _encoded(index)
+            if len(data) > _MAX_INDEX:
+                break
+            if self._put(_index_name(folder), data, mode):
+                return
+        with contextlib.suppress(FileNotFoundError), self._reading():
+            self._obstore.delete(self._store, _path(_index_name(folder)))
+
+    def _everything(self, folder: str) -> dict[str, bytes]:
+        """Read every file of a folder, one by one."""
+        found = {}
+        for last in self.names(folder):
+            with contextlib.suppress(FileNotFoundError, CorruptEntry):
+                found[last] = self._get(f"{folder}/{last}", limit=MAX_BYTES)[0]
+        return found
+
+    def _index(self, folder: str) -> tuple[dict[str, bytes], dict[str, str]]:
+        """Return what an index says, and what names its version where it is to be replaced."""
+        data, meta = self._get(_index_name(folder), limit=_MAX_INDEX)
+        version = {name: meta[name] for name in ("e_tag", "version") if meta.get(name) is not None}
+        return _decoded(data), version
+
+    def _put(self, name: str, data: bytes, mode: Any) -> bool:
         try:
             with self._reading():
                 self._obstore.put(self._store, _path(name), data, mode=mode, use_multipart=False)
@@ -104,13 +195,15 @@ class Objects:
             raise TransientError(f"{self.url} cannot be written: {_first_line(error)}") from error
         return True
 
-    def delete(self, name: str) -> None:
-        """Delete an object; see `Tier`."""
-        with contextlib.suppress(FileNotFoundError), self._reading():
-            self._obstore.delete(self._store, _path(name))
-
-    def touch(self, name: str, every_s: float = 0.0) -> None:
-        """Do nothing: an object's age is when it was written."""
+    def _get(self, name: str, *, size: int | None = None, limit: int | None = None) -> tuple[bytes, dict[str, Any]]:
+        with self._reading():
+            found = self._obstore.get(self._store, _path(name))
+            there = found.meta["size"]
+            if size is not None and there != size:
+                raise CorruptEntry(f"{name.rpartition('/')[2]} has {there} bytes, not {size}")
+            if limit is not None and there > limit:
+                raise CorruptEntry(f"{name.rpartition('/')[2]} is longer than {limit} bytes")
+            return bytes(found.bytes()), found.meta
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -118,7 +211,7 @@ class Objects:
         exceptions = self._obstore.exceptions
         try:
             yield
-        except exceptions.AlreadyExistsError as error:
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
             raise FileExistsError(str(error)) from error
         except (FileNotFoundError, exceptions.BaseError) as error:
             text = str(error)
@@ -132,6 +225,25 @@ class Objects:
 
 def _path(name: str) -> str:
     return f"v1/{name}"
+
+
+def _index_name(folder: str) -> str:
+    return f"index/{folder.rpartition('/')[2]}.json"
+
+
+def _encoded(files: Mapping[str, bytes]) -> bytes:
+    texts = {name: base64.b64encode(data).decode("ascii") for name, data in files.items()}
+    return json.dumps({"files": texts, "format": _FORMAT}, sort_keys=True).encode("ascii")
+
+
+def _decoded(data: bytes) -> dict[str, bytes]:
+    document = parse(data, "the index", _MAX_INDEX)
+    require_format(document, _FORMAT, ("files", "format"), "the index")
+    check(document["files"], {str: str}, "the index")
+    try:
+        return {name: base64.b64decode(text, validate=True) for name, text in document["files"].items()}
+    except ValueError as error:
+        raise CorruptEntry("the index is damaged") from error
 
 
 def _hint(meaning: str) -> str:

@@ -55,6 +55,7 @@ class Plans:
 
     def __init__(self, store: Store) -> None:
         self._directory = store.directory
+        self._anyone = store.trust.shared  # a plan says what is wanted; what is loaded is judged by itself
 
     def names(self) -> list[str]:
         """Return the names of all plans, sorted."""
@@ -66,7 +67,7 @@ class Plans:
         """Return a plan, or None if there is none; a CacheError says by its kind why it is of no use."""
         where = f"plan {name} in {self._directory.root}"
         try:
-            document = parse(self._directory.get(_file(name), limit=MAX_BYTES), "it")
+            document = parse(self._directory.get(_file(name), limit=MAX_BYTES, anyone=self._anyone), "it")
             return SavedPlan(Plan.from_json(document), frozenset(document.get("families", ())))
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -118,7 +119,7 @@ class Plans:
 
     def _text(self, name: str) -> str:
         with contextlib.suppress(OSError, CacheError):
-            return self._directory.get(_file(name), limit=MAX_BYTES).decode("utf-8", "replace")
+            return self._directory.get(_file(name), limit=MAX_BYTES, anyone=self._anyone).decode("utf-8", "replace")
         return ""
 
     def _write(self, name: str, wanted: SavedPlan | None) -> None:

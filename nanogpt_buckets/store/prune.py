@@ -181,7 +181,11 @@ def _deletion(
     doomed = [entry for entry in entries if entry.key in chosen]
     kept = [entry for entry in entries if entry.key not in chosen]
     files = [doom(store.entry_path(entry), "entry", entry.key, chosen[entry.key]) for entry in doomed]
-    files += [doom(store.mark_path(entry), "leftover", entry.key, "of a deleted entry") for entry in doomed]
+    files += [
+        doom(path, "leftover", entry.key, "of a deleted entry")
+        for entry in doomed
+        for path in (store.mark_path(entry), *(store.signature_path(m) for m in filter(None, [manifest_of(entry)])))
+    ]
     needed, theirs = _blob_names(kept), _blob_names(doomed)
     unreadable = [entry for entry in kept if manifest_of(entry) is None]
     if unreadable:
@@ -197,12 +201,26 @@ def _deletion(
             doom(path, "leftover", path.name, "left by a process that ended") for path in store.directory.leftovers()
         )
         files += [file for file in left if file is not None and file.mtime_ns < old * 1e9]
+        files += _signatures(store, entries)
     return Deletion(tuple(file for file in files if file is not None), tuple(notes))
 
 
 def _blob_names(entries: Iterable[Found]) -> set[str]:
     manifests = filter(None, map(manifest_of, entries))
     return {blob.sha256 for manifest in manifests for blob in manifest.blobs}
+
+
+def _signatures(store: Store, entries: list[Found]) -> Iterator[Doomed]:
+    """Yield signatures whose manifest is not there, and is not about to be written."""
+    manifests = [manifest for entry in entries if (manifest := manifest_of(entry)) is not None]
+    known = {store.signature_path(manifest) for manifest in manifests}
+    unreadable = tuple(entry.key for entry in entries if manifest_of(entry) is None)
+    young = time.time() - _YOUNG_S
+    for path in store.signature_paths():
+        if path not in known and not path.name.startswith(unreadable):
+            file = doom(path, "leftover", path.name, "there is no such entry")
+            if file is not None and file.mtime_ns < young * 1e9:
+                yield file
 
 
 def _blobs(store: Store, needed: set[str], theirs: set[str], all_unused: bool) -> Iterator[Doomed | None]:

@@ -1,4 +1,4 @@
-"""The store: the entries of a cache directory, those of layers below it, and where their files are.
+"""The store: the entries of a cache directory, of layers below it and of a remote, and where their files are.
 
 Knows nothing of compiling or loading, nor of what a plan means.
 """
@@ -6,20 +6,26 @@ Knows nothing of compiling or loading, nor of what a plan means.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanogpt_buckets import settings
 from nanogpt_buckets.errors import CacheError, UntrustedStore, UsageError
 from nanogpt_buckets.store.directory import Directory
-from nanogpt_buckets.store.entries import Entries, blob_name, entry_name, mark_name
-from nanogpt_buckets.store.entry import Found, Miss, Status
+from nanogpt_buckets.store.entries import Entries, blob_name, entry_name, mark_name, signature_name
+from nanogpt_buckets.store.entry import Found, Miss, Status, Verified
 from nanogpt_buckets.store.manifest import Blob, Manifest, is_digest
 from nanogpt_buckets.store.vouch import PLACE, Trust
 
+log = logging.getLogger(__name__)
+
 _USED_EVERY_S = 60.0
+# A remote that failed is not asked again at once: each time may cost ten seconds.
+_SILENT_S = 60.0
 
 
 class Store(Entries):
@@ -31,10 +37,24 @@ class Store(Entries):
         root: the cache directory; made, private, when something is first published.
         trust: what vouches for an entry.
         layers: further cache directories to look in.
+        remote: where to ask, once told to, for what is in none of these; what is read there is then kept here.
+        writes: whether what is published here is published there too.
     """
 
-    def __init__(self, root: Path, trust: Trust = PLACE, layers: Iterable[Path] = ()) -> None:
+    def __init__(
+        self,
+        root: Path,
+        trust: Trust = PLACE,
+        layers: Iterable[Path] = (),
+        remote: Entries | None = None,
+        writes: bool = False,
+    ) -> None:
         self.root = root
+        self.remote = remote
+        self._writes = writes
+        self._asks = False
+        self._far: dict[str, dict[str, Manifest]] = {}  # family -> key -> what the remote has
+        self._silent_until = 0.0
         self.layers = tuple(Store(layer, trust) for layer in layers)
         self.directory = Directory(root, shared=trust.shared)
         super().__init__(self.directory, trust)
@@ -48,6 +68,8 @@ class Store(Entries):
             if isinstance(found, Manifest):
                 break
             found = self._better(found, layer.look(family, key, parts))
+        if not isinstance(found, Manifest) and (there := self._remote_family(family).get(key)) is not None:
+            found = self._better(found, there)
         return found
 
     def family(self, family: str) -> list[Found]:
@@ -55,12 +77,20 @@ class Store(Entries):
         try:
             found = self._look_at_all(family)
         except CacheError as error:
-            if not (self.layers or isinstance(error, UntrustedStore)):
+            if not (self.layers or self._asks or isinstance(error, UntrustedStore)):
                 raise
             found = [Miss.of(error, family)]
         for layer in self.layers:
-            found = self._merged(found, layer, family)
-        return found
+            found = self._merged(found, self._layer_family(layer, family))
+        there = self._remote_family(family)
+        here = {entry.key for entry in found if isinstance(entry, Manifest)}
+        return found if there.keys() <= here else self._merged(found, list(there.values()))
+
+    def ask(self) -> bool:
+        """Let the remote be asked, once more if it was before; False if there is none, or it failed a moment ago."""
+        self._asks = self.remote is not None and time.monotonic() >= self._silent_until
+        self._far.clear()
+        return self._asks
 
     def entries(self) -> Iterator[Found]:
         """Look at every entry, also at those of layers, which may be the same once more."""
@@ -98,13 +128,59 @@ class Store(Entries):
                     return layer.read_blob(blob)
             raise
 
+    def read(self, manifest: Manifest) -> Verified:
+        """Read every blob of an entry; what had to be asked for is kept here, if it can be. Raises as `read_blob`."""
+        try:
+            return super().read(manifest)
+        except CacheError:
+            if self.remote is None:
+                raise
+            entry = self._read_below(manifest, self.remote)
+        try:
+            Entries(self.directory, self.trust).publish(manifest, entry.blobs, entry.signature)
+        except (CacheError, ValueError) as error:
+            log.warning("entry %s of %s is used and not kept: %s", manifest.key[:12], self.remote.tier, error)
+        return entry
+
+    def _read_below(self, manifest: Manifest, remote: Entries) -> Verified:
+        blobs = {}
+        for blob in manifest.blobs:
+            try:
+                blobs[blob.role] = self.read_blob(blob)
+            except CacheError:
+                blobs[blob.role] = remote.read_blob(blob)
+        return Verified(manifest, blobs, remote.signature(manifest))
+
     # --- writing ------------------------------------------------------------------------------------------------------
+
+    def publish(self, manifest: Manifest, blobs: Mapping[str, bytes], signature: bytes | None = None) -> Manifest:
+        """Store an entry here, and in the remote where that is written; raises as `Entries.publish` of what is here.
+
+        Without weights inside: to have those elsewhere, they are pushed.
+        """
+        stored = super().publish(manifest, blobs, signature)
+        if self._writes and self.remote is not None and stored == manifest and not manifest.contains_weights:
+            try:
+                self.remote.publish(manifest, blobs, self.signature(manifest))
+            except CacheError as error:
+                log.warning("entry %s was not published: %s", manifest.key[:12], error.message)
+        return stored
 
     def mark_used(self, manifest: Manifest) -> None:
         """Note on an entry that it was loaded, at most once a minute, if the store can be written; never fails."""
         self.directory.touch(entry_name(manifest.family, manifest.key), _USED_EVERY_S)
 
     # --- files --------------------------------------------------------------------------------------------------------
+
+    def signature_path(self, manifest: Manifest) -> Path:
+        """Return where the signature on a manifest is, if there is one."""
+        return self.directory.path(signature_name(manifest.family, manifest.key, manifest.digest))
+
+    def signature_paths(self) -> list[Path]:
+        """Return the path of every signature, whether or not there is such a manifest."""
+        families = (f"entries/{family}" for family in self.directory.names("entries") if is_digest(family))
+        found = (f"{folder}/{name}" for folder in families for name in self.directory.names(folder))
+        return [self.directory.path(name) for name in found if name.endswith(".sig")]
 
     def entry_path(self, found: Found) -> Path:
         """Return where an entry's manifest is."""
@@ -125,12 +201,30 @@ class Store(Entries):
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _merged(self, found: list[Found], layer: Store, family: str) -> list[Found]:
-        """Return the entries of a family with those of a layer below, by key, after the misses that have none."""
+    def _remote_family(self, family: str) -> dict[str, Manifest]:
+        """Return what the remote has of a family, by key, if it is asked; trouble there is said, and is no trouble."""
+        if self.remote is None or not self._asks:
+            return {}
+        if family not in self._far:
+            try:
+                found = self.remote.family(family)
+            except CacheError as error:
+                log.warning("%s; going on without", error.message)
+                self._asks, self._silent_until = False, time.monotonic() + _SILENT_S
+                return {}
+            for why in sorted({entry.why for entry in found if isinstance(entry, Miss)}):
+                log.warning("in %s: %s", self.remote.tier, why)
+            self._far[family] = {entry.key: entry for entry in found if isinstance(entry, Manifest)}
+        return self._far[family]
+
+    def _layer_family(self, layer: Store, family: str) -> list[Found]:
         try:
-            below = layer.family(family)
+            return layer.family(family)
         except CacheError as error:
-            below = [Miss.of(error, family)]
+            return [Miss.of(error, family)]
+
+    def _merged(self, found: list[Found], below: Sequence[Found]) -> list[Found]:
+        """Return the entries of a family with those from below, by key, after the misses that have none."""
         best = {entry.key: entry for entry in found if entry.key}
         for entry in below:
             if entry.key:

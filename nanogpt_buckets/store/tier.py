@@ -1,10 +1,11 @@
-"""A tier: bytes by name, and six verbs. It is never believed: whoever reads compares digests.
+"""A tier: bytes by name, and seven verbs. It is never believed: whoever reads compares digests.
 
 A name is a relative path such as "blobs/cd/cd35…". Knows nothing of manifests or blobs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 
@@ -22,6 +23,12 @@ class Tier(Protocol):
 
     def names(self, folder: str) -> list[str]:
         """Return what is directly below a folder, sorted, each without the folder; nothing if there is none."""
+
+    def gather(self, folder: str) -> Collection[str] | None:
+        """Get all that is directly below a folder at once, where that costs less; its names then, else None.
+
+        What is not among them is not asked for until it is gathered anew.
+        """
 
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Give bytes a name in one step; return False, and change nothing, if it is taken and not to be replaced."""

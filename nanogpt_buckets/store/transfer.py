@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanogpt_buckets import settings
@@ -100,16 +100,22 @@ def move(
     Raises:
         CacheError: one cannot be read or written; those before it are there.
     """
+    manifests = list(manifests)
     for manifest in manifests:
         before = target.check(target.look(manifest.family, manifest.key, manifest.parts))
         if isinstance(before, Verified):
+            if before.manifest == manifest:
+                target.add_signature(manifest, source.signature(manifest))
             yield Moved(manifest, THERE if before.manifest == manifest else OTHER)
         elif before.status is Status.UNTRUSTED and before.manifest is not None:  # the lock file means ours
             yield Moved(manifest, OTHER)
         else:
-            stored = target.publish(manifest, source.read(manifest).blobs)
+            stored = target.publish(manifest, source.read(manifest).blobs, source.signature(manifest))
             yield Moved(manifest, COPIED if stored == manifest else OTHER)
         on_entry(manifest)
+    if isinstance(target.tier, Objects):
+        for family in sorted({manifest.family for manifest in manifests}):
+            target.tier.mend(f"entries/{family}")
 
 
 def move_to_archive(
@@ -120,7 +126,7 @@ def move_to_archive(
 
     def read() -> Iterator[Verified]:
         for manifest in manifests:
-            yield source.read(manifest)
+            yield replace(source.read(manifest), signature=source.signature(manifest))
             moved.append(Moved(manifest, COPIED))
             on_entry(manifest)
 

@@ -24,7 +24,10 @@ from nanogpt_buckets.owners import check_way, look, others
 
 _INSIDE = ("v1", "v1/entries", "v1/blobs", "v1/plans", "v1/locks", "v1/tmp")
 _ELSEWHERE = "use a directory of your own: --cache-dir DIR or NANOGPT_BUCKETS_CACHE_DIR"
-_SHARED = "share it with a lock file (build --lock FILE, then --locked FILE)"
+_SHARED = (
+    "share it with a lock file (build --lock FILE, then --locked FILE) or with signatures (build --sign-key FILE, then "
+    "--trusted KEY)"
+)
 # O_PATH: some may enter a directory and not list it
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 

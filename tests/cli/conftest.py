@@ -1,8 +1,9 @@
-"""The executable, run as its users run it: in a process of its own."""
+"""The executable, run as its users run it, in a process of its own; or, where that is not the point, in this one."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,29 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt_buckets.cli import main
+
 TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(capfd) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs a command in this process and returns its exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        return (end.value.code or 0, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def cache(demo_cache, tmp_path, monkeypatch) -> Path:
+    """Return a copy of the demo's cache, which commands in this process use."""
+    shutil.copytree(demo_cache, tmp_path / "copy")
+    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(tmp_path / "copy"))
+    return tmp_path / "copy"
 
 
 @pytest.fixture

@@ -13,32 +13,11 @@ from farm import found_in
 
 from nanogpt_buckets import Engine, build, builder
 from nanogpt_buckets.backends.base import Artifact
-from nanogpt_buckets.cli import main
 from nanogpt_buckets.errors import IncompatibleEntry, UntrustedStore, UsageError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.store.lockfile import read_lock
 
 PLAN = ["--model=demo", "--strategy=recompute"]
-
-
-@pytest.fixture
-def run(capfd):
-    """Return a function that runs a command and returns its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return (end.value.code or 0, *capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def cache(demo_cache, tmp_path, monkeypatch):
-    """Return a copy of the demo's cache, which commands in this process use."""
-    shutil.copytree(demo_cache, tmp_path / "copy")
-    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(tmp_path / "copy"))
-    return tmp_path / "copy"
 
 
 @pytest.fixture

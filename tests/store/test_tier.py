@@ -27,6 +27,9 @@ class Memory:
         start = f"{folder}/"
         return sorted({name.removeprefix(start).split("/")[0] for name in self.held if name.startswith(start)})
 
+    def gather(self, folder: str) -> None:
+        pass
+
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         if name in self.held and not replace:
             return False
