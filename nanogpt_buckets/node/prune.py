@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanogpt_buckets import node
 from nanogpt_buckets.files import Doomed, doom
-from nanogpt_buckets.node import failures, sources
+from nanogpt_buckets.node import crumbs, failures, sources
 from nanogpt_buckets.node.records import FAILURES, MARK_HEAD, MARKS, SOURCES, VERIFIED
 
 LIBRARIES = "libraries"
@@ -40,6 +40,8 @@ def _useless() -> Iterator[tuple[Path, str]]:
     for path, record, newer in FAILURES.each():
         if not newer and failures.expired(record):
             yield path, "a failure of long ago"
+    for path in filter(crumbs.expired, node.listed(crumbs.FOLDER, "*.json")):
+        yield path, "a load of long ago"
     for name in ("", *(kind.folder for kind in (SOURCES, VERIFIED, MARKS, FAILURES)), sources.WEIGHTS, LIBRARIES):
         for path in filter(node.is_stale, node.listed(name, "tmp-*") + node.listed(name, "*.so")):
             yield path, "left by a process that ended"

@@ -6,17 +6,20 @@ what to do when a bucket is missing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable
 
+from nanogpt_buckets import settings
 from nanogpt_buckets.backends.base import FACTS, Artifact
 from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.errors import CacheError, CorruptEntry, GateFailed, TransientError
 from nanogpt_buckets.model.prepared import Weights
+from nanogpt_buckets.node import crumbs
 from nanogpt_buckets.node.records import MARK_HEAD, MARKS
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.selection import Selection
@@ -122,21 +125,32 @@ class Compiled(Loader):
                 log.warning("bucket %s, entry %s: %s", bucket, manifest.key[:12], error.message)
                 refused = error
         assert refused is not None, f"{bucket} has no entry"
-        if isinstance(refused, CorruptEntry):
+        if isinstance(refused, CorruptEntry) and not isinstance(refused, crumbs.EndedBefore):
             refused.hint = self.choice.build_command([bucket])
         raise refused
 
     def _load(self, bucket: Bucket, manifest: Manifest) -> Executable:
+        from nanogpt_buckets.steps import gate
+
         weights, start = self.weights, time.perf_counter()
         artifact = artifact_of(self.choice.store.read(manifest))
         interface = step_named(bucket.step).interface(self.choice.model.architecture, bucket, self.choice.dtype)
+        mark = "-".join([weights.digest[:MARK_HEAD], *(blob.sha256[:16] for blob in manifest.blobs)])
+        known = MARKS.find(mark) == {"gate": gate.VERSION}
         executable = None
         try:
-            executable = self.choice.compiler.load(artifact, interface, weights.tensors)
-            milliseconds = 1000 * (time.perf_counter() - start)
-            what = (bucket, manifest.key[:12], manifest.size, milliseconds)
-            log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", *what)
-            self._check_once(executable, bucket, manifest)
+            with contextlib.nullcontext() if known else crumbs.first_load(mark):
+                executable = self.choice.compiler.load(artifact, interface, weights.tensors)
+                milliseconds = 1000 * (time.perf_counter() - start)
+                what = (bucket, manifest.key[:12], manifest.size, milliseconds)
+                log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", *what)
+                if not known:
+                    self._check(executable, bucket, manifest)
+                    MARKS.keep(mark, {"gate": gate.VERSION})
+        except crumbs.EndedBefore as error:  # on this machine; elsewhere it may run
+            place = settings.cache_dir_option(self.choice.store.root)
+            error.hint = f"nanogpt-buckets cache rm {manifest.key[:12]}{place} and build again; {error.hint}"
+            raise
         except (CorruptEntry, GateFailed) as error:  # though every byte is in order
             if executable is not None:
                 executable.close()
@@ -145,23 +159,19 @@ class Compiled(Loader):
         self.choice.store.mark_used(manifest)
         return executable
 
-    def _check_once(self, executable: Executable, bucket: Bucket, manifest: Manifest) -> None:
-        """Compare with the eager model the first time these weights meet this artifact on this node.
+    def _check(self, executable: Executable, bucket: Bucket, manifest: Manifest) -> None:
+        """Compare with the eager model: the first time these weights meet this artifact on this node.
 
         One short row, for the bucket was checked where it was built; all of that check, if it could not be.
         """
         from nanogpt_buckets.steps import gate
 
-        mark = "-".join([self.weights.digest[:MARK_HEAD], *(blob.sha256[:16] for blob in manifest.blobs)])
-        if MARKS.find(mark) == {"gate": gate.VERSION}:
-            return
         if manifest.unchecked:
             log.warning("bucket %s was built unchecked (%s); checking it now", bucket, manifest.unchecked)
         old = manifest.gate.get("version") != gate.VERSION
         check = gate.check if manifest.unchecked or old else gate.canary
         arch, rounds = self.choice.model.architecture, self.choice.compiler.rounds()
         check(executable, arch, bucket, self.weights.tensors, rounds=rounds)
-        MARKS.keep(mark, {"gate": gate.VERSION})
 
 
 def artifact_of(entry: Verified) -> Artifact:

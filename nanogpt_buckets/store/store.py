@@ -24,7 +24,7 @@ from nanogpt_buckets.store.vouch import PLACE, Trust
 log = logging.getLogger(__name__)
 
 _USED_EVERY_S = 60.0
-# A remote that failed is not asked again at once: each time may cost ten seconds.
+# What a remote lacks is not asked for again at once; where it does not answer, each time costs ten seconds.
 _SILENT_S = 60.0
 
 
@@ -87,10 +87,12 @@ class Store(Entries):
         return found if there.keys() <= here else self._merged(found, list(there.values()))
 
     def ask(self) -> bool:
-        """Let the remote be asked, once more if it was before; False if there is none, or it failed a moment ago."""
-        self._asks = self.remote is not None and time.monotonic() >= self._silent_until
+        """Let the remote be asked, once more if it was before; False if there is none, or that was a moment ago."""
+        if self.remote is None or time.monotonic() < self._silent_until:
+            return False
+        self._asks, self._silent_until = True, time.monotonic() + _SILENT_S
         self._far.clear()
-        return self._asks
+        return True
 
     def entries(self) -> Iterator[Found]:
         """Look at every entry, also at those of layers, which may be the same once more."""
@@ -210,7 +212,7 @@ class Store(Entries):
                 found = self.remote.family(family)
             except CacheError as error:
                 log.warning("%s; going on without", error.message)
-                self._asks, self._silent_until = False, time.monotonic() + _SILENT_S
+                self._asks = False
                 return {}
             for why in sorted({entry.why for entry in found if isinstance(entry, Miss)}):
                 log.warning("in %s: %s", self.remote.tier, why)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from nanogpt_buckets.cli import main
 
@@ -34,6 +36,19 @@ def cache(demo_cache, tmp_path, monkeypatch) -> Path:
     shutil.copytree(demo_cache, tmp_path / "copy")
     monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(tmp_path / "copy"))
     return tmp_path / "copy"
+
+
+@pytest.fixture
+def signing_key(tmp_path) -> Path:
+    """Return the file of a new private key; its public half is in the file beside it that ends in .pub."""
+    made, path = Ed25519PrivateKey.generate(), tmp_path / "ci.pem"
+    private = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(made.private_bytes(*private))
+    path.chmod(0o600)
+    public = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    path.with_suffix(".pub").write_bytes(made.public_key().public_bytes(*public))
+    path.with_suffix(".pub").chmod(0o644)
+    return path
 
 
 @pytest.fixture

@@ -8,27 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from nanogpt_buckets import builder, settings
 from nanogpt_buckets.store.signers import LIST
 
 PLAN = ["--model=demo", "--strategy=recompute", "--seq=16"]
 GENERATE = ["generate", "ROMEO:", "--model=demo", "-n", "4", "--seed=1", "--cached-only"]
-NO_SECRET = serialization.NoEncryption()
 
 
 @pytest.fixture
-def key(tmp_path) -> Path:
-    """Return the file of a new private key; its public half is in the file beside it that ends in .pub."""
-    made, path = Ed25519PrivateKey.generate(), tmp_path / "ci.pem"
-    path.write_bytes(made.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, NO_SECRET))
-    path.chmod(0o600)
-    public = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    path.with_suffix(".pub").write_bytes(made.public_key().public_bytes(*public))
-    path.with_suffix(".pub").chmod(0o644)
-    return path
+def key(signing_key) -> Path:
+    """Return the file of a private key."""
+    return signing_key
 
 
 @pytest.fixture

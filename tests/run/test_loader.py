@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 from fake import choice_of, damage, publish
 
+from nanogpt_buckets import node
 from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry, TransientError
+from nanogpt_buckets.node import crumbs
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.run.loader import Compiled, Uncompiled
 from nanogpt_buckets.selection import Selection
@@ -128,3 +135,109 @@ def test_uncompiled_steps_are_a_source_of_every_bucket(choose):
 
     assert source.has(Bucket(7, 99))
     assert torch.equal(eager, loaded)
+
+
+# --- what ends the process --------------------------------------------------------------------------------------------
+
+
+def in_a_child(function) -> int:
+    """Run a function in a child of this process, and return the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture
+def crashed(choose, monkeypatch):
+    """A bucket that ended the process which loaded it first."""
+    publish(choose(), B8)
+    publish(choose(), B16, "other code")
+
+    def load() -> None:
+        loader = Compiled(choose())
+        loader.choice.backend.load = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+        loader.load(B8)
+
+    assert in_a_child(load) == -signal.SIGKILL
+
+
+def crumb() -> Path:
+    (path,) = node.listed(crumbs.FOLDER, "*.json")
+    return path
+
+
+def test_what_ended_the_process_that_loaded_it_is_not_loaded_by_the_next(crashed, choose):
+    loader = Compiled(choose())
+
+    assert not loader.load(B8)
+    assert loader.choice.backend.opened == []
+    assert "ended while it did" in loader.refused[B8].message
+    assert "cache rm" in loader.refused[B8].hint
+    assert str(crumb()) in loader.refused[B8].hint
+    assert loader.load(B16), "others are"
+    assert choose().store.glance(loader.selection.usable[B8][0]), "and elsewhere it may run: nothing is rejected"
+
+    crumb().unlink()
+    assert Compiled(choose()).load(B8)
+
+
+@pytest.mark.parametrize("why", ["it is of yesterday", "the machine was started since", "it was cut off"])
+def test_it_is_tried_again_when(crashed, choose, why):
+    text = json.loads(crumb().read_text())
+    if why == "it is of yesterday":
+        crumb().write_text(json.dumps(text | {"time": text["time"] - 90_000}))
+    elif why == "the machine was started since":
+        crumb().write_text(json.dumps(text | {"boot": "another"}))
+    else:
+        crumb().write_text("")
+
+    assert Compiled(choose()).load(B8)
+    assert node.listed(crumbs.FOLDER, "*.json") == []
+
+
+def test_a_crumb_is_on_disk_before_anything_is_loaded_and_gone_after(choose, monkeypatch):
+    publish(choose(), B8)
+    loader, seen, synced = Compiled(choose()), [], []
+    load, fsync = loader.choice.backend.load, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(crumb().read_bytes()), fsync(descriptor)))
+    loader.choice.backend.load = lambda *a: (seen.append(list(synced)), load(*a))[1]
+
+    assert loader.load(B8)
+
+    assert json.loads(seen[0][0])["format"] == 1
+    assert node.listed(crumbs.FOLDER, "*.json") == []
+    synced.clear()
+    assert Compiled(choose()).load(B8)
+    assert synced == [], "what was loaded before on this machine leaves none"
+
+
+def test_two_that_load_it_at_once_do_not_take_each_other_for_dead(choose):
+    publish(choose(), B8)
+    outer, inner = Compiled(choose()), Compiled(choose())
+    load, done = outer.choice.backend.load, []
+
+    def meanwhile(*arguments):
+        done.append(inner.load(B8))
+        return load(*arguments)
+
+    outer.choice.backend.load = meanwhile
+    assert outer.load(B8)
+    assert done == [True]
+
+
+def test_what_raises_leaves_no_crumb(choose):
+    publish(choose(), B8, "refuses")
+
+    assert not Compiled(choose()).load(B8)
+    assert node.listed(crumbs.FOLDER, "*.json") == []
+
+
+def test_where_none_can_be_kept_it_is_loaded_all_the_same(choose, monkeypatch):
+    publish(choose(), B8)
+    monkeypatch.setattr(crumbs, "_held", lambda path: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+
+    assert Compiled(choose()).load(B8)
