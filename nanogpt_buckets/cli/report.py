@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import click
 
@@ -15,7 +16,7 @@ from nanogpt_buckets.run.report import load_last_run
 @click.command()
 @output_options
 def report(as_json: bool) -> None:
-    """Say what the last run on this machine did: buckets, padding, switches, speed.
+    """Say what the last run on this machine did: buckets, padding, switches, speed; and what all runs did together.
 
     A run is one generate or score command, or one Engine from load to close.
 
@@ -30,6 +31,9 @@ def report(as_json: bool) -> None:
         ("backend", run["backend"]),
         ("ended", f"{output.age(time.time() - run['ended'])} ago"),
         ("buckets loaded", f"{run['hits']} that were built already, {run['compiled']} compiled for this run"),
+        ("came from", _counts(run["tiers"]) or "nowhere"),
+        ("could not be loaded", _counts(run["misses"]) or "none"),
+        ("saved", f"{run['saved_s']:.0f} s that compiling them took"),
         ("new tokens", run["new_tokens"]),
         ("scored tokens", run.get("scored_tokens", 0)),
         ("speed", f"{run['tokens_per_s']:.1f} tokens/s"),
@@ -56,4 +60,15 @@ def report(as_json: bool) -> None:
         )
         for r in run["buckets"]
     ]
+    every = run["all"]
+    output.say(
+        f"{output.count(every['runs'], 'run', 'runs')} in {output.age(time.time() - every['since'])}: "
+        f"{output.count(every['hits'], 'hit', 'hits')} ({_counts(every['tiers']) or 'none'}), "
+        f"{every['compiled']} compiled, not loaded: {_counts(every['misses']) or 'none'}; "
+        f"{every['saved_s']:.0f} s of compiling saved"
+    )
     output.table(("BUCKET", "STEPS", "TOKENS PER ROW", "REAL TOKENS", "PADDED TOKENS", "TIME PER STEP"), rows)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

@@ -10,7 +10,8 @@ Its only layout:
     failures/<key>.json              what failed to compile within the last hour (failures.py)
     revoked/<name>.json              that a manifest or a signer's key counts for nothing (store/signers.py)
     libraries/<sha256>.so            private copies of libraries, where there are no sealed anonymous files
-    last-run.json                    counters of the last run (run/report.py)
+    last-run.json                    counters of the last run, and of all (run/report.py)
+    .last-run.lock                   held while they are written
     tmp-*, */tmp-*                   being written; a leftover after a day
 
 Everything JSON is a record with a format number (records.py); prune.py says what of all this is of no use. Others must

@@ -1,15 +1,18 @@
 """What a run did, in counters: which buckets ran, what was padding, what was cropped or promoted.
 
-The last run's are kept in this node's directory, for `nanogpt-buckets report`. Imports no torch.
+The last run's, and the sums of all, are kept in this node's directory, for `nanogpt-buckets report`. Imports no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import filelock
 
 from nanogpt_buckets import node
 from nanogpt_buckets.errors import BucketsError
@@ -18,6 +21,10 @@ from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
 
 _NAME = "last-run"
+# What is added up over runs: numbers, and counts by name.
+_SUMMED = ("hits", "compiled", "saved_s", "new_tokens", "scored_tokens", "seconds")
+_COUNTED = ("tiers", "misses")
+_PATIENCE_S = 2.0
 
 
 @dataclass
@@ -36,6 +43,9 @@ class Report:
 
     Args:
         hits: buckets loaded that had been built before.
+        tiers: how many of these came from the "cache" directory, a "layer" or the "remote".
+        misses: why buckets that were wanted could not be loaded: how many for each reason.
+        saved_s: what compiling the hits took where they were built, in seconds.
         compiled: buckets compiled first, because they were missing.
         switches: steps that ran in another bucket than the step before.
         crops: contexts cut to their last block_size tokens.
@@ -50,6 +60,9 @@ class Report:
     model: str
     buckets: dict[Bucket, BucketCount] = field(default_factory=dict)
     hits: int = 0
+    tiers: dict[str, int] = field(default_factory=dict)
+    misses: dict[str, int] = field(default_factory=dict)
+    saved_s: float = 0.0
     compiled: int = 0
     new_tokens: int = 0
     scored_tokens: int = 0
@@ -71,6 +84,16 @@ class Report:
         count.seconds += seconds
         self.switches += self._last not in (None, bucket)
         self._last = bucket
+
+    def count_hit(self, tier: str, saved_s: float) -> None:
+        """Count a bucket that was loaded and not compiled."""
+        self.hits += 1
+        self.tiers[tier] = self.tiers.get(tier, 0) + 1
+        self.saved_s += saved_s
+
+    def count_miss(self, reason: str) -> None:
+        """Count a bucket that was wanted and could not be loaded."""
+        self.misses[reason] = self.misses.get(reason, 0) + 1
 
     def count_overlap(self, spans: Iterable[tuple[float, float]]) -> None:
         """Count by how much executions of one step of the run overlapped, from when to when each of them ran."""
@@ -118,19 +141,48 @@ class Report:
             | {"rows": c.rows, "real_tokens": c.tokens, "seconds": c.seconds}
             for bucket, c in sorted(self.buckets.items())
         ]
-        names = ["backend", "model", "hits", "compiled", "new_tokens", "scored_tokens", "switches", "crops"]
-        names += ["promotions", "seconds"]
+        names = ["backend", "model", "hits", "tiers", "misses", "saved_s", "compiled", "new_tokens", "scored_tokens"]
+        names += ["switches", "crops", "promotions", "seconds"]
         derived = ("steps", "real_tokens", "padded_tokens", "waste", "tokens_per_s", "overhead_s")
         return {name: getattr(self, name) for name in (*names, *derived, "kv_bytes", "seed")} | {"buckets": rows}
 
 
 def save_last_run(report: Report) -> None:
-    """Keep a report in place of the one before, if this node's directory can be written; never fails."""
-    LAST_RUN.keep(_NAME, {**report.to_json(), "ended": int(time.time())})
+    """Keep a report in place of the one before, and add it to the sums, if that can be written; never fails."""
+    run = {**report.to_json(), "ended": int(time.time())}
+    with _alone():
+        before: dict[str, Any] = {}
+        with contextlib.suppress(BucketsError, FileNotFoundError):
+            before = LAST_RUN.read(_NAME)["all"]
+        LAST_RUN.keep(_NAME, run | {"all": _added(before, run)})
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other runs that end just now from the sums, if locks work here; they only count."""
+    lock = None
+    with contextlib.suppress(OSError, BucketsError, NotImplementedError):
+        lock = filelock.FileLock(node.folder(make=True) / f".{_NAME}.lock", timeout=_PATIENCE_S, mode=0o600)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _added(sums: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sums over all runs with one more."""
+    total = {"runs": sums.get("runs", 0) + 1, "since": sums.get("since", run["ended"])}
+    total |= {name: sums.get(name, 0) + run[name] for name in _SUMMED}
+    for name in _COUNTED:
+        counts = sums.get(name, {})
+        total[name] = counts | {reason: counts.get(reason, 0) + count for reason, count in run[name].items()}
+    return total
 
 
 def load_last_run() -> dict[str, Any]:
-    """Return the JSON of the report that was kept last, and "ended", in seconds since 1970.
+    """Return the JSON of the report that was kept last, "ended", in seconds since 1970, and the sums of "all" runs.
 
     A BucketsError if no run has ended on this node yet; it is a CacheError if this cannot be read or believed.
     """

@@ -19,6 +19,8 @@ from nanogpt_buckets.errors import (
 )
 from nanogpt_buckets.store.manifest import Manifest
 
+# The tiers of a store.
+CACHE, LAYER, REMOTE = "cache", "layer", "remote"
 ELSEWHERE = "choose another directory with --cache-dir or NANOGPT_BUCKETS_CACHE_DIR"
 
 
@@ -50,12 +52,13 @@ _ERRORS: dict[Status, type[CacheError]] = {
 class Verified:
     """An entry whose every byte was read once and is what its digest says; these bytes are what is loaded.
 
-    `signature` is what was beside it, where it is on the way to another place.
+    `signature` is what was beside it, where it is on the way to another place; `tier` is where its bytes came from.
     """
 
     manifest: Manifest
     blobs: Mapping[str, bytes]
     signature: bytes | None = None
+    tier: str = CACHE
 
 
 @dataclass(frozen=True)

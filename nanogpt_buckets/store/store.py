@@ -17,7 +17,7 @@ from nanogpt_buckets import settings
 from nanogpt_buckets.errors import CacheError, UntrustedStore, UsageError
 from nanogpt_buckets.store.directory import Directory
 from nanogpt_buckets.store.entries import Entries, blob_name, entry_name, mark_name, signature_name
-from nanogpt_buckets.store.entry import Found, Miss, Status, Verified
+from nanogpt_buckets.store.entry import CACHE, LAYER, REMOTE, Found, Miss, Status, Verified
 from nanogpt_buckets.store.manifest import Blob, Manifest, is_digest
 from nanogpt_buckets.store.vouch import PLACE, Trust
 
@@ -122,36 +122,30 @@ class Store(Entries):
             TransientError: it cannot be read this time.
             UntrustedStore: others could have written the store.
         """
-        try:
-            return self._read_blob_here(blob)
-        except CacheError:
-            for layer in self.layers:
-                with contextlib.suppress(CacheError):
-                    return layer.read_blob(blob)
-            raise
+        return self._fetch(blob)[0]
 
     def read(self, manifest: Manifest) -> Verified:
         """Read every blob of an entry; what had to be asked for is kept here, if it can be. Raises as `read_blob`."""
-        try:
-            return super().read(manifest)
-        except CacheError:
-            if self.remote is None:
-                raise
-            entry = self._read_below(manifest, self.remote)
-        try:
-            Entries(self.directory, self.trust).publish(manifest, entry.blobs, entry.signature)
-        except (CacheError, ValueError) as error:
-            log.warning("entry %s of %s is used and not kept: %s", manifest.key[:12], self.remote.tier, error)
+        fetched = {blob.role: self._fetch(blob) for blob in manifest.blobs}
+        blobs, tiers = {role: data for role, (data, _) in fetched.items()}, {tier for _, tier in fetched.values()}
+        entry = Verified(manifest, blobs, tier=next((t for t in (REMOTE, LAYER) if t in tiers), CACHE))
+        if self.remote is not None and entry.tier == REMOTE:
+            try:
+                Entries(self.directory, self.trust).publish(manifest, blobs, self.remote.signature(manifest))
+            except (CacheError, ValueError) as error:
+                log.warning("entry %s of %s is used and not kept: %s", manifest.key[:12], self.remote.tier, error)
         return entry
 
-    def _read_below(self, manifest: Manifest, remote: Entries) -> Verified:
-        blobs = {}
-        for blob in manifest.blobs:
-            try:
-                blobs[blob.role] = self.read_blob(blob)
-            except CacheError:
-                blobs[blob.role] = remote.read_blob(blob)
-        return Verified(manifest, blobs, remote.signature(manifest))
+    def _fetch(self, blob: Blob) -> tuple[bytes, str]:
+        """Return a blob, and the tier that had it; what the first of them said if none had."""
+        try:
+            return self._read_blob_here(blob), CACHE
+        except CacheError:
+            for tier, below in (*((LAYER, layer) for layer in self.layers), (REMOTE, self.remote)):
+                if below is not None:
+                    with contextlib.suppress(CacheError):
+                        return below.read_blob(blob), tier
+            raise
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
