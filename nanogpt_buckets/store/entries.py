@@ -16,7 +16,7 @@ from typing import Any
 
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.errors import CacheError, CorruptEntry, UntrustedStore
-from nanogpt_buckets.store.entry import Found, Miss, Status, Verified, manifest_of
+from nanogpt_buckets.store.entry import Found, Miss, Status, Verified
 from nanogpt_buckets.store.manifest import (
     MAX_BYTES,
     Blob,
@@ -138,7 +138,6 @@ class Entries:
             self._put_blob(blob, blobs[blob.role])
         self._put_signature(manifest, signature)  # before the manifest, so that nobody meets that without
         corrupt = stored.status is Status.CORRUPT
-        replaced = self._replaced(manifest) if corrupt else []
         name = entry_name(manifest.family, manifest.key)
         if not self.tier.put(name, data, replace=corrupt):
             # Another process was first. If what it left is damaged already, ours replaces it.
@@ -146,9 +145,8 @@ class Entries:
             if isinstance(stored, Verified):
                 return stored.manifest
             self.tier.put(name, data, replace=True)
-        for left in (*replaced, mark_name(manifest.family, manifest.key)):
-            with contextlib.suppress(CacheError):
-                self.tier.delete(left)
+        with contextlib.suppress(CacheError):
+            self.tier.delete(mark_name(manifest.family, manifest.key))
         self._rejected.pop(manifest.digest, None)
         return manifest
 
@@ -243,19 +241,6 @@ class Entries:
         if isinstance(found, Miss) and found.status not in (Status.ABSENT, Status.CORRUPT):
             raise self.error(found)
         return found
-
-    def _replaced(self, manifest: Manifest) -> list[str]:
-        """Return what is of use to nobody once an entry is replaced: damaged blobs, and the signature."""
-        before = manifest_of(self._look_here(manifest.family, manifest.key))
-        damaged = []
-        if before is not None and before.digest != manifest.digest:
-            damaged.append(signature_name(before.family, before.key, before.digest))
-        for blob in before.blobs if before else ():
-            try:
-                self._read_blob_here(blob)
-            except CorruptEntry:
-                damaged.append(blob_name(blob.sha256))
-        return damaged
 
     def _put_signature(self, manifest: Manifest, signature: bytes | None) -> None:
         if signature is not None:

@@ -400,6 +400,30 @@ def test_the_loser_replaces_a_winner_that_is_damaged(store, monkeypatch):
     assert look(store, loser).manifest == loser
 
 
+def test_of_two_who_replace_a_damaged_entry_the_last_is_whole(store, entry, monkeypatch):
+    """One has mended a library that the other found damaged, and comes last."""
+    spoil(blob_path(store, entry.blobs[0]), b"damaged")
+    last, other = Store(store.root), Store(store.root)
+    really, late = other.directory.put, []
+
+    def postponed(name, data, **how):
+        return late.append((name, data)) if name.startswith("entries/") else really(name, data, **how)
+
+    def meanwhile(name, data, **how):
+        if name.startswith("entries/"):
+            last.publish(*make("one"))
+        return really(name, data, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(last.directory, "put", postponed)
+        patch.setattr(other.directory, "put", meanwhile)
+        other.publish(*make("two"))
+    for name, data in late:
+        really(name, data, replace=True)
+
+    assert look(store, entry).manifest == entry
+
+
 def test_old_staged_files_are_swept_and_young_ones_are_not(store, entry):
     tmp = store.root / "v1/tmp"
     for name, hours in (("old", 25), ("young", 23), ("future", -48)):
