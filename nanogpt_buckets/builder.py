@@ -19,7 +19,7 @@ from nanogpt_buckets.backends import host, worker
 from nanogpt_buckets.backends.base import TUNINGS, Artifact, Backend, BuildRequest
 from nanogpt_buckets.built import BuildReport, BuildRow
 from nanogpt_buckets.choice import Choice, Options, choose, remember_plan
-from nanogpt_buckets.errors import BackendUnavailable, BucketsError, ChildFailed, CompileFailed, UsageError
+from nanogpt_buckets.errors import BackendUnavailable, BucketsError, CacheError, ChildFailed, CompileFailed, UsageError
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.node import failures
 from nanogpt_buckets.plan.bucket import Bucket, Plan
@@ -98,10 +98,12 @@ def build_missing(
     shard: tuple[int, int] | None = None,
     on_progress: Listener | None = None,
     retry: bool = True,
+    unkept: dict[Bucket, Verified] | None = None,
 ) -> BuildReport:
     """Do what `build` says for a choice that is made already.
 
-    Without `retry`, what this node failed to compile within the last hour fails at once.
+    Without `retry`, what this node failed to compile within the last hour fails at once. What was compiled and could
+    not be published is put into `unkept`, if that is given, and counts as compiled.
     """
     backend, target = choice.compiler, choice.build_target
     if jobs is not None and jobs < 1:
@@ -124,7 +126,7 @@ def build_missing(
         return BuildReport(choice.model.name, backend.name, target, choice.store.root)
     plan = Plan(own)
     try:
-        builder = _Builder(choice, executor, tune, on_progress or (lambda bucket, phase: None), retry)
+        builder = _Builder(choice, executor, tune, on_progress or (lambda bucket, phase: None), retry, unkept)
         rows = builder.run(plan, jobs)
     except KeyboardInterrupt:
         selection = Selection(choice)
@@ -132,7 +134,8 @@ def build_missing(
         if finished:
             remember_plan(choice, Plan(finished))
         raise
-    remember_plan(choice, plan)
+    if kept := [bucket for bucket in plan if bucket not in (unkept or ())]:
+        remember_plan(choice, Plan(kept))
     if lock is not None and len(builder.manifests) == len(plan):
         write_lock(lock.path, [builder.manifests[bucket] for bucket in plan], choice.replaces)
     return BuildReport(choice.model.name, backend.name, target, choice.store.root, rows)
@@ -174,8 +177,9 @@ class _Builder:
     """One run of `build`: finds what is missing, compiles it, publishes it."""
 
     def __init__(
-        self, choice: Choice, executor: Executor | None, tune: str, on_progress: Listener, retry: bool
-    ) -> None:
+        self, choice: Choice, executor: Executor | None, tune: str, on_progress: Listener, retry: bool,
+        unkept: dict[Bucket, Verified] | None,
+    ) -> None:  # fmt: skip
         self._choice = choice
         self._store = choice.store
         self._selection = Selection(choice)
@@ -183,6 +187,7 @@ class _Builder:
         self._tune = tune
         self._tell = on_progress
         self._retry = retry
+        self._unkept = unkept
         self._stopped = False
         self.manifests: dict[Bucket, Manifest] = {}  # of what is built
         self._elsewhere: set[Future[Artifact]] = set()  # what the executor was asked for
@@ -242,16 +247,22 @@ class _Builder:
         start = time.monotonic()
         parts = self._choice.key_parts(bucket)
         assert parts is not None
-        name = key.digest(parts)
+        name, why = key.digest(parts), ""
         try:
             with self._store.directory.locked(name, _LOCK_TIMEOUT_S, self._waiting(bucket)):
                 adopted = self._hit(bucket, time.monotonic() - start)
                 if adopted is not None:
                     return adopted
-                if not self._retry and (why := failures.recall(name)):
-                    raise CompileFailed(why, hint=f"to try again: {self._choice.build_command([bucket])}")
+                if not self._retry and (before := failures.recall(name)):
+                    raise CompileFailed(before, hint=f"to try again: {self._choice.build_command([bucket])}")
                 artifact = self._compile(bucket)
-                manifest = self._store.publish(self._manifest(parts, artifact), artifact.blobs)
+                manifest = self._manifest(parts, artifact)
+                try:
+                    manifest = self._store.publish(manifest, artifact.blobs)
+                except CacheError as error:
+                    if self._unkept is None:
+                        raise
+                    self._unkept[bucket], why = Verified(manifest, artifact.blobs), error.message
         except BucketsError as error:
             if not self._stopped:
                 self._tell(bucket, "failed")
@@ -263,7 +274,7 @@ class _Builder:
         failures.forget(name)
         self._tell(bucket, "compiled")
         seconds, peak = time.monotonic() - start, manifest.stats.get("peak_bytes", 0)
-        return BuildRow(bucket, "compiled", name, seconds, manifest.size, peak)
+        return BuildRow(bucket, "compiled", name, seconds, manifest.size, peak, why)
 
     def _waiting(self, bucket: Bucket) -> Callable[[], bool]:
         """Return what is asked, while another process compiles the same bucket, whether to go on waiting."""

@@ -13,9 +13,10 @@ from nanogpt_buckets.plan.bucket import Bucket
 class BuildRow:
     """What became of one bucket.
 
-    `state` is "hit", "compiled" or "failed". `why`, `hint` and `log` say why it failed, what to do, and what the
-    compiler last said. `seconds` is the time this build spent on it, `size_bytes` what its blobs weigh,
-    `peak_bytes` the memory of the largest process that compiled and checked it, 0 where this build did not.
+    `state` is "hit", "compiled" or "failed". `why`, `hint` and `log` say why it failed, or was compiled and could not
+    be published, what to do, and what the compiler last said. `seconds` is the time this build spent on it,
+    `size_bytes` what its blobs weigh, `peak_bytes` the memory of the largest process that compiled and checked it, 0
+    where this build did not.
     """
 
     bucket: Bucket

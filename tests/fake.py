@@ -63,15 +63,19 @@ def choice_of(model, root, *, compiler="1.0", target=None, dtype="float32") -> C
     return Choice(opened, Fake(opened.architecture, compiler), dtype, Store(Path(root)), target)
 
 
-def publish(choice: Choice, bucket: Bucket, word: str = "code", *, gate=None, **requires) -> Manifest:
-    """Put an entry into the choice's store, under the key it would build under."""
+def compiled(choice: Choice, bucket: Bucket, word: str = "code", *, gate=None, **requires) -> Artifact:
+    """Return what the compiler would have made of a bucket."""
     interface = step_named(bucket.step).interface(choice.model.architecture, bucket, choice.dtype)
     tensors = choice.model.weights(choice.dtype).tensors
     weights = tuple(Contract(name, dtype_name(t), tuple(t.shape)) for name, t in sorted(tensors.items()))
-    code, parts = word.encode(), choice.key_parts(bucket)
-    artifact = Artifact(
-        {"code": code}, interface.inputs, interface.outputs, weights, requires, {}, gate or {"version": 2}
-    )
+    code = {"code": word.encode()}
+    return Artifact(code, interface.inputs, interface.outputs, weights, requires, {}, gate or {"version": 2})
+
+
+def publish(choice: Choice, bucket: Bucket, word: str = "code", *, gate=None, **requires) -> Manifest:
+    """Put an entry into the choice's store, under the key it would build under."""
+    artifact, parts = compiled(choice, bucket, word, gate=gate, **requires), choice.key_parts(bucket)
+    code = artifact.blobs["code"]
     blobs = (Blob("code", sha256(code).hexdigest(), len(code)),)
     manifest = Manifest(
         family=choice.family,

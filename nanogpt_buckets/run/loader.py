@@ -24,7 +24,7 @@ from nanogpt_buckets.node.records import MARK_HEAD, MARKS
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import step_named
-from nanogpt_buckets.store.entry import Verified
+from nanogpt_buckets.store.entry import Miss, Status, Verified
 from nanogpt_buckets.store.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -96,15 +96,17 @@ class Uncompiled(Loader):
 
 
 class Compiled(Loader):
-    """The entries of the choice's store, as they were when it was last read."""
+    """The entries of the choice's store, as they were when it was last read, and those that it could not keep."""
 
     def __init__(self, choice: Choice) -> None:
         super().__init__(choice)
         self.selection = Selection(choice)
+        self.unkept: dict[Bucket, Verified] = {}
+        self.origins: dict[Bucket, tuple[str, float]] = {}  # the tier a bucket came from; how long compiling it took, s
 
     def has(self, bucket: Bucket) -> bool:
         """Whether there is an entry that says it runs here."""
-        return bucket in self.selection.usable
+        return bucket in self.unkept or bucket in self.selection.usable
 
     def ask(self) -> bool:
         """Look also in the store's remote, if there is one; False if that changes nothing."""
@@ -118,9 +120,10 @@ class Compiled(Loader):
         """Load the first entry that can be, best first."""
         self.weights  # noqa: B018  what this node cannot prepare is no entry's fault
         refused: CacheError | None = None
-        for manifest in self.selection.usable.get(bucket, ()):
+        own = self.unkept.get(bucket)
+        for manifest in [own.manifest] if own else self.selection.usable.get(bucket, ()):
             try:
-                return self._load(bucket, manifest)
+                return self._load(bucket, own or self.choice.store.read(manifest))
             except CacheError as error:
                 log.warning("bucket %s, entry %s: %s", bucket, manifest.key[:12], error.message)
                 refused = error
@@ -129,11 +132,10 @@ class Compiled(Loader):
             refused.hint = self.choice.build_command([bucket])
         raise refused
 
-    def _load(self, bucket: Bucket, manifest: Manifest) -> Executable:
+    def _load(self, bucket: Bucket, entry: Verified) -> Executable:
         from nanogpt_buckets.steps import gate
 
-        weights, start = self.weights, time.perf_counter()
-        artifact = artifact_of(self.choice.store.read(manifest))
+        weights, manifest, artifact, start = self.weights, entry.manifest, artifact_of(entry), time.perf_counter()
         interface = step_named(bucket.step).interface(self.choice.model.architecture, bucket, self.choice.dtype)
         mark = "-".join([weights.digest[:MARK_HEAD], *(blob.sha256[:16] for blob in manifest.blobs)])
         known = MARKS.find(mark) == {"gate": gate.VERSION}
@@ -157,7 +159,15 @@ class Compiled(Loader):
             self.choice.store.reject(manifest, error.message)
             raise CorruptEntry(f"{error.message}; the entry is rejected") from error
         self.choice.store.mark_used(manifest)
+        self.origins[bucket] = entry.tier, manifest.stats.get("compile_ms", 0) / 1000
         return executable
+
+    def why_not(self, bucket: Bucket) -> str:
+        """Say in a word why a bucket cannot be loaded."""
+        if bucket in self.refused:
+            return Miss.of(self.refused[bucket]).status
+        found = self.selection.ranked.get(bucket, [])
+        return next((entry.status for entry in found if isinstance(entry, Miss)), Status.ABSENT)
 
     def _check(self, executable: Executable, bucket: Bucket, manifest: Manifest) -> None:
         """Compare with the eager model: the first time these weights meet this artifact on this node.

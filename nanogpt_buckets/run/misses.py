@@ -27,6 +27,7 @@ from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, Span, buckets_used, need
 from nanogpt_buckets.run.loader import Compiled, Loader
 from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.selection import Selection, explain_miss
+from nanogpt_buckets.store.entry import Verified
 from nanogpt_buckets.values import shown
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Buckets:
         self._builds = on_miss == "build" and self._compiled is not None and not locked
         self._on_progress = on_progress
         self._said: set[Bucket] = set()
+        self._missed: set[Bucket] = set()
         self._built_here: set[Bucket] = set()
         self._chosen = plan is not None
         self._given = plan
@@ -207,8 +209,15 @@ class Buckets:
     def _load(self, bucket: Bucket) -> bool:
         new = bucket not in self._loader.loaded
         done = self._loader.load(bucket)
-        self._report.hits += new and done and self._compiled is not None and bucket not in self._built_here
+        if new and done and self._compiled is not None and bucket not in self._built_here:
+            self._report.count_hit(*self._compiled.origins[bucket])
         return done
+
+    def _count_misses(self, buckets: Iterable[Bucket]) -> None:
+        for bucket in set(buckets) - self._missed:
+            self._missed.add(bucket)
+            if self._compiled is not None:
+                self._report.count_miss(self._compiled.why_not(bucket))
 
     # --- misses -------------------------------------------------------------------------------------------------------
 
@@ -226,6 +235,7 @@ class Buckets:
             wanted = sorted({*wanted, *(Bucket(1, rung_for(need[step], self._block_size), step) for step in lacking)})
         missing = [b for b in sorted(call(wanted)) if not self._compiled.has(b) or not self._load(b)]
         if missing:
+            self._count_misses(missing)
             try:
                 self._build(self._compiled, missing)
             except _UNBUILT as error:
@@ -235,12 +245,18 @@ class Buckets:
                 return
         if wanted != self._plan:
             self._plan = wanted
-            remember_plan(self._choice, Plan(wanted))
+            if kept := [bucket for bucket in wanted if bucket not in self._compiled.unkept]:
+                remember_plan(self._choice, Plan(kept))
 
     def _build(self, compiled: Compiled, missing: list[Bucket]) -> None:
         compiled.weights  # noqa: B018  without them there is no use in compiling
         log.warning("compiling for %s first: %s", self._choice.model.name, ", ".join(map(str, missing)))
-        built = build_missing(self._choice, missing, on_progress=self._on_progress, retry=False)
+        unkept: dict[Bucket, Verified] = {}
+        built = build_missing(self._choice, missing, on_progress=self._on_progress, retry=False, unkept=unkept)
+        if unkept and not compiled.unkept:
+            why = next(row.why for row in built.rows if row.bucket in unkept)
+            log.warning("%s; what is compiled runs all the same, this time", why)
+        compiled.unkept |= unkept
         compiled.selection = Selection(self._choice)  # the store as it is now
         compiled.forgive([row.bucket for row in built.rows if row.state != "failed"])
         for row in built.rows:
@@ -256,6 +272,7 @@ class Buckets:
         lacking = {bucket for bucket in self._plan if bucket not in self._loader.loaded}
         missed = lacking & call(sorted({*self._plan, *used})) if lacking else set()
         self._report.promotions += bool(missed)
+        self._count_misses(missed)
         for bucket in sorted(missed - self._said):
             state = "damaged" if bucket in self._loader.refused else "not built"
             command = self._choice.build_command([bucket])
@@ -270,4 +287,5 @@ class Buckets:
         lacking = [
             b for b in self._plan if not self._compiled.has(b) and b.holds(1, need) and (b.step == step or not need)
         ]
+        self._count_misses(lacking)
         return explain_miss(self._choice, self._compiled.selection, what, lacking, need, step)

@@ -6,8 +6,10 @@ import logging
 import re
 
 import pytest
-from fake import choice_of, damage, publish
+from fake import choice_of, compiled, damage, publish
 
+from nanogpt_buckets import builder as building
+from nanogpt_buckets.backends.base import BuildRequest
 from nanogpt_buckets.built import BuildReport, BuildRow
 from nanogpt_buckets.choice import default_plan, remember_plan
 from nanogpt_buckets.errors import (
@@ -23,9 +25,12 @@ from nanogpt_buckets.errors import (
 )
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.run import misses
+from nanogpt_buckets.run.dispatch import reach
 from nanogpt_buckets.run.loader import Compiled, Uncompiled
 from nanogpt_buckets.run.misses import Buckets
 from nanogpt_buckets.run.report import Report
+from nanogpt_buckets.store.plans import Plans
+from nanogpt_buckets.store.store import Store
 
 B8, B16, B32, B100 = (Bucket(1, n) for n in (8, 16, 32, 100))
 
@@ -198,6 +203,33 @@ def test_what_turns_out_damaged_is_built_again(buckets, builder, choice):
 
     assert one.cover([(5, 5)])[1] == [B8]
     assert builder.asked == [[B8]]
+
+
+@pytest.mark.parametrize("error", [TransientError("no space left"), CacheError("read-only"), UntrustedStore("open")])
+def test_what_was_compiled_and_cannot_be_kept_runs_all_the_same_and_that_is_said_once(
+    buckets, choice, report, monkeypatch, caplog, error
+):
+    asked = []
+
+    def compile_bucket(request, on_event):
+        asked.append(BuildRequest.from_json(request).bucket)
+        return compiled(choice, asked[-1])
+
+    def refuse(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(building, "compile_bucket", compile_bucket)
+    monkeypatch.setattr(Store, "publish", refuse)
+    monkeypatch.setattr(Plans, "change", refuse)
+    one = buckets([B8, B16], on_miss="build")
+
+    for until in (14, 14, 25, 25):
+        assert reach(one.cover([(5, until)])[1], {"recompute": until})
+    assert len(asked) == len(set(asked)) == 3, "each once"
+    assert (report.compiled, report.hits, report.promotions) == (3, 0, 0)
+    assert choice.backend.opened == ["code"] * 3
+    said = [record.message for record in caplog.records if error.message in record.message]
+    assert said == [f"{error.message}; what is compiled runs all the same, this time"]
 
 
 # --- both -------------------------------------------------------------------------------------------------------------
