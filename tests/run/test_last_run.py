@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -77,3 +78,38 @@ def test_an_engine_that_ran_nothing_leaves_the_report_before(demo_cache):
     Engine.load("demo", cache_dir=demo_cache).close()
 
     assert load_last_run()["backend"] == "eager"
+
+
+def test_runs_add_up():
+    for n in range(3):
+        made = report(n)
+        made.count_hit("cache", 2.5)
+        made.count_hit("remote", 1.0)
+        made.count_miss("missing")
+        save_last_run(made)
+
+    run = load_last_run()
+    assert (run["hits"], run["tiers"], run["misses"], run["saved_s"]) == (
+        2,
+        {"cache": 1, "remote": 1},
+        {"missing": 1},
+        3.5,
+    )
+    sums = run["all"]
+    assert (sums["runs"], sums["hits"], sums["new_tokens"], sums["saved_s"]) == (3, 6, 3, 10.5)
+    assert (sums["tiers"], sums["misses"]) == ({"cache": 3, "remote": 3}, {"missing": 3})
+    assert sums["since"] <= run["ended"]
+
+
+def test_runs_that_end_at_once_are_all_counted():
+    """Each in a process of its own."""
+    children = []
+    for _ in range(8):
+        if not (child := os.fork()):
+            save_last_run(report())
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+    assert load_last_run()["all"]["runs"] == 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 from fake import choice_of, compiled, damage, publish
@@ -100,6 +101,24 @@ def test_a_damaged_bucket_is_promoted_and_said_to_be_damaged(buckets, choice, ca
 
     assert buckets([B8, B32]).cover([(5, 5)])[1] == [B32]
     assert "1x8 is damaged" in caplog.text
+
+
+def test_where_hits_came_from_and_why_others_were_missed_is_counted_once(choice, report, tmp_path):
+    """A layer has one, the cache another, damaged, and the third is nowhere."""
+    layer = replace(choice, store=Store(tmp_path / "layer"))
+    publish(layer, B16, "other code")
+    damage(choice, publish(choice, B8))
+    both = replace(choice, store=Store(choice.store.root, layers=[layer.store.root]))
+    buckets = Buckets(Compiled(both), [B8, B16, B32], report, "promote", None)
+
+    for length in (6, 6, 14):
+        buckets.cover([(length, length + 1)])
+
+    assert (report.hits, report.tiers, report.misses) == (1, {"layer": 1}, {"corrupt": 1})
+    with pytest.raises(CacheMiss):
+        buckets.cover([(30, 31)])
+    assert report.misses == {"corrupt": 1, "missing": 1}
+    assert report.saved_s == 0, "nothing says how long compiling it took"
 
 
 @pytest.mark.parametrize(("plan", "built"), [([B8], []), (None, []), ([B8], [B32])])
