@@ -1,8 +1,8 @@
-"""What works on this machine and what is wrong: versions, processor, backend, compiler, and the two directories.
+"""What works on this machine and what is wrong: versions, processor, backend, compiler, and the places it keeps things.
 
 Every finding is a fact with a verdict; what is wrong comes with the way out. Changes nothing, except that it may find
-out where this node's own directory is. Knows nothing of models, of any one backend, nor of how findings
-are shown.
+out where this node's own directory is, and that a place which is named is tried: what is written there for that goes
+again. Knows nothing of models, of any one backend, nor of how findings are shown.
 """
 
 from __future__ import annotations
@@ -22,9 +22,15 @@ from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.findings import Finding, Verdict
 from nanogpt_buckets.mounts import Mount, mount_of
 from nanogpt_buckets.node import prune, sources
-from nanogpt_buckets.store.entry import Miss, Status
+from nanogpt_buckets.owners import doubted
+from nanogpt_buckets.store.entries import Entries
+from nanogpt_buckets.store.entry import Miss, Status, manifest_of
+from nanogpt_buckets.store.objects import Objects
+from nanogpt_buckets.store.probe import probe_directory, probe_objects
 from nanogpt_buckets.store.store import Store
-from nanogpt_buckets.store.trust import check_all
+from nanogpt_buckets.store.transfer import is_directory, place_of
+from nanogpt_buckets.store.trust import check_all, why_shared
+from nanogpt_buckets.store.vouch import Trust
 from nanogpt_buckets.versions import installed
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken", "safetensors")
@@ -37,13 +43,23 @@ _LOW_BYTES = 200_000_000
 _LOW_FILES = 1000
 
 
-def examine(cache_dir: Path) -> list[Finding]:
-    """Look at this machine and at one cache directory; never raises for what it finds."""
+def examine(place: str | None = None) -> list[Finding]:
+    """Look at this machine and at where entries are; never raises for what it finds.
+
+    Args:
+        place: a directory, a tar file or a URL, as `place_of` takes it, which is tried, too; None for the default
+            cache directory, which is looked at.
+
+    Raises:
+        UsageError: there can be no such directory.
+    """
+    directory = None if place is not None and not is_directory(place) else settings.cache_dir(place)
     return [
         *_versions(),
         *_machine(),
         *_backend(),
-        *_cache(cache_dir),
+        *(_elsewhere(str(place)) if directory is None else _cache(directory)),
+        *(probe_directory(directory) if directory is not None and place is not None else ()),
         *_node(),
         *_directory("temporary", Path(tempfile.gettempdir()), needed_to="build"),
         *(Finding("environment", name, os.environ[name]) for name in _VARIABLES if name in os.environ),
@@ -112,24 +128,48 @@ def _backend() -> Iterator[Finding]:
 
 def _cache(path: Path) -> Iterator[Finding]:
     yield from _directory("cache", path, needed_to="build into it")
+    shared = why_shared(path)
     try:
         check_all(path)
         if path.is_dir():
             yield Finding("cache", "trust", "only you or root can write it")
-            yield _content(Store(path))
         else:
             yield Finding("cache", "content", "there is no cache here yet")
     except BucketsError as error:
         yield Finding("cache", "trust", error.message, Verdict.PROBLEM, error.hint or "")
+        if not shared:
+            return
+    if path.is_dir():
+        hint = "nanogpt-buckets cache verify names them; the next build replaces them"
+        yield _content(Store(path, Trust(looks=bool(shared))), hint)
 
 
-def _content(store: Store) -> Finding:
+def _elsewhere(place: str) -> Iterator[Finding]:
+    """Say what a tar file or an object store holds, or why it cannot be used."""
+    yield Finding("cache", "place", place)
+    try:
+        entries = place_of(place, Trust(looks=True))
+        if isinstance(entries.tier, Objects):
+            yield from probe_objects(entries.tier)
+            return
+        doubt = doubted(Path(str(entries.tier)), "cache pull takes the lock file: --locked FILE")
+        text = doubt.message if doubt else "only you or root can write it"
+        yield _judged("cache", "trust", text, doubt is not None, (doubt.hint if doubt else None) or "")
+        yield _content(entries, "take it again from where it was written: nanogpt-buckets cache push FILE.tar")
+    except BucketsError as error:
+        yield Finding("cache", "place", error.message, Verdict.PROBLEM, error.hint or "")
+
+
+def _content(entries: Entries, hint: str) -> Finding:
     """Count entries and bytes; manifests are read, blobs are not."""
-    found = [store.glance(entry) for entry in store.entries()]
-    size = sum(path.stat().st_size for path in store.blob_paths() if path.exists())
+    try:
+        found = [entries.glance(entry) for entry in entries.entries()]
+    except BucketsError as error:
+        return Finding("cache", "content", error.message, Verdict.PROBLEM, error.hint or "")
+    blobs = {blob for manifest in filter(None, map(manifest_of, found)) for blob in manifest.blobs}
     damaged = sum(isinstance(entry, Miss) and entry.status is Status.CORRUPT for entry in found)
-    text = f"{len(found)} entries, {size / 1e6:.1f} MB of compiled code" + (f", {damaged} damaged" if damaged else "")
-    hint = "nanogpt-buckets cache verify names them; the next build replaces them"
+    text = f"{len(found)} entries, {sum({b.sha256: b.size for b in blobs}.values()) / 1e6:.1f} MB of compiled code"
+    text += f", {damaged} damaged" if damaged else ""
     return _judged("cache", "content", text, damaged > 0, hint, Verdict.PROBLEM)
 
 

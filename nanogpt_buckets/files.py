@@ -162,7 +162,7 @@ def sweep(directory: Path, *, older_than_s: float) -> None:
         for file in found:
             with contextlib.suppress(OSError):
                 if file.stat(follow_symlinks=False).st_mtime < oldest:
-                    os.unlink(file.path)
+                    remove(Path(file.path))
 
 
 @dataclass(frozen=True)

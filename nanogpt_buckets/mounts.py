@@ -15,6 +15,8 @@ _NETWORK = frozenset(
     ("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs", "wekafs")
 )
 _NETWORK_STARTS = ("virtiofs", "fuse.gcs", "fuse.glusterfs", "fuse.mount-s3", "fuse.s3", "fuse.sshfs")
+# What acdirmax is where the table does not say it.
+_NFS_KEEPS_S = 60
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,14 @@ class Mount:
     def network(self) -> bool:
         """Whether other machines see the same files."""
         return self.kind in _NETWORK or self.kind.startswith(_NETWORK_STARTS)
+
+    @property
+    def names_kept_s(self) -> int:
+        """For how long this machine may not see what another one named; 0 if it sees that at once or nobody knows."""
+        if not self.kind.startswith("nfs") or self.options & {"noac", "lookupcache=none", "lookupcache=pos"}:
+            return 0
+        said = [option.removeprefix("acdirmax=") for option in self.options if option.startswith("acdirmax=")]
+        return int(said[0]) if said and said[0].isdecimal() else _NFS_KEEPS_S
 
 
 def mount_of(path: Path) -> Mount:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
-from nanogpt_buckets import settings
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import DIRECTORY, output_options
+from nanogpt_buckets.cli.options import output_options
 from nanogpt_buckets.doctor import examine
 from nanogpt_buckets.findings import Verdict
 
 
 @click.command()
-@click.argument("path", required=False, type=DIRECTORY)
+@click.argument("place", required=False, metavar="[PATH|URL]")
 @output_options
-def doctor(path: Path | None, as_json: bool) -> int:
+def doctor(place: str | None, as_json: bool) -> int:
     """Say what works on this machine and what is wrong, and how to mend it. Exit 1 if something is wrong.
 
-    PATH is a cache directory to look at instead of the default one. Nothing is changed.
+    PATH is a cache directory, or a tar file of entries, to look at instead of the default directory; URL is
+    s3://BUCKET/PREFIX, gs://... or az://.... What is named is tried, too: a little is written there and removed again,
+    to see how entries are published, whether locks hold, and what time it is there. Without, nothing is changed.
 
     Example: nanogpt-buckets doctor /mnt/shared/buckets
     """
-    findings = examine(settings.cache_dir(path))
+    findings = examine(place)
     counts = {verdict: sum(f.verdict is verdict for f in findings) for verdict in Verdict}
     if as_json:
         facts = [asdict(finding) for finding in findings]

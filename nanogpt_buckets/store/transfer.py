@@ -40,6 +40,11 @@ def is_archive(place: str) -> bool:
     return place.endswith(".tar") and "://" not in place
 
 
+def is_directory(place: str) -> bool:
+    """Whether a place is a cache directory, there or not."""
+    return "://" not in place and not is_archive(place)
+
+
 def place_of(place: str, trust: Trust) -> Entries:
     """Return the entries in a cache directory, in an object store by its URL, or in a file that ends in .tar.
 

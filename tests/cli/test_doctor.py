@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,9 @@ from nanogpt_buckets.cli import main
 from nanogpt_buckets.findings import Finding
 from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.mounts import Mount
+from nanogpt_buckets.store import objects
+from nanogpt_buckets.store.store import Store
+from nanogpt_buckets.store.transfer import move_to_archive
 
 
 @pytest.fixture
@@ -56,14 +61,21 @@ def tried_once(monkeypatch):
     monkeypatch.setattr(InductorBackend, "findings", findings)
 
 
+@pytest.fixture
+def cache(demo_cache, tmp_path) -> Path:
+    """A copy of the demo's cache, to be written to."""
+    return shutil.copytree(demo_cache, tmp_path / "place" / "copy")
+
+
 @contextmanager
 def no_compiler(monkeypatch) -> Iterator[None]:
     monkeypatch.setenv("CXX", "no-such-compiler")
     yield
 
 
-def test_a_healthy_machine_has_no_problem_and_every_fact(facts, demo_cache):
-    code, found = facts(str(demo_cache))
+def test_a_healthy_machine_has_no_problem_and_every_fact(facts, demo_cache, monkeypatch):
+    monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(demo_cache))
+    code, found = facts()
 
     assert code == 0
     assert found["versions nanogpt-buckets"]["value"] == __version__
@@ -112,14 +124,94 @@ def test_people_get_a_table_and_the_counts(run):
     assert err.splitlines()[-1].startswith("0 problems, ")
 
 
-def test_it_changes_nothing(run, demo_cache):
-    before = {path: path.stat().st_mtime_ns for path in demo_cache.rglob("*")}
+def all_times(cache: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
 
-    run(str(demo_cache))
-    run(str(demo_cache.parent / "not-there"))
 
-    assert {path: path.stat().st_mtime_ns for path in demo_cache.rglob("*")} == before
-    assert not (demo_cache.parent / "not-there").exists()
+def test_it_changes_nothing(run, demo_cache, monkeypatch):
+    for place in (demo_cache, demo_cache.parent / "not-there"):
+        monkeypatch.setenv("NANOGPT_BUCKETS_CACHE_DIR", str(place))
+        before = all_times(demo_cache)
+
+        run()
+
+        assert all_times(demo_cache) == before
+        assert not (demo_cache.parent / "not-there").exists()
+
+
+def test_a_place_that_is_named_is_tried_and_left_as_it_was(facts, cache):
+    before = all_times(cache)
+
+    code, found = facts(str(cache))
+    missing = facts(str(cache.parent / "not-there"))[1]
+
+    assert code == 0
+    assert found["cache publishing"]["value"].startswith("staged, then linked")
+    assert missing["cache publishing"] == found["cache publishing"]
+    assert found["cache locks"]["verdict"] == "ok"
+    staging = cache / "v1" / "tmp"
+    assert all_times(cache) == before | {staging: staging.stat().st_mtime_ns}
+    assert not (cache.parent / "not-there").exists()
+    assert not [path for path in cache.parent.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("place", ["ftp://x/y", "s3://", "missing.tar", "text.tar"])
+def test_a_place_that_cannot_be_used_is_a_problem_with_the_way_out(facts, tmp_path, place):
+    (tmp_path / "text.tar").write_text("no tar" * 200)
+
+    code, found = facts(place if "://" in place else str(tmp_path / place))
+
+    assert (code, found["cache place"]["verdict"]) == (1, "problem")
+    assert found["cache place"]["hint"]
+
+
+def test_an_object_store_that_does_not_answer_is_a_problem(facts, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
+    monkeypatch.setitem(objects._RETRIES, "max_retries", 0)
+
+    code, found = facts("s3://bucket/x")
+
+    assert (code, found["cache reached"]["verdict"]) == (1, "problem")
+    assert found["cache reached"]["value"].startswith("s3://bucket/x cannot be used this time")
+
+
+@pytest.mark.parametrize("how", ["sound", "cut", "open"])
+def test_a_tar_file_is_said_to_hold_its_entries(facts, cache, tmp_path, how):
+    path = tmp_path / "buckets.tar"
+    store = Store(cache)
+    entries = list(store.entries())
+    move_to_archive(store, entries, path, lambda manifest: None)
+    if how == "cut":
+        with tarfile.open(path) as tar:
+            blob = next(member for member in tar if "blobs" in member.name)
+        # a tar file without its first blob, which others wrote once more
+        data = path.read_bytes()
+        end = blob.offset_data + -(-blob.size // 512) * 512
+        path.write_bytes(data[: blob.offset] + data[end:])
+    elif how == "open":
+        path.chmod(0o666)
+
+    code, found = facts(str(path))
+
+    assert code == int(how == "cut")
+    assert found["cache content"]["value"].startswith("2 entries, ")
+    assert found["cache content"]["value"].endswith(", 1 damaged") == (how == "cut")
+    assert found["cache trust"]["verdict"] == ("warning" if how == "open" else "ok")
+    assert ("--locked FILE" in found["cache trust"]["hint"]) == (how == "open")
+
+
+def test_a_cache_that_a_team_shares_is_named_with_the_way_to_share_it(facts, cache):
+    for path in (cache, *cache.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o070)
+
+    code, found = facts(str(cache))
+
+    assert (code, found["cache trust"]["verdict"]) == (1, "problem")
+    assert found["cache trust"]["hint"].startswith("share it with a lock file (build --lock FILE, then --locked FILE)")
+    assert found["cache content"]["value"].startswith("2 entries, ")
+    assert found["cache publishing"]["verdict"] == "ok"
 
 
 def test_a_cache_others_can_write_is_a_problem_with_the_command_that_mends_it(run, facts, tmp_path):
