@@ -140,7 +140,7 @@ def _cache(path: Path) -> Iterator[Finding]:
         if not shared:
             return
     if path.is_dir():
-        hint = "nanogpt-buckets cache verify names them; the next build replaces them"
+        hint = "nanogpt-buckets cache verify --repair mends them; the next build replaces what it needs"
         yield _content(Store(path, Trust(looks=bool(shared))), hint)
 
 

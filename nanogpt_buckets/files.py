@@ -171,7 +171,7 @@ class Doomed:
 
     Args:
         path: the file.
-        what: "entry", "blob", "weights" or "leftover".
+        what: "entry", "blob", "plan", "weights" or "leftover".
         name: the key of an entry, else the file's name.
         why: in words.
         bytes: its size.

@@ -1,11 +1,10 @@
-"""`nanogpt-buckets cache`: dir, ls, show, verify, rm, prune; push and pull are in transfer.py. Imports no torch."""
+"""`nanogpt-buckets cache`: dir, ls, show, rm, prune; others are in transfer.py and verify.py. Imports no torch."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,19 @@ import click
 from nanogpt_buckets import child, settings
 from nanogpt_buckets.backends import BACKENDS, backend_for
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import SIZE, TIME_SPAN, added, cache_dir_option, output_options
+from nanogpt_buckets.cli.deletion import carry_out, deletion_options, open_store
+from nanogpt_buckets.cli.options import SIZE, TIME_SPAN, cache_dir_option, output_options
 from nanogpt_buckets.cli.transfer import pull, push
-from nanogpt_buckets.errors import BucketsError, CacheError, CorruptEntry, UsageError
+from nanogpt_buckets.cli.verify import verify
+from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.key import leaves
 from nanogpt_buckets.node import prune as node_prune
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.entry import Found, Miss, Verified, manifest_of
 from nanogpt_buckets.store.lockfile import read_lock
 from nanogpt_buckets.store.plans import Plans
-from nanogpt_buckets.store.prune import Deletion, delete, plan_prune, plan_removal
+from nanogpt_buckets.store.prune import plan_prune, plan_removal
 from nanogpt_buckets.store.store import Store
-from nanogpt_buckets.store.trust import why_shared
-from nanogpt_buckets.store.verify import verify as verify_store
-from nanogpt_buckets.store.vouch import Trust
 
 # What an entry is called that is in order as far as was looked.
 _STORED = "stored"
@@ -41,6 +39,7 @@ def cache() -> None:
 
 cache.add_command(push)
 cache.add_command(pull)
+cache.add_command(verify)
 
 
 @cache.command("dir")
@@ -61,7 +60,7 @@ def ls(cache_dir: Path | None, as_json: bool) -> None:
 
     Example: nanogpt-buckets cache ls --json
     """
-    store = _open(cache_dir)
+    store = open_store(cache_dir)
     pins = Plans(store).pins().buckets
     rows = [_row(store, entry, store.glance(entry), pins) for entry in store.entries()]
     if as_json:
@@ -88,7 +87,7 @@ def show(key: str, cache_dir: Path | None, as_json: bool) -> None:
 
     Example: nanogpt-buckets cache show 02e44f249430
     """
-    store = _open(cache_dir)
+    store = open_store(cache_dir)
     described = _described(store, store.find(key))
     if as_json:
         output.document(described)
@@ -157,41 +156,8 @@ def _last_used(path: Path) -> int:
 
 
 @cache.command()
-@cache_dir_option
-@output_options
-def verify(cache_dir: Path | None, as_json: bool) -> int:
-    """Read every manifest and blob and compare them with their digests. Exit 4 if anything is damaged.
-
-    Example: nanogpt-buckets cache verify
-    """
-    store = _open(cache_dir)
-    if not store.root.exists():
-        raise CacheError(f"there is no cache in {store.root}", hint="build makes it; --cache-dir names another")
-    blobs = store.blob_paths()
-    with output.progress("verifying", len(blobs)) as advance:
-        result = verify_store(store, on_file=lambda size: advance(1))
-    if as_json:
-        output.document(asdict(result))
-    else:
-        for problem in result.problems:
-            output.data(f"{problem.path}: {problem.what}")
-        found = f"{len(result.problems)} damaged" if result.problems else "all intact"
-        amounts = f"{output.count(result.entries, 'entry', 'entries')}, {output.count(result.blobs, 'blob', 'blobs')}"
-        output.say(f"{amounts}, {output.size(result.bytes)}: {found}")
-        if result.problems:
-            output.say("hint: nanogpt-buckets build replaces what it needs, cache prune deletes the rest")
-    return CorruptEntry.exit_code if result.problems else 0
-
-
-_deletion_options = added(
-    click.option("-n", "--dry-run", is_flag=True, help="Show what would be deleted; delete nothing."),
-    click.option("-y", "--yes", is_flag=True, help="Do not ask."),
-)
-
-
-@cache.command()
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
-@_deletion_options
+@deletion_options
 @cache_dir_option
 @output_options
 def rm(keys: tuple[str, ...], dry_run: bool, yes: bool, cache_dir: Path | None, as_json: bool) -> int:
@@ -201,8 +167,8 @@ def rm(keys: tuple[str, ...], dry_run: bool, yes: bool, cache_dir: Path | None, 
 
     Example: nanogpt-buckets cache rm 02e44f249430 --dry-run
     """
-    store = _open(cache_dir)
-    return _carry_out(store, plan_removal(store, keys), dry_run, yes, as_json)
+    store = open_store(cache_dir)
+    return carry_out(store, plan_removal(store, keys), dry_run, yes, as_json)
 
 
 @cache.command()
@@ -218,7 +184,7 @@ def rm(keys: tuple[str, ...], dry_run: bool, yes: bool, cache_dir: Path | None, 
     "--locked", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
     help="What this lock file names stays, unless it is damaged; may be repeated.",
 )  # fmt: skip
-@_deletion_options
+@deletion_options
 @cache_dir_option
 @output_options
 def prune(
@@ -234,7 +200,7 @@ def prune(
 
     Example: nanogpt-buckets cache prune --older-than 30d --old-toolchains --dry-run
     """
-    store = _open(cache_dir)
+    store = open_store(cache_dir)
     locks = [read_lock(settings.expanded(path, "--locked")) for path in locked]
     size = None if max_size is None else int(max_size)
     with output.progress("reading", sum(1 for _ in store.entries())) as advance:
@@ -248,49 +214,4 @@ def prune(
         deletion = replace(deletion, notes=(*deletion.notes, f"this node's directory is left alone: {error.message}"))
     if not dry_run:
         child.sweep_folders()  # what killed builds left in the temporary directory
-    return _carry_out(store, deletion, dry_run, yes, as_json)
-
-
-def _open(cache_dir: Path | None) -> Store:
-    """Return a store to look at, or to delete from: nothing in it is loaded, so others may write there, too."""
-    root = settings.cache_dir(cache_dir)
-    shared = why_shared(root)
-    if shared:
-        output.say(f"note: {root} {shared}; nothing in it is loaded that no lock file names")
-    return Store(root, Trust(looks=bool(shared)))
-
-
-def _carry_out(store: Store, deletion: Deletion, dry_run: bool, yes: bool, as_json: bool) -> int:
-    """Show what would go, ask, and do it."""
-    if not as_json and deletion.files:
-        names = ((file.what, file.name[:12], output.size(file.bytes), file.why) for file in deletion.files)
-        output.table(("WHAT", "NAME", "SIZE", "WHY"), list(names))
-    for note in deletion.notes:
-        output.say(f"note: {note}")
-    wanted = bool(deletion.files) and not dry_run
-    agreed = wanted and (yes or _agrees(deletion))
-    freed = 0
-    if agreed:
-        with output.progress("deleting", len(deletion.files)) as advance:
-            freed = delete(store, deletion, on_file=lambda file: advance(1))
-    if as_json:
-        files = [asdict(file) | {"path": str(file.path)} for file in deletion.files]
-        output.document({"bytes": deletion.bytes, "deleted": agreed, "freed": freed, "files": files})
-    if not deletion.files:
-        output.say("there is nothing to delete")
-    elif agreed:
-        output.say(f"deleted {output.count(deletion.entries, 'entry', 'entries')}, {output.size(freed)} freed")
-    else:
-        output.say(f"nothing was deleted; {_amount(deletion)} would go")
-    return 1 if wanted and not agreed else 0
-
-
-def _amount(deletion: Deletion) -> str:
-    files = output.count(len(deletion.files), "file", "files")
-    return f"{output.count(deletion.entries, 'entry', 'entries')}, {files}, {output.size(deletion.bytes)}"
-
-
-def _agrees(deletion: Deletion) -> bool:
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UsageError("nobody can be asked here, so deleting needs --yes", hint="--dry-run shows what would go")
-    return click.confirm(f"Delete {_amount(deletion)}?", err=True)
+    return carry_out(store, deletion, dry_run, yes, as_json)

@@ -144,6 +144,11 @@ cache_dir_option = click.option(
     help="Directory of compiled buckets. Default: $NANOGPT_BUCKETS_CACHE_DIR, else the user's cache directory.",
 )  # fmt: skip
 
+layer_option = click.option(
+    "--layer", "layers", multiple=True, type=DIRECTORY, metavar="DIR",
+    help="A further cache directory to look in, never written; may be repeated. Default: $NANOGPT_BUCKETS_LAYERS.",
+)  # fmt: skip
+
 # --model, and the fields of `Options` as one argument, `options`.
 model_options: Callable[[Command], Command] = _together(
     "options",
@@ -162,10 +167,7 @@ model_options: Callable[[Command], Command] = _together(
         "--compiler-args", default="", metavar="FLAGS", help="For neuronx-cc; they are part of a bucket's key."
     ),
     cache_dir_option,
-    click.option(
-        "--layer", "layers", multiple=True, type=DIRECTORY, metavar="DIR",
-        help="A further cache directory to look in, never written; may be repeated. Default: $NANOGPT_BUCKETS_LAYERS.",
-    ),
+    layer_option,
     click.option(
         "--remote", metavar="PLACE",
         help="Where to ask for what is not here: a directory, s3://BUCKET/PREFIX, gs://... or az://... Default: "

@@ -58,7 +58,7 @@ def plan_removal(store: Store, prefixes: Iterable[str]) -> Deletion:
     unplanned = [(name, pin[1]) for entry in found if (pin := _pin(entry)) for name in pins.buckets.get(pin, ())]
     notes = [f"bucket {bucket} goes out of plan {name}" for name, bucket in unplanned]
     chosen = {entry.key: "asked for" for entry in found}
-    return replace(_deletion(store, list(store.entries()), chosen, notes), unplanned=tuple(unplanned))
+    return replace(deletion_of(store, list(store.entries()), chosen, notes), unplanned=tuple(unplanned))
 
 
 def plan_prune(
@@ -116,7 +116,7 @@ def plan_prune(
             what = "cannot be judged" if planned else "are in plans (--planned deletes those too) or cannot be judged"
             what = f"are locked, {what}" if locked else what
             notes.append(f"{left / 1e6:.1f} MB {what}, and stay; asked for at most {max_bytes / 1e6:.1f} MB")
-    return _deletion(store, entries, chosen, notes, all_unused=True)
+    return deletion_of(store, entries, chosen, notes, all_unused=True)
 
 
 def delete(store: Store, deletion: Deletion, on_file: Callable[[Doomed], None] | None = None) -> int:
@@ -170,7 +170,7 @@ def _shrink(entries: list[Manifest], candidates: list[str], chosen: dict[str, st
     return left()
 
 
-def _deletion(
+def deletion_of(
     store: Store,
     entries: list[Found],
     chosen: Mapping[str, str],

@@ -14,10 +14,11 @@ from nanogpt_buckets.store.store import Store
 
 @dataclass(frozen=True)
 class Problem:
-    """A damaged file; `path` is relative to the root."""
+    """A file that is not in order; `path` is relative to the root, and only what is CORRUPT may be replaced."""
 
     path: str
     what: str
+    status: Status = Status.CORRUPT
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def verify(store: Store, on_file: Callable[[int], None] | None = None) -> Verifi
     entries = list(store.entries())
     paths = store.blob_paths()
     sizes: dict[str, int] = {}
+    unread: dict[str, Status] = {}
     problems = []
     for path in paths:
         try:
@@ -47,12 +49,12 @@ def verify(store: Store, on_file: Callable[[int], None] | None = None) -> Verifi
             store.read_blob(Blob("blob", path.name, size))
             sizes[path.name] = size
         except (OSError, CacheError) as error:
-            problems.append(Problem(path.relative_to(store.root).as_posix(), str(error)))
+            unread[path.name] = Miss.of(error).status
+            problems.append(Problem(path.relative_to(store.root).as_posix(), str(error), unread[path.name]))
         if on_file is not None:
             on_file(sizes.get(path.name, 0))
     for entry in entries:
-        path = store.entry_path(entry).relative_to(store.root)
-        problems += [Problem(path.as_posix(), what) for what in _damage(entry, sizes)]
+        problems += _damage(store.entry_path(entry).relative_to(store.root).as_posix(), entry, sizes, unread)
     problems += _damaged_plans(store)
     return Verification(len(entries), len(paths), sum(sizes.values()), tuple(problems))
 
@@ -65,13 +67,14 @@ def _damaged_plans(store: Store) -> Iterator[Problem]:
         except IncompatibleEntry:
             pass  # a newer release's; it is in order as far as this one can tell
         except CacheError as error:
-            yield Problem(f"v1/plans/{name}.json", error.message)
+            yield Problem(f"v1/plans/{name}.json", error.message, Miss.of(error).status)
 
 
-def _damage(entry: Found, sizes: Mapping[str, int]) -> Iterator[str]:
+def _damage(path: str, entry: Found, sizes: Mapping[str, int], unread: Mapping[str, Status]) -> Iterator[Problem]:
     if isinstance(entry, Miss) and entry.status is not Status.INCOMPATIBLE:
-        yield entry.why
+        yield Problem(path, entry.why, entry.status)
     manifest = manifest_of(entry)
     for blob in manifest.blobs if manifest else ():
         if sizes.get(blob.sha256) != blob.size:
-            yield f"{blob.role} ({blob.sha256[:12]}) is missing or damaged"
+            what = f"{blob.role} ({blob.sha256[:12]}) is missing or damaged"
+            yield Problem(path, what, unread.get(blob.sha256, Status.CORRUPT))

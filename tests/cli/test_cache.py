@@ -129,6 +129,67 @@ def test_damage_to_a_library_is_seen_by_show_and_verify_and_unless_it_hides_by_l
     assert json.loads(run("prune", "--dry-run", "--json")[1])["files"][0]["why"].startswith("damaged")
 
 
+@pytest.fixture
+def damaged(cache) -> dict[Path, bytes]:
+    """What the files of the cache were before one library was damaged."""
+    before = content(cache)
+    blob = min((cache / "v1" / "blobs").glob("*/*"))
+    blob.chmod(0o600)
+    blob.write_bytes(b"damaged")
+    return before
+
+
+def content(cache: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+
+
+def test_repair_mends_from_layers_and_says_so_by_its_exit_code(cache, damaged, demo_cache, run, monkeypatch):
+    code, out, err = run("verify", "--repair", "--yes", "--layer", str(demo_cache))
+
+    assert (code, content(cache)) == (0, damaged)
+    assert "written anew from a layer" in out
+    assert "done: mend 1 entry, delete 0 entries, 0 files, 0 B" in err
+    assert err.splitlines()[-1].endswith(": all intact")
+    monkeypatch.setenv("NANOGPT_BUCKETS_LAYERS", str(demo_cache))
+    assert run("verify", "--repair")[0] == 0, "nothing is to be asked"
+
+
+def test_repair_without_layers_takes_away_what_is_damaged_for_build_to_make(cache, damaged, run):
+    before = content(cache)
+    code, out, err = run("verify", "--repair", "--dry-run")
+    assert (code, content(cache)) == (4, before)
+    assert "damaged: library" in out
+    assert "nothing was changed; this would be done: mend 0 entries, delete 1 entry, 2 files" in err
+    assert run("verify", "--repair")[0] == 2, "nobody can be asked"
+    assert content(cache) == before
+
+    document = json.loads(run("verify", "--repair", "--yes", "--json")[1])
+
+    assert (document["entries"], document["problems"]) == (1, [])
+    assert (document["repair"]["done"], document["repair"]["mended"]) == (True, [])
+    assert [file["what"] for file in document["repair"]["files"]] == ["entry", "blob"]
+    assert document["repair"]["freed"] == sum(len(data) for data in before.values()) - sum(
+        map(len, content(cache).values())
+    )
+    assert run("verify")[0] == 0
+
+
+def test_what_cannot_be_repaired_leaves_exit_code_4(cache, run):
+    path = next((cache / "v1" / "blobs").glob("*/*"))
+    path.chmod(0o666)
+
+    code, _, err = run("verify", "--repair", "--yes")
+
+    assert (code, path.exists()) == (4, True)
+    assert "nothing of this can be repaired" in err
+
+
+@pytest.mark.parametrize("option", ["--yes", "--dry-run", "--layer=."])
+def test_what_is_about_repair_needs_it(cache, run, option):
+    code, _, err = run("verify", option)
+    assert (code, "add --repair" in err) == (2, True)
+
+
 def test_a_place_that_is_no_cache_is_not_called_intact(run, tmp_path):
     code, _, err = run("verify", "--cache-dir", str(tmp_path / "nowhere"))
     assert (code, err.split(":")[0]) == (1, "error")

@@ -15,6 +15,7 @@ from store_kit import word
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.store.entry import Status, Verified
 from nanogpt_buckets.store.manifest import Blob, Manifest
+from nanogpt_buckets.store.repair import plan_repair, repair
 from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.verify import verify
 
@@ -97,6 +98,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.entry_path(name).unlink()
         del self.held[name]
         self.damaged.discard(name)
+
+    @rule()
+    def repair(self) -> None:
+        repair(self.store, self.store, plan_repair(self.store, self.store, verify(self.store)))
+        self.held = {name: manifest for name, manifest in self.held.items() if self.word(name) == "verified"}
+        self.damaged.clear()
+        self.bad_blobs.clear()
+        assert verify(self.store).problems == ()
 
     @rule(data=st.data(), how=st.sampled_from(["delete", "empty", "longer", "other"]))
     def damage_blob(self, data: st.DataObject, how: str) -> None:
