@@ -15,6 +15,7 @@ from typing import Any
 
 Parts = Mapping[str, Any]
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _PREFIX = b"nanogpt-buckets v1\n"
 _PACKAGE = Path(__file__).parent
 
@@ -29,8 +30,12 @@ def canonical_json(value: Any) -> bytes:
         TypeError: a float, or anything else whose text could differ between machines, is inside.
     """
     _refuse_ambiguous(value)
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8")
+    return plain_json(value)
+
+
+def plain_json(value: Any) -> bytes:
+    """Return what `canonical_json` does, for what `json.loads` made of a text without floats: nothing else is in it."""
+    return _ENCODER.encode(value).encode("utf-8")
 
 
 def _refuse_ambiguous(value: Any) -> None:
@@ -48,7 +53,12 @@ def _refuse_ambiguous(value: Any) -> None:
 
 def digest(parts: Parts) -> str:
     """Return the 64 hex digits that name these parts."""
-    return hashlib.sha256(_PREFIX + canonical_json(parts)).hexdigest()
+    return digest_of(canonical_json(parts))
+
+
+def digest_of(canonical: bytes) -> str:
+    """Return the 64 hex digits that name the parts whose canonical JSON this is."""
+    return hashlib.sha256(_PREFIX + canonical).hexdigest()
 
 
 def source_digest(*names: str) -> str:

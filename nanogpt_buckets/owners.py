@@ -13,12 +13,13 @@ from pathlib import Path
 
 from nanogpt_buckets.errors import CacheError, TransientError, UntrustedStore
 
+_HAS_USERS = hasattr(os, "geteuid")
 _MOST_LINKS = 40
 
 
 def others(found: os.stat_result) -> str:
     """Say how others could have written a file or directory; "" if only this user or root can, and on Windows."""
-    if not hasattr(os, "geteuid"):
+    if not _HAS_USERS:
         return ""
     if found.st_uid not in (os.geteuid(), 0):
         return f"belongs to user {found.st_uid}"

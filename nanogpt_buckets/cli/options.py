@@ -19,7 +19,7 @@ from nanogpt_buckets.files import read_file
 from nanogpt_buckets.plan.bucket import PURPOSES, Plan
 from nanogpt_buckets.run.options import RNGS, SamplingOptions
 from nanogpt_buckets.settings import expanded
-from nanogpt_buckets.store.manifest import MAX_BYTES, parse
+from nanogpt_buckets.store.document import MAX_BYTES, parse
 from nanogpt_buckets.store.opening import MODES
 from nanogpt_buckets.store.signers import Policy
 from nanogpt_buckets.values import shown

@@ -16,9 +16,9 @@ from typing import Any
 
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.errors import CacheError, CorruptEntry, UntrustedStore
+from nanogpt_buckets.store.document import MAX_BYTES
 from nanogpt_buckets.store.entry import Found, Miss, Status, Verified
 from nanogpt_buckets.store.manifest import (
-    MAX_BYTES,
     Blob,
     Manifest,
     decode,

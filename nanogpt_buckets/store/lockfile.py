@@ -18,7 +18,8 @@ from nanogpt_buckets.errors import CacheError, CorruptEntry, PlanError, UsageErr
 from nanogpt_buckets.files import read_file, replacing
 from nanogpt_buckets.owners import doubted
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.store.manifest import BLOB, Blob, Manifest, bucket_of, check, is_digest, parse, require_format
+from nanogpt_buckets.store.document import check, parse, require_format
+from nanogpt_buckets.store.manifest import BLOB, Blob, Manifest, bucket_of, is_digest
 
 FORMAT = 1
 _MAX_BYTES = 16 << 20

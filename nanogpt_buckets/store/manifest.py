@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.contract import DEFERRED, Contract
-from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry, PlanError
+from nanogpt_buckets.errors import CorruptEntry, PlanError
 from nanogpt_buckets.plan.bucket import STEPS, Bucket
+from nanogpt_buckets.store.document import check, checker, corrupt, parse, require_format
 
 FORMAT = 1
 MARK_FORMAT = 1
-MAX_BYTES = 256 * 1024
-MAX_DEPTH = 8
 
 _HEX = re.compile(r"[0-9a-f]{64}")
-# Neither shown on a terminal, nor written by any release.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _MARK = "the mark that it was rejected"
 _ROLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
@@ -86,7 +82,7 @@ class Manifest:
         """Why it was published without a check, if it was; it is checked when a device first loads it."""
         return self.gate.get(DEFERRED)
 
-    @property
+    @functools.cached_property
     def bucket(self) -> Bucket | None:
         """The bucket it was compiled for; None if only a newer release has such buckets."""
         return bucket_of(self.parts["bucket"])
@@ -117,7 +113,8 @@ def require_digest(text: str) -> str:
 
 def encode(manifest: Manifest) -> bytes:
     """Return the bytes of a manifest file; a TypeError if it holds a float, or anything that is not plain JSON."""
-    return _file(keys.canonical_json({"format": FORMAT, **asdict(manifest)}))
+    body = keys.canonical_json({"format": FORMAT, **asdict(manifest)})
+    return _file(body, hashlib.sha256(body).hexdigest())
 
 
 def encode_entry(manifest: Manifest, blobs: Mapping[str, bytes]) -> bytes:
@@ -141,14 +138,15 @@ def decode(data: bytes) -> Manifest:
     """
     document = parse(data, "the manifest")
     body = document.get("body")
-    content = keys.canonical_json(body)
-    if not isinstance(body, dict) or document.get("sha256") != hashlib.sha256(content).hexdigest():
-        _corrupt("the manifest does not match its own digest")
+    content = keys.plain_json(body)
+    digest = hashlib.sha256(content).hexdigest()
+    if not isinstance(body, dict) or document.get("sha256") != digest:
+        corrupt("the manifest does not match its own digest")
     require_format(body, FORMAT, _BODY, "the manifest")
     require_format(document | {"format": 1}, 1, {"format", "sha256", "body"}, "the manifest")
-    if _file(content) != data:
-        _corrupt("the manifest is not written as format 1 is")
-    check(body, _BODY, "the manifest")
+    if _file(content, digest) != data:
+        corrupt("the manifest is not written as format 1 is")
+    _check_body(body, "the manifest")
     _check_names(body)
     fields = body | {"blobs": tuple(Blob(**row) for row in body["blobs"])}
     for name in ("inputs", "outputs", "weights"):
@@ -160,9 +158,9 @@ def decode(data: bytes) -> Manifest:
     return manifest
 
 
-def _file(body: bytes) -> bytes:
+def _file(body: bytes, digest: str) -> bytes:
     """Return the bytes of a manifest file, which are the canonical JSON of body and digest, and a newline."""
-    return b'{"body":%b,"sha256":"%b"}\n' % (body, hashlib.sha256(body).hexdigest().encode("ascii"))
+    return b'{"body":%b,"sha256":"%b"}\n' % (body, digest.encode("ascii"))
 
 
 def encode_mark(manifest: str, why: str) -> bytes:
@@ -177,93 +175,6 @@ def why_rejected(data: bytes, manifest: str) -> str | None:
     require_format(mark, MARK_FORMAT, ("format", "manifest", "why"), _MARK)
     check(mark, {str: _is_plain}, _MARK)
     return str(mark["why"]) if mark["manifest"] == manifest else None
-
-
-def require_format(document: Mapping[str, Any], known: int, names: Iterable[str], what: str) -> None:
-    """Refuse a document whose "format" is not the one this release knows, or which has not exactly these fields.
-
-    Raises:
-        IncompatibleEntry: a newer release wrote it.
-        CorruptEntry: nobody did.
-    """
-    version = document.get("format")
-    if type(version) is not int or version < 1:
-        _corrupt(f"{what} names no format")
-    unknown = sorted(set(document) - set(names))
-    if version > known or (version == known and unknown):
-        why = f"format {str(version)[:20]}" if version > known else f"a field {unknown[0][:80]!r}"
-        hint = "pip install --upgrade nanogpt-buckets"
-        raise IncompatibleEntry(f"{what} is a newer release's: it has {why}", hint=hint)
-    if set(document) != set(names):
-        _corrupt(f"{what} lacks fields")
-
-
-def parse(data: bytes, what: str, limit: int = MAX_BYTES) -> dict[str, Any]:
-    """Read a small JSON object that anyone may have written, `what` in errors: bounded, no floats, no name twice.
-
-    Raises:
-        CorruptEntry: it is anything else.
-    """
-    if len(data) > limit:
-        _corrupt(f"{what} is longer than {limit} bytes")
-    try:
-        value = json.loads(
-            data.decode("utf-8"), parse_float=_no_float, parse_constant=_no_float, object_pairs_hook=_once
-        )
-    except (ValueError, RecursionError) as error:
-        raise CorruptEntry(f"{what} is not plain JSON: {error}") from error
-    if not isinstance(value, dict):
-        _corrupt(f"{what} is not a JSON object")
-    _examine(value, what, MAX_DEPTH)
-    return value
-
-
-def _examine(value: Any, what: str, depth: int) -> None:
-    kind = type(value)  # exactly that: it is what json.loads makes
-    if kind is str:
-        if _CONTROL.search(value):
-            _corrupt(f"{what} holds control characters")
-    elif kind is dict or kind is list:
-        if depth == 0:
-            _corrupt(f"{what} is nested deeper than {MAX_DEPTH} levels")
-        for inner in value if kind is list else (*value, *value.values()):
-            _examine(inner, what, depth - 1)
-
-
-def _no_float(text: str) -> NoReturn:
-    raise ValueError(f"{text[:40]} is not a whole number")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a name is given twice")
-    return value
-
-
-def _corrupt(message: str) -> NoReturn:
-    raise CorruptEntry(message)
-
-
-def check(value: Any, wanted: Any, what: str) -> None:
-    """Refuse a value that is not of this type, or this list or object of them, or that a function does not like.
-
-    Raises:
-        CorruptEntry: it is not.
-    """
-    if isinstance(wanted, list):
-        right = type(value) is list
-        inner = [(item, wanted[0], what) for item in value] if right else []
-    elif isinstance(wanted, dict):
-        right = type(value) is dict and (str in wanted or value.keys() == wanted.keys())
-        inner = [(item, wanted.get(name, wanted.get(str)), name) for name, item in value.items()] if right else []
-    else:
-        inner = []
-        right = type(value) is wanted if isinstance(wanted, type) else wanted(value)
-    if not right:
-        _corrupt(f"{what[:40]} is not what it should be, but {value!r:.80}")
-    for item in inner:
-        check(*item)
 
 
 def _is_plain(value: Any) -> bool:
@@ -287,27 +198,31 @@ _BODY = {
     "inputs": _CONTRACTS, "outputs": _CONTRACTS, "weights": _CONTRACTS,
     "requires": {str: _is_flat}, "contains_weights": bool, "stats": {str: _is_count}, "gate": dict,
 }  # fmt: skip
+_check_body = checker(_BODY)
 # What others read of the parts, which may have more.
-_PARTS = {"target": str, "compiler": {str: str}, "bucket": {str: _is_plain}}
-_FAMILY = {"backend": str, "dtype": str, "source": str, "runtime": {str: str}, "architecture": {str: _is_flat}}
+_TEXT, _FLAT = checker(str), checker({str: _is_flat})
+_PARTS = {"target": _TEXT, "compiler": checker({str: str}), "bucket": checker({str: _is_plain})}
+_FAMILY = {"backend": _TEXT, "dtype": _TEXT, "source": _TEXT, "runtime": checker({str: str}), "architecture": _FLAT}
 
 
 def _check_names(body: dict[str, Any]) -> None:
     """Compare the two names with the parts they are digests of, and refuse a role used twice."""
     parts, family = body["parts"], body["parts"].get("family")
-    if not isinstance(family, dict) or (keys.digest(family), keys.digest(parts)) != (body["family"], body["key"]):
-        _corrupt("the manifest's family and key are not the digests of its parts")
+    names = [keys.digest_of(keys.plain_json(named)) for named in (family, parts)]
+    if not isinstance(family, dict) or names != [body["family"], body["key"]]:
+        corrupt("the manifest's family and key are not the digests of its parts")
     if len({row["role"] for row in body["blobs"]}) != len(body["blobs"]):
-        _corrupt("the manifest names a role twice")
+        corrupt("the manifest names a role twice")
 
 
 def _check_parts(manifest: Manifest) -> None:
     """Refuse parts that are not of the kind that whoever reads them expects."""
-    for name, kind in _PARTS.items():
-        check(manifest.parts.get(name), kind, name)
-    for name, kind in _FAMILY.items():
-        if name in manifest.parts["family"]:
-            check(manifest.parts["family"][name], kind, name)
+    for name, check_part in _PARTS.items():
+        check_part(manifest.parts.get(name), name)
+    family = manifest.parts["family"]
+    for name, check_part in _FAMILY.items():
+        if name in family:
+            check_part(family[name], name)
     check(manifest.gate.get(DEFERRED, ""), str, DEFERRED)
     try:
         manifest.bucket  # noqa: B018

@@ -23,7 +23,7 @@ from nanogpt_buckets.errors import (
     UntrustedStore,
     UsageError,
 )
-from nanogpt_buckets.store.manifest import MAX_BYTES, check, parse, require_format
+from nanogpt_buckets.store.document import MAX_BYTES, check, parse, require_format
 
 _SCHEMES = ("s3", "gs", "az")
 _EXAMPLES = "for example s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://ACCOUNT/CONTAINER/PREFIX"

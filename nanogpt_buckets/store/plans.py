@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from nanogpt_buckets import key
 from nanogpt_buckets.errors import CacheError, CorruptEntry, IncompatibleEntry, PlanError, UsageError
 from nanogpt_buckets.plan.bucket import Bucket, Plan
-from nanogpt_buckets.store.manifest import MAX_BYTES, parse
+from nanogpt_buckets.store.document import MAX_BYTES, parse
 from nanogpt_buckets.store.store import Store
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,149}")

@@ -24,8 +24,8 @@ from nanogpt_buckets.files import write_new
 from nanogpt_buckets.findings import Finding, Verdict
 from nanogpt_buckets.mounts import mount_of
 from nanogpt_buckets.store.directory import Directory
+from nanogpt_buckets.store.document import MAX_BYTES
 from nanogpt_buckets.store.entry import ELSEWHERE
-from nanogpt_buckets.store.manifest import MAX_BYTES
 from nanogpt_buckets.store.objects import Objects
 from nanogpt_buckets.store.trust import check_location, why_shared
 

@@ -26,7 +26,8 @@ from nanogpt_buckets import key as keys
 from nanogpt_buckets.errors import CacheError, CorruptEntry, UntrustedStore, UsageError
 from nanogpt_buckets.files import read_file
 from nanogpt_buckets.owners import doubted
-from nanogpt_buckets.store.manifest import MAX_BYTES, Manifest, check, is_digest, parse, require_format
+from nanogpt_buckets.store.document import MAX_BYTES, check, parse, require_format
+from nanogpt_buckets.store.manifest import Manifest, is_digest
 
 FORMAT = 1
 ENTRY = "nanogpt-buckets entry"

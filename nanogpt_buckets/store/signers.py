@@ -29,7 +29,7 @@ from nanogpt_buckets.errors import (
 from nanogpt_buckets.files import read_file, replacing
 from nanogpt_buckets.node.records import REVOKED
 from nanogpt_buckets.owners import doubted
-from nanogpt_buckets.store.manifest import MAX_BYTES, check, parse, require_format
+from nanogpt_buckets.store.document import MAX_BYTES, check, parse, require_format
 from nanogpt_buckets.store.signature import FORMAT, PublicKey, Signer, opened, public_key, sealed
 from nanogpt_buckets.store.tier import Tier
 from nanogpt_buckets.values import shown

@@ -32,7 +32,7 @@ _SHARED = (
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 
 
-def check_location(root: Path, *further: Path, anyone: bool = False) -> None:
+def check_location(root: Path, *further: Path | str, anyone: bool = False) -> None:
     """Raise unless only this user, or root, can have made a store's directories, and `further` ones in it.
 
     One that does not exist yet is fine, if others cannot make it. The kind of CacheError says what is wrong: others
@@ -41,7 +41,7 @@ def check_location(root: Path, *further: Path, anyone: bool = False) -> None:
     found = _followed(root) if anyone else check_way(root, _ELSEWHERE)
     base = os.fspath(root)
     # as text, since this is asked for every file of a large cache
-    for place in (base, *(f"{base}/{name}" for name in _INSIDE), *map(os.fspath, further)):
+    for place in (base, *(f"{base}/{name}" for name in _INSIDE), *(os.fspath(place) for place in further)):
         found = found if place == base else look(place, _ELSEWHERE)
         if found is not None:
             _refuse_others(root, place, found, anyone)
@@ -77,7 +77,7 @@ def read(root: Path, path: Path, *, size: int | None = None, limit: int | None =
         FileNotFoundError: it is not there.
         CacheError: it is no file of that size, or cannot be read or believed; the kind says which.
     """
-    check_location(root, path.parent, anyone=anyone)
+    check_location(root, os.path.dirname(path), anyone=anyone)
     try:
         return read_file(path, size=size, limit=limit, opener=functools.partial(_open_below, root, anyone))
     except (FileNotFoundError, NotADirectoryError):
@@ -90,7 +90,7 @@ def _open_below(root: Path, anyone: bool, path: Path, flags: int) -> int:
     """Open a file by its names from the root down, and judge each descriptor."""
     if os.open not in os.supports_dir_fd:
         return os.open(path, flags)
-    place, names, descriptor = os.fspath(root), path.relative_to(root).parts, os.open(root, _FOLDER)
+    place, names, descriptor = os.fspath(root), path.parts[len(root.parts) :], os.open(root, _FOLDER)
     try:
         _refuse_others(root, place, os.fstat(descriptor), anyone)
         for depth, name in enumerate(names, start=1):

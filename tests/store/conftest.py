@@ -51,29 +51,3 @@ def open_path(tmp_path):
     for directory in (tmp_path, *tmp_path.parents[:3]):
         directory.chmod(directory.stat().st_mode | 0o055)
     return tmp_path
-
-
-@pytest.fixture(scope="session")
-def endpoint():
-    """An S3 service on this machine, with a bucket named buckets."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    service = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    service.start()
-    host, port = service.get_host_and_port()
-    url = f"http://{host}:{port}"
-    keys = {"aws_access_key_id": "x", "aws_secret_access_key": "y", "region_name": "us-east-1"}
-    boto3.client("s3", endpoint_url=url, **keys).create_bucket(Bucket="buckets")
-    yield url
-    service.stop()
-
-
-@pytest.fixture
-def s3(endpoint, monkeypatch, tmp_path) -> str:
-    """A place of this test's own in that bucket."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_REGION": "us-east-1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    return f"s3://buckets/{tmp_path.name}"

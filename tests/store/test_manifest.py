@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry
-from nanogpt_buckets.store.manifest import MAX_BYTES, Blob, Contract, Manifest, decode, encode, parse
+from nanogpt_buckets.store.document import MAX_BYTES, parse
+from nanogpt_buckets.store.manifest import Blob, Contract, Manifest, decode, encode
 
 # Bytes that a released version has written. They must be readable for as long as format 1 is.
 GOLDEN = (
