@@ -276,15 +276,18 @@ class _Builder:
         seconds, peak = time.monotonic() - start, manifest.stats.get("peak_bytes", 0)
         return BuildRow(bucket, "compiled", name, seconds, manifest.size, peak, why)
 
-    def _waiting(self, bucket: Bucket) -> Callable[[], bool]:
+    def _waiting(self, bucket: Bucket) -> Callable[[str], bool]:
         """Return what is asked, while another process compiles the same bucket, whether to go on waiting."""
-        start, said = time.monotonic(), False
+        start, said, known = time.monotonic(), False, False
 
-        def cancelled() -> bool:
-            nonlocal said
+        def cancelled(holder: str) -> bool:
+            nonlocal said, known
             if not said and time.monotonic() - start > _PATIENCE_S:
                 said = True
                 self._tell(bucket, "waiting for another build")
+            if said and holder and not known:
+                known = True
+                log.warning("bucket %s is being built by %s", bucket, holder)
             return self._stopped
 
         return cancelled

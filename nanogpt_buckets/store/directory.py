@@ -28,6 +28,7 @@ import filelock
 from nanogpt_buckets.errors import CacheError, TransientError
 from nanogpt_buckets.files import list_names, move_to_absent, sweep, sync_directory, unlink, write_new
 from nanogpt_buckets.store.entry import ELSEWHERE
+from nanogpt_buckets.store.locks import Note, held
 from nanogpt_buckets.store.trust import check_file, check_location, read
 
 _SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55\n# This directory holds what nanogpt-buckets compiled.\n"
@@ -35,8 +36,7 @@ _SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55\n# This directory hol
 _LASTING = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR})
 _FOLDERS = ("entries", "blobs", "plans", "locks", "tmp")
 _STALE_S = 24 * 3600.0
-# A waiting thread hears of Ctrl-C this often.
-_SLICE_S = 0.25
+_MOST_SAID = 1000
 
 
 class Directory:
@@ -117,24 +117,36 @@ class Directory:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     @contextlib.contextmanager
-    def locked(self, name: str, timeout_s: float, cancelled: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    def locked(
+        self, name: str, timeout_s: float, cancelled: Callable[[str], bool] = lambda who: False
+    ) -> Iterator[bool]:
         """Keep others from what bears a name meanwhile; yields whether that worked, and never fails for it.
 
-        It saves work and decides nothing. `cancelled` is asked while waiting for another process; True ends it.
+        It saves work and decides nothing. `cancelled` is asked while waiting for another process, and told who that
+        is, as far as known; True ends it.
         """
-        path = self.path(f"locks/{name}.lock")
+        path, said = self.path(f"locks/{name}.lock"), f"locks/{name}.by"
         lock: filelock.BaseFileLock | None = None
         with contextlib.suppress(OSError, CacheError):
             self.check()
             self._make()
             check_file(self.root, path, anyone=self.shared)
-            lock = _acquired(filelock.FileLock(path, mode=0o600 | self._mode() & 0o666), timeout_s, cancelled)
-        try:
-            yield lock is not None
-        finally:
-            if lock is not None:
-                with contextlib.suppress(OSError, NotImplementedError):
-                    lock.release()
+            lock = filelock.FileLock(path, mode=0o600 | self._mode() & 0o666)
+        if lock is None:
+            yield False
+            return
+
+        def read() -> bytes | None:
+            with contextlib.suppress(OSError, CacheError):
+                return self.get(said, limit=_MOST_SAID, anyone=self.shared)
+            return None
+
+        def write(data: bytes | None) -> None:
+            with contextlib.suppress(OSError, CacheError):
+                self.delete(said) if data is None else self.put(said, data, replace=True)
+
+        with held(lock, Note(read, write), timeout_s, cancelled) as alone:
+            yield alone
 
     def leftovers(self) -> list[Path]:
         """Return files that only a running process needs: staged ones and locks."""
@@ -192,18 +204,3 @@ class Directory:
     def _mode(self) -> int:
         """Return the root's permissions, which all below it follow."""
         return stat.S_IMODE(self.root.stat().st_mode)
-
-
-def _acquired(
-    lock: filelock.BaseFileLock, timeout_s: float, cancelled: Callable[[], bool]
-) -> filelock.BaseFileLock | None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            lock.acquire(timeout=max(0.0, min(_SLICE_S, deadline - time.monotonic())))
-            return lock
-        except filelock.Timeout:
-            if cancelled() or time.monotonic() >= deadline:
-                return None
-        except (OSError, NotImplementedError):
-            return None
