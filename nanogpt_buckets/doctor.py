@@ -35,8 +35,9 @@ from nanogpt_buckets.versions import installed
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken", "safetensors")
 _VARIABLES = (
-    settings.CACHE_DIR_VARIABLE, settings.LOCAL_DIR_VARIABLE, "NANOGPT_BUCKETS_DEBUG", "XDG_CACHE_HOME", "HF_HOME",
-    "HF_HUB_OFFLINE", "TMPDIR", "CXX", "OMP_NUM_THREADS",
+    settings.CACHE_DIR_VARIABLE, settings.LOCAL_DIR_VARIABLE, settings.LAYERS_VARIABLE, settings.REMOTE_VARIABLE,
+    settings.REMOTE_MODE_VARIABLE, settings.TRUSTED_VARIABLE, settings.POLICY_VARIABLE, "NANOGPT_BUCKETS_DEBUG",
+    "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "HF_HUB_OFFLINE", "TMPDIR", "CXX", "OMP_NUM_THREADS",
 )  # fmt: skip
 # A few buckets of the largest model; a compiler's working directory.
 _LOW_BYTES = 200_000_000
