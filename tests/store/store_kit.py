@@ -23,10 +23,10 @@ import hashlib
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.store.manifest import Blob, Manifest
 
-def make(tag, *, name="a", family="f", roles=("code.so", "data.bin")):
+def make(tag, *, name="a", family="f", roles=("code.so", "data.bin"), bucket=None, times=50):
     family_parts = {"backend": family}
-    parts = {"family": family_parts, "bucket": {"name": name}, "target": "t", "compiler": {}}
-    blobs = {role: f"{tag}:{role}".encode() * 50 for role in roles}
+    parts = {"family": family_parts, "bucket": bucket or {"name": name}, "target": "t", "compiler": {}}
+    blobs = {role: f"{tag}:{role}".encode() * times for role in roles}
     return Manifest(
         family=keys.digest(family_parts), key=keys.digest(parts), parts=parts,
         blobs=tuple(Blob(role, hashlib.sha256(data).hexdigest(), len(data)) for role, data in blobs.items()),
