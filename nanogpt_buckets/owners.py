@@ -61,7 +61,7 @@ def _way(path: Path, hint: str) -> Iterator[tuple[str, os.stat_result | None]]:
     """Yield all that is passed on the way to a path, links too, and what it leads to last; None for what is missing."""
     path = path.absolute()
     here, names, links = path.anchor, list(reversed(path.parts[1:])), 0
-    yield here, os.lstat(here)
+    yield here, look(here, hint)
     while names:
         name = names.pop()
         place = os.path.dirname(here) if name == ".." else os.path.join(here, name)
@@ -75,7 +75,10 @@ def _way(path: Path, hint: str) -> Iterator[tuple[str, os.stat_result | None]]:
         links += 1
         if links > _MOST_LINKS:
             raise CacheError(f"{path} goes through too many symbolic links", hint=hint)
-        target = Path(os.readlink(place))
+        try:
+            target = Path(os.readlink(place))
+        except OSError as error:
+            raise _unexamined(place, error) from error
         names += reversed(target.parts[1:] if target.is_absolute() else target.parts)
         here = target.anchor if target.is_absolute() else here
 
@@ -89,14 +92,19 @@ def look(place: Path | str, hint: str) -> os.stat_result | None:
     except NotADirectoryError as error:
         raise CacheError(f"{os.path.dirname(place)} is not a directory", hint=hint) from error
     except OSError as error:
-        raise TransientError(f"{place} cannot be examined: {error.strerror or error}") from error
+        raise _unexamined(place, error) from error
+
+
+def _unexamined(place: Path | str, error: OSError) -> TransientError:
+    return TransientError(f"{place} cannot be examined: {error.strerror or error}")
 
 
 def _is_open(place: str, found: os.stat_result, why: str) -> bool:
     """Whether others can put something else in the place of what is below a directory, or behind a link."""
     if why.startswith("belongs"):
         # root, as seen from a user namespace that has another
-        return found.st_uid != os.lstat(Path(place).anchor).st_uid
+        top = look(Path(place).anchor, "")
+        return top is None or found.st_uid != top.st_uid
     return not (found.st_mode & stat.S_ISVTX or _is_own_group(found))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from store_kit import as_nobody, blob_path, files, healed, look, make, manifest_path, save, word
 
-from nanogpt_buckets.errors import CacheError, UntrustedStore
+from nanogpt_buckets.errors import CacheError, TransientError, UntrustedStore
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.entry import Status
 from nanogpt_buckets.store.plans import Plans
@@ -262,6 +262,18 @@ def test_links_in_a_circle_are_one_sentence(tmp_path):
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(CacheError, match="too many symbolic links"):
         Store(tmp_path / "a" / "cache").directory.prepare()
+
+
+@pytest.mark.parametrize("name", ["lstat", "readlink"])
+def test_a_way_that_cannot_be_examined_this_time_is_transient_from_its_beginning_on(tmp_path, monkeypatch, name):
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    store = Store(tmp_path / "link")
+    manifest, blobs = make("one")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        assert look(store, manifest).status is Status.TRANSIENT
+        with pytest.raises(TransientError, match="cannot be examined: Input/output error"):
+            store.publish(manifest, blobs)
 
 
 OWN_GROUP = """
