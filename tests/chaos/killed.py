@@ -24,14 +24,13 @@ from chaos.kit import (
     Tally,
     Task,
     build,
-    ended,
+    heard,
     in_child,
     load,
     mended,
     plan,
     publish,
     sound,
-    started,
     whole,
 )
 from nanogpt_buckets.errors import CorruptEntry
@@ -148,7 +147,8 @@ def _killed(task: Task, scene: Scene) -> Tally:
             assert not missed, missed
 
         assert in_child(see) == 0
-    names = _recorded(scene, copy())
+    root = copy()
+    names = heard(lambda: calls.names_of(lambda: scene.act(root)))
     assert len(names) > 20, names
     points = [(number, False) for number in range(1, len(names) + 1)]
     points += [(number, True) for number, name in enumerate(names, start=1) if name == "write"]
@@ -162,21 +162,6 @@ def _killed(task: Task, scene: Scene) -> Tally:
         assert in_child(lambda: scene.act(root)) == 0
         _judge(scene, root)
     return tally
-
-
-def _recorded(scene: Scene, root: Path) -> list[str]:
-    """Return the names of the calls that are made, as a child makes them."""
-    read, write = os.pipe()
-
-    def tell() -> None:
-        os.write(write, " ".join(calls.names_of(lambda: scene.act(root))).encode())
-
-    child = started(tell)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        names = pipe.read().split()
-    assert ended(child) == 0
-    return names
 
 
 def _act_until(scene: Scene, root: Path, last: int, half: bool) -> None:

@@ -197,5 +197,21 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def heard(function: Callable[[], list[str]]) -> list[str]:
+    """Run a function in a child and return the words that it returned."""
+    read, write = os.pipe()
+    child = started(lambda: _tell(write, function()))
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        words = pipe.read().split()
+    assert ended(child) == 0
+    return words
+
+
+def _tell(descriptor: int, words: list[str]) -> None:
+    with os.fdopen(descriptor, "w") as pipe:
+        pipe.write(" ".join(words))
+
+
 def in_child(function: Callable[[], None]) -> int:
     return ended(started(function))
