@@ -223,7 +223,7 @@ def _check_parts(manifest: Manifest) -> None:
     for name, check_part in _FAMILY.items():
         if name in family:
             check_part(family[name], name)
-    check(manifest.gate.get(DEFERRED, ""), str, DEFERRED)
+    _TEXT(manifest.gate.get(DEFERRED, ""), DEFERRED)
     try:
         manifest.bucket  # noqa: B018
     except (TypeError, PlanError) as error:
