@@ -155,14 +155,30 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def time_in(directory: Path) -> float:
+    """Return the time that a file bears which is written there now: its server's; this machine's if none can be."""
+    path = directory / uuid.uuid4().hex
+    try:
+        write_new(path, b"", 0o600)
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        unlink(path)
+
+
 def sweep(directory: Path, *, older_than_s: float) -> None:
     """Remove what killed processes staged long ago; never fails."""
-    oldest = time.time() - older_than_s
-    with contextlib.suppress(OSError), os.scandir(directory) as found:
-        for file in found:
-            with contextlib.suppress(OSError):
-                if file.stat(follow_symlinks=False).st_mtime < oldest:
-                    remove(Path(file.path))
+    with contextlib.suppress(OSError):
+        with os.scandir(directory) as found:
+            times = {file.path: file.stat(follow_symlinks=False).st_mtime for file in found}
+        if min(times.values(), default=time.time()) >= time.time() - older_than_s:
+            return
+        oldest = time_in(directory) - older_than_s
+        for path, when in times.items():
+            if when < oldest:
+                with contextlib.suppress(OSError):
+                    remove(Path(path))
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,10 @@ class Entries:
             if isinstance(stored, Verified):
                 return stored.manifest
             self.tier.put(name, data, replace=True)
+        for blob in manifest.blobs:
+            # whoever pruned meanwhile did not know of this manifest; see `prune.delete`
+            if self.tier.size(blob_name(blob.sha256)) is None:
+                self.tier.put(blob_name(blob.sha256), blobs[blob.role])
         with contextlib.suppress(CacheError):
             self.tier.delete(mark_name(manifest.family, manifest.key))
         self._rejected.pop(manifest.digest, None)

@@ -1,19 +1,24 @@
 """What to delete from a store, as a value: planned, shown, and only then done.
 
 Entries go before the blobs that they alone name, so that wherever deleting stops no entry lacks a blob. What somebody
-touched after the plan was made stays. Whatever a newer release wrote is left alone, and so are the blobs it may need.
-Knows nothing of terminals, nor of how an age or a size is written.
+touched after the plan was made stays, and so does a blob that an entry names by then. Ages are by the file system's own
+time. Whatever a newer release wrote is left alone, and so are the blobs it may need. Knows nothing of terminals, nor of
+how an age or a size is written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import time
+import os
+import stat
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nanogpt_buckets.errors import CacheError
-from nanogpt_buckets.files import Doomed, doom, remove
+from nanogpt_buckets.files import Doomed, doom, list_names, move_to_absent, remove, time_in, unlink
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.entry import Found, Miss, Status, manifest_of
 from nanogpt_buckets.store.lockfile import LockFile
@@ -26,6 +31,8 @@ from nanogpt_buckets.versions import installed, version_tuple
 _YOUNG_S = 3600.0
 # Longer than any compilation: what a running process staged or locked is younger.
 _STALE_S = 24 * 3600.0
+# Stamps of files are coarser than clocks.
+_TICK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ def plan_prune(
         on_entry: called when an entry has been read.
     """
     store.directory.check()
+    now = time_in(store.directory.path("tmp"))
     notes: list[str] = []
     entries = list(store.entries())
     pins = Plans(store).pins()
@@ -107,7 +115,7 @@ def plan_prune(
     free = [m for m in loose if m.bucket is not None and not pins.keep(m.family, m.bucket)]
     used = {manifest.key: store.entry_path(manifest).stat().st_mtime for manifest in free}
     if older_than_s is not None:
-        limit = time.time() - older_than_s
+        limit = now + _TICK_S - older_than_s
         chosen |= {key: "not used for too long" for key, when in used.items() if when < limit and key not in chosen}
     if max_bytes is not None:
         candidates = sorted((key for key in used if key not in chosen), key=lambda key: (used[key], key))
@@ -116,29 +124,92 @@ def plan_prune(
             what = "cannot be judged" if planned else "are in plans (--planned deletes those too) or cannot be judged"
             what = f"are locked, {what}" if locked else what
             notes.append(f"{left / 1e6:.1f} MB {what}, and stay; asked for at most {max_bytes / 1e6:.1f} MB")
-    return deletion_of(store, entries, chosen, notes, all_unused=True)
+    return deletion_of(store, entries, chosen, notes, unused_at=now)
 
 
-def delete(store: Store, deletion: Deletion, on_file: Callable[[Doomed], None] | None = None) -> int:
-    """Do what was planned and return the bytes freed; a CacheError if something could not be: the rest was."""
-    freed, refused = 0, ""
+def delete(store: Store, deletion: Deletion, on_file: Callable[[Doomed], None] = lambda file: None) -> int:
+    """Do what was planned and return the bytes freed; a CacheError if something could not be: the rest was.
+
+    Somebody may publish meanwhile. Blobs are put aside, manifests are listed once more, and what one of them names is
+    given back; whoever publishes looks for its blobs once its manifest is there. So one of the two sees the other.
+    """
+    refused: list[str] = []
+    freed = 0
     for file in deletion.files:
-        try:
-            if file.path.lstat().st_mtime_ns == file.mtime_ns:
-                remove(file.path)
-                freed += file.bytes
-        except FileNotFoundError:
-            pass  # somebody else's prune was quicker
-        except OSError as error:
-            refused = refused or f"{file.path} cannot be deleted: {error.strerror or error}"
-        if on_file is not None:
+        if file.what != "blob":
+            freed += file.bytes if _taken(file, lambda file: remove(file.path), refused) else 0
             on_file(file)
+    blobs = [file for file in deletion.files if file.what == "blob"]
+    if blobs:
+        freed += _delete_blobs(store, blobs, refused, on_file)
     for name in {name for name, _ in deletion.unplanned}:
         gone = {bucket for plan, bucket in deletion.unplanned if plan == name}
         Plans(store).change(name, functools.partial(without, gone=gone))
     if refused:
-        raise CacheError(refused, hint="the cache must be writable; what could be deleted is gone")
+        raise CacheError(refused[0], hint="the cache must be writable; what could be deleted is gone")
     return freed
+
+
+def _delete_blobs(store: Store, blobs: list[Doomed], refused: list[str], on_file: Callable[[Doomed], None]) -> int:
+    """Delete blobs, but for those that some entry names by then, and return the bytes freed."""
+    folder = store.directory.path("tmp") / uuid.uuid4().hex
+    gone: list[Doomed] = []
+
+    def put_aside(file: Doomed) -> None:
+        os.rename(file.path, folder / file.name)
+
+    try:
+        store.directory.prepare()
+        folder.mkdir(0o700)
+        # before and after: what is known to be named already need not be missing for a moment
+        unnamed = _unnamed(store, blobs)
+        aside = [file for file in unnamed if _taken(file, put_aside, refused)]
+        gone = _unnamed(store, aside)
+    except (OSError, CacheError) as error:
+        refused.append(str(error))
+    finally:
+        names = {file.name for file in gone}
+        for name in list_names(folder):
+            if name not in names:
+                with contextlib.suppress(FileExistsError):  # whoever needs it has written it again
+                    move_to_absent(folder / name, store.blob_path(name))
+            unlink(folder / name)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    for file in blobs:
+        on_file(file)
+    return sum(file.bytes for file in gone)
+
+
+def _taken(file: Doomed, take: Callable[[Doomed], None], refused: list[str]) -> bool:
+    """Take a file away, if it is as it was when that was planned; say in `refused` why it cannot be."""
+    try:
+        if _mtime_ns(file.path) != file.mtime_ns:
+            return False
+        take(file)
+    except FileNotFoundError:
+        return False  # somebody else's prune was quicker
+    except OSError as error:
+        refused.append(f"{file.path} cannot be deleted: {error.strerror or error}")
+        return False
+    return True
+
+
+def _mtime_ns(path: Path) -> int:
+    """Return when a file was last written or used: opened, for of a name a network file system may tell old times."""
+    if stat.S_ISREG((found := path.lstat()).st_mode):
+        with contextlib.suppress(PermissionError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            found = os.fstat(descriptor)
+            os.close(descriptor)
+    return found.st_mtime_ns
+
+
+def _unnamed(store: Store, blobs: list[Doomed]) -> list[Doomed]:
+    """Return those blobs that no entry names now; none, if there is an entry that cannot be read and may."""
+    entries = list(store.entries())
+    named = _blob_names(entries)
+    return [file for file in blobs if file.name not in named] if all(map(manifest_of, entries)) else []
 
 
 def _pin(entry: Found) -> tuple[str, Bucket] | None:
@@ -175,9 +246,9 @@ def deletion_of(
     entries: list[Found],
     chosen: Mapping[str, str],
     notes: list[str],
-    all_unused: bool = False,
+    unused_at: float | None = None,
 ) -> Deletion:
-    """Put together the chosen entries, the blobs that they alone name and, if asked, all that nothing uses."""
+    """Put together the chosen entries, the blobs that they alone name and, given a time, all that nothing uses then."""
     doomed = [entry for entry in entries if entry.key in chosen]
     kept = [entry for entry in entries if entry.key not in chosen]
     files = [doom(store.entry_path(entry), "entry", entry.key, chosen[entry.key]) for entry in doomed]
@@ -194,14 +265,14 @@ def deletion_of(
             f"all blobs stay: {len(unreadable)} of the entries cannot be read by this release and may need them",
         ]
     else:
-        files += _blobs(store, needed, theirs, all_unused)
-    if all_unused:
-        old = time.time() - _STALE_S
+        files += _blobs(store, needed, theirs, unused_at)
+    if unused_at is not None:
+        old = unused_at - _STALE_S
         left = (
             doom(path, "leftover", path.name, "left by a process that ended") for path in store.directory.leftovers()
         )
         files += [file for file in left if file is not None and file.mtime_ns < old * 1e9]
-        files += _signatures(store, entries)
+        files += _signatures(store, entries, unused_at)
     return Deletion(tuple(file for file in files if file is not None), tuple(notes))
 
 
@@ -210,25 +281,23 @@ def _blob_names(entries: Iterable[Found]) -> set[str]:
     return {blob.sha256 for manifest in manifests for blob in manifest.blobs}
 
 
-def _signatures(store: Store, entries: list[Found]) -> Iterator[Doomed]:
+def _signatures(store: Store, entries: list[Found], now: float) -> Iterator[Doomed]:
     """Yield signatures whose manifest is not there, and is not about to be written."""
     manifests = [manifest for entry in entries if (manifest := manifest_of(entry)) is not None]
     known = {store.signature_path(manifest) for manifest in manifests}
     unreadable = tuple(entry.key for entry in entries if manifest_of(entry) is None)
-    young = time.time() - _YOUNG_S
     for path in store.signature_paths():
         if path not in known and not path.name.startswith(unreadable):
             file = doom(path, "leftover", path.name, "there is no such entry")
-            if file is not None and file.mtime_ns < young * 1e9:
+            if file is not None and file.mtime_ns < (now - _YOUNG_S) * 1e9:
                 yield file
 
 
-def _blobs(store: Store, needed: set[str], theirs: set[str], all_unused: bool) -> Iterator[Doomed | None]:
-    young = time.time() - _YOUNG_S
+def _blobs(store: Store, needed: set[str], theirs: set[str], unused_at: float | None) -> Iterator[Doomed | None]:
     for path in store.blob_paths():
         if path.name in theirs - needed:
             yield doom(path, "blob", path.name, "of a deleted entry")
-        elif all_unused and path.name not in needed:
+        elif unused_at is not None and path.name not in needed:
             file = doom(path, "blob", path.name, "no entry names it")
-            if file is not None and file.mtime_ns < young * 1e9:
+            if file is not None and file.mtime_ns < (unused_at - _YOUNG_S) * 1e9:
                 yield file
