@@ -15,7 +15,7 @@ from store_kit import files, make
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.findings import Finding, Verdict
 from nanogpt_buckets.mounts import Mount
-from nanogpt_buckets.store import directory, probe
+from nanogpt_buckets.store import locks, probe
 from nanogpt_buckets.store.directory import Directory
 from nanogpt_buckets.store.objects import Objects
 from nanogpt_buckets.store.probe import probe_directory, probe_objects
@@ -120,7 +120,7 @@ def test_a_file_server_with_another_time_is_said(store, monkeypatch, alone, off_
 @pytest.mark.parametrize("how", ["not supported", "of no effect"])
 def test_locks_that_keep_nobody_out_are_a_warning(store, monkeypatch, how):
     if how == "not supported":
-        monkeypatch.setattr(directory, "_acquired", lambda *arguments: None)
+        monkeypatch.setattr(locks, "_acquired", lambda *arguments: False)
     else:
         monkeypatch.setattr(Directory, "locked", lambda *arguments: contextlib.nullcontext(True))
 
