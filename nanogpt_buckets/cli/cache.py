@@ -23,8 +23,11 @@ from nanogpt_buckets.node import prune as node_prune
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.store.entry import Found, Miss, Verified, manifest_of
 from nanogpt_buckets.store.lockfile import read_lock
+from nanogpt_buckets.store.manifest import Manifest
 from nanogpt_buckets.store.plans import Plans
 from nanogpt_buckets.store.prune import plan_prune, plan_removal
+from nanogpt_buckets.store.signature import require_signed
+from nanogpt_buckets.store.signers import Policy, signers
 from nanogpt_buckets.store.store import Store
 
 # What an entry is called that is in order as far as was looked.
@@ -107,6 +110,8 @@ def _described(store: Store, entry: Found) -> dict[str, Any]:
     backend = manifest.parts["family"].get("backend", "")
     lack = backend_for(backend).unmet(manifest.requires) if backend in BACKENDS else f"backend {backend} is unknown"
     return known | {
+        "manifest": manifest.digest,
+        "signed": _signed(store, manifest),
         "runs_here": lack is None,
         "lacks": lack or "",
         "requires": manifest.requires,
@@ -115,6 +120,15 @@ def _described(store: Store, entry: Found) -> dict[str, Any]:
         "parts": manifest.parts,
         "blobs": blobs,
     }
+
+
+def _signed(store: Store, manifest: Manifest) -> str:
+    """Say which trusted key signed an entry, or why none that is there counts; "" if there is no signature."""
+    try:
+        data = store.signature(manifest)
+        return "" if data is None else f"by {require_signed(data, manifest, signers(policy=Policy.OFF).valid)}"
+    except BucketsError as error:
+        return error.message
 
 
 def _row(

@@ -72,6 +72,16 @@ def test_what_is_unsigned_is_refused_if_that_is_asked_and_signed_by_the_next_bui
     assert run("status", *PLAN, "--trusted", public, "--policy=require")[0] == 0
 
 
+def test_show_says_who_signed(team, key, run):
+    name = json.loads(run("status", *PLAN, "--json", "--trusted", key.with_suffix(".pub"))[1])["buckets"][0]["key"]
+
+    assert json.loads(run("cache", "show", name, "--json")[1])["signed"].endswith("which is not trusted")
+    run("trust", "add", key.with_suffix(".pub"))
+    shown = json.loads(run("cache", "show", name, "--json")[1])
+    assert shown["signed"] == f"by {json.loads(run('trust', 'ls', '--json')[1])['keys'][0]['id']}"
+    assert len(shown["manifest"]) == 64
+
+
 def test_a_sign_command_signs(cache, key, run, tmp_path):
     script = tmp_path / "kms.py"
     script.write_text(
