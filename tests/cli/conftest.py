@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from farm import found_in
 
+from nanogpt_buckets import builder
 from nanogpt_buckets.cli import main
 
 TESTS = Path(__file__).parents[1]
@@ -49,6 +51,23 @@ def signing_key(tmp_path) -> Path:
     path.with_suffix(".pub").write_bytes(made.public_key().public_bytes(*public))
     path.with_suffix(".pub").chmod(0o644)
     return path
+
+
+@pytest.fixture
+def here(capfdbinary, monkeypatch) -> Callable[..., subprocess.CompletedProcess[bytes]]:
+    """Return a function that runs a command as `cli` does, in this process, which has imported torch before."""
+
+    def run(*arguments: str, cache: Path | None = None, compiled: Path | None = None, **variables: str):
+        with monkeypatch.context() as patch:
+            for name, value in (variables | ({"NANOGPT_BUCKETS_CACHE_DIR": str(cache)} if cache else {})).items():
+                patch.setenv(name, value)
+            if compiled is not None:
+                patch.setattr(builder, "compile_bucket", found_in(compiled))
+            with pytest.raises(SystemExit) as end:
+                main(list(arguments))
+        return subprocess.CompletedProcess(arguments, end.value.code or 0, *capfdbinary.readouterr())
+
+    return run
 
 
 @pytest.fixture

@@ -71,14 +71,14 @@ def spoil(manifest: Path, blob: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "truncated", "missing", "half a manifest"])
-def test_status_and_verify_tell_of_damage_and_cached_only_refuses_it(damage, cli, cache):
+def test_status_and_verify_tell_of_damage_and_cached_only_refuses_it(damage, here, cache):
     for manifest, blob in [entry(cache, 16), entry(cache, 32)]:
         spoil(manifest, blob, damage)
     before = files(cache)
 
-    status = cli("status", "--model=demo", "--strategy=recompute", "--seq=16,32", "--json", cache=cache)
-    verify = cli("cache", "verify", cache=cache)
-    generate = cli(*CACHED, cache=cache)
+    status = here("status", "--model=demo", "--strategy=recompute", "--seq=16,32", "--json", cache=cache)
+    verify = here("cache", "verify", cache=cache)
+    generate = here(*CACHED, cache=cache)
 
     assert status.returncode == 1
     assert [row["state"] for row in json.loads(status.stdout)["buckets"]] == ["corrupt"] * 2
@@ -87,23 +87,23 @@ def test_status_and_verify_tell_of_damage_and_cached_only_refuses_it(damage, cli
     assert files(cache) == before, "looking changes nothing"
 
 
-def test_build_replaces_what_is_damaged_and_nothing_else(cli, cache, demo_cache):
-    sound = cli(*CACHED, cache=cache).stdout
+def test_build_replaces_what_is_damaged_and_nothing_else(here, cache, demo_cache):
+    sound = here(*CACHED, cache=cache).stdout
     spoil(*entry(cache, 16), "flipped byte")
     kept = [path.read_bytes() for path in entry(cache, 32)]
 
-    promoted = cli(*CACHED, cache=cache)
-    build = cli(*BUILD, "--seq=16,32", "--json", cache=cache, compiled=demo_cache)
+    promoted = here(*CACHED, cache=cache)
+    build = here(*BUILD, "--seq=16,32", "--json", cache=cache, compiled=demo_cache)
 
     assert promoted.stdout == sound, "the next larger bucket runs in its place"
     assert b"bucket 1x16 is damaged; a larger one runs in its place" in promoted.stderr
     assert [row["state"] for row in json.loads(build.stdout)["buckets"]] == ["compiled", "hit"]
     assert [path.read_bytes() for path in entry(cache, 32)] == kept
-    assert cli("cache", "verify", cache=cache).returncode == 0
-    assert cli(*CACHED, cache=cache).stdout == sound
+    assert here("cache", "verify", cache=cache).returncode == 0
+    assert here(*CACHED, cache=cache).stdout == sound
 
 
-def test_a_newer_format_is_left_alone_inside_and_beside_this_one(cli, cache):
+def test_a_newer_format_is_left_alone_inside_and_beside_this_one(here, cache):
     future = cache / "v2" / "entries" / "f" / "e.cbor"
     future.parent.mkdir(parents=True)
     future.write_bytes(b"\xa1")
@@ -113,10 +113,10 @@ def test_a_newer_format_is_left_alone_inside_and_beside_this_one(cli, cache):
         manifest.write_bytes(canonical_json({"sha256": digest, "body": body}) + b"\n")
     before = files(cache)
 
-    said(cli(*CACHED, cache=cache), 7, "is a newer release's: it has format 2", "pip install --upgrade")
-    assert cli("cache", "verify", cache=cache).returncode == 0
-    assert cli("cache", "prune", "--older-than=0s", "-y", cache=cache).returncode == 0
-    assert cli("status", "--model=demo", "--strategy=recompute", "--seq=16", cache=cache).returncode == 1
+    said(here(*CACHED, cache=cache), 7, "is a newer release's: it has format 2", "pip install --upgrade")
+    assert here("cache", "verify", cache=cache).returncode == 0
+    assert here("cache", "prune", "--older-than=0s", "-y", cache=cache).returncode == 0
+    assert here("status", "--model=demo", "--strategy=recompute", "--seq=16", cache=cache).returncode == 1
     assert files(cache) == before
 
 
@@ -142,9 +142,9 @@ def mount(tmp_path):
         subprocess.run(["umount", "--lazy", str(where)], check=True)
 
 
-def test_a_cache_that_is_full_then_has_room_then_is_read_only_and_may_not_execute(cli, mount, demo_cache):
+def test_a_cache_that_is_full_then_has_room_then_is_read_only_and_may_not_execute(here, mount, demo_cache):
     cache = mount("size=300k,noexec")
-    full = cli(*BUILD, "--seq=16", "--json", cache=cache, compiled=demo_cache)
+    full = here(*BUILD, "--seq=16", "--json", cache=cache, compiled=demo_cache)
     assert json.loads(full.stdout)["buckets"][0]["state"] == "failed"
     assert full.returncode == 5
     assert b"No space left on device" in full.stderr
@@ -153,52 +153,52 @@ def test_a_cache_that_is_full_then_has_room_then_is_read_only_and_may_not_execut
     assert list(cache.glob("v1/entries/*/*")) == list(cache.glob("v1/blobs/*/*")) == []
 
     mount("size=50m,noexec")
-    assert cli(*BUILD, "--seq=16", cache=cache, compiled=demo_cache).returncode == 0
+    assert here(*BUILD, "--seq=16", cache=cache, compiled=demo_cache).returncode == 0
 
     mount("size=50m,noexec,ro")
     before = files(cache)
-    run = cli(*CACHED, cache=cache)
+    run = here(*CACHED, cache=cache)
     assert (run.returncode, run.stdout[:6]) == (0, b"ROMEO:"), run.stderr
-    assert cli("status", "--model=demo", "--strategy=recompute", "--seq=16", cache=cache).returncode == 0
-    assert cli(*BUILD, "--seq=16", cache=cache).returncode == 0, "a hit writes nothing"
-    said(cli(*BUILD, "--seq=16,24", cache=cache), 1, "cannot be written", "--cache-dir")
-    deleting = cli("cache", "rm", "-y", entry(cache, 16)[0].stem[:12], cache=cache)
+    assert here("status", "--model=demo", "--strategy=recompute", "--seq=16", cache=cache).returncode == 0
+    assert here(*BUILD, "--seq=16", cache=cache).returncode == 0, "a hit writes nothing"
+    said(here(*BUILD, "--seq=16,24", cache=cache), 1, "cannot be written", "--cache-dir")
+    deleting = here("cache", "rm", "-y", entry(cache, 16)[0].stem[:12], cache=cache)
     assert deleting.returncode == 1
     assert b"Read-only file system" in deleting.stderr
     assert files(cache) == before
 
 
-def test_a_local_directory_that_is_full_or_read_only(cli, mount, demo_cache):
+def test_a_local_directory_that_is_full_or_read_only(here, mount, demo_cache):
     local = mount("size=64k")
-    said(cli(*CACHED, cache=demo_cache, NANOGPT_BUCKETS_LOCAL_DIR=str(local)), 1, "No space left", "LOCAL_DIR")
+    said(here(*CACHED, cache=demo_cache, NANOGPT_BUCKETS_LOCAL_DIR=str(local)), 1, "No space left", "LOCAL_DIR")
     assert [path for path in local.rglob("*") if path.is_file() and path.stat().st_size] == []
 
     mount("size=64k,ro")
-    said(cli(*CACHED, cache=demo_cache, NANOGPT_BUCKETS_LOCAL_DIR=str(local)), 1, "Read-only", "LOCAL_DIR")
+    said(here(*CACHED, cache=demo_cache, NANOGPT_BUCKETS_LOCAL_DIR=str(local)), 1, "Read-only", "LOCAL_DIR")
 
 
-def test_a_container_with_a_read_only_home_and_a_temporary_directory_that_may_not_execute(cli, mount, demo_cache):
+def test_a_container_with_a_read_only_home_and_a_temporary_directory_that_may_not_execute(here, mount, demo_cache):
     small = mount("size=8m,noexec,nosuid,nodev")
     places = {"HOME": "/proc/nowhere", "TMPDIR": str(small), "NANOGPT_BUCKETS_LOCAL_DIR": str(small / "local")}
 
-    run = cli(*CACHED, cache=demo_cache, **places)
+    run = here(*CACHED, cache=demo_cache, **places)
     assert (run.returncode, run.stdout[:6]) == (0, b"ROMEO:"), run.stderr
 
     # and without that one writable directory
     said(
-        cli(*CACHED, cache=demo_cache, **places | {"NANOGPT_BUCKETS_LOCAL_DIR": "/proc/nowhere"}),
+        here(*CACHED, cache=demo_cache, **places | {"NANOGPT_BUCKETS_LOCAL_DIR": "/proc/nowhere"}),
         1,
         "/proc",
         "LOCAL_DIR",
     )
 
 
-def test_a_cache_that_is_not_there(cli, tmp_path):
+def test_a_cache_that_is_not_there(here, tmp_path):
     nowhere = tmp_path / "no" / "where"
 
-    said(cli(*CACHED, cache=nowhere), 3, "no bucket is built", "nanogpt-buckets build --model demo")
-    assert cli("status", "--model=demo", "--strategy=recompute", "--seq=16", cache=nowhere).returncode == 1
-    assert json.loads(cli("cache", "ls", "--json", cache=nowhere).stdout) == []
+    said(here(*CACHED, cache=nowhere), 3, "no bucket is built", "nanogpt-buckets build --model demo")
+    assert here("status", "--model=demo", "--strategy=recompute", "--seq=16", cache=nowhere).returncode == 1
+    assert json.loads(here("cache", "ls", "--json", cache=nowhere).stdout) == []
     assert not nowhere.exists(), "asking makes no directory"
 
 
@@ -278,7 +278,7 @@ def test_a_directory_only_its_owner_may_enter_is_one_sentence(cache, tmp_path):
 
 
 @pytest.mark.parametrize("spoiled", ["owned by another user", "writable by others"])
-def test_code_that_others_could_have_written_is_not_run(spoiled, cli, cache):
+def test_code_that_others_could_have_written_is_not_run(spoiled, here, cache):
     if spoiled == "writable by others":
         cache.chmod(0o777)
     else:
@@ -287,8 +287,8 @@ def test_code_that_others_could_have_written_is_not_run(spoiled, cli, cache):
     before = files(cache)
 
     for command in (CACHED, (*BUILD, "--seq=16")):
-        said(cli(*command, cache=cache), 6, str(cache), "")
-    status = cli("status", "--model=demo", "--strategy=recompute", "--seq=16", "--json", cache=cache)
+        said(here(*command, cache=cache), 6, str(cache), "")
+    status = here("status", "--model=demo", "--strategy=recompute", "--seq=16", "--json", cache=cache)
     assert (status.returncode, json.loads(status.stdout)["buckets"][0]["state"]) == (1, "untrusted")
     assert files(cache) == before
 
