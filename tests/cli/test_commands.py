@@ -27,13 +27,13 @@ def test_generate_prints_prompt_and_text_on_stdout_and_the_rest_on_stderr(cli, d
     assert b"1x16 x11, 1x32 x9" in first.stderr
 
 
-def test_sample_pys_flags_work_in_both_spellings(cli, demo_cache):
-    dashes = cli("generate", *DEMO, "--start=KING", "--max-new-tokens=5", "--top-k=3", "--seed=2", cache=demo_cache)
-    same = cli("generate", *DEMO, "--start=KING", "--max_new_tokens=5", "--top_k=3", "--seed=2", cache=demo_cache)
+def test_sample_pys_flags_work_in_both_spellings(here, demo_cache):
+    dashes = here("generate", *DEMO, "--start=KING", "--max-new-tokens=5", "--top-k=3", "--seed=2", cache=demo_cache)
+    same = here("generate", *DEMO, "--start=KING", "--max_new_tokens=5", "--top_k=3", "--seed=2", cache=demo_cache)
 
     assert dashes.returncode == 0, dashes.stderr
     assert dashes.stdout == same.stdout
-    many = cli("generate", "a", *DEMO, "--num_samples=2", "--max_new_tokens=3", cache=demo_cache)
+    many = here("generate", "a", *DEMO, "--num_samples=2", "--max_new_tokens=3", cache=demo_cache)
     assert many.stdout.count(b"---------------\n") == 2
 
 
@@ -59,8 +59,8 @@ def test_odd_prompts_and_odd_terminals_stop_nothing(cli, demo_cache):
     assert b"character '?' (U+6F22)" in run.stderr
 
 
-def test_generate_json_is_one_document(cli, demo_cache):
-    run = cli("generate", "ROMEO:", *DEMO, "--max-new-tokens=4", "--json", "--seed=1", cache=demo_cache)
+def test_generate_json_is_one_document(here, demo_cache):
+    run = here("generate", "ROMEO:", *DEMO, "--max-new-tokens=4", "--json", "--seed=1", cache=demo_cache)
     document = json.loads(run.stdout)
 
     assert document["generations"][0]["new_tokens"] == 4
@@ -68,51 +68,51 @@ def test_generate_json_is_one_document(cli, demo_cache):
     assert document["report"]["backend"] == "inductor"
 
 
-def test_the_eager_backend_is_one_flag_away(cli, demo_cache):
+def test_the_eager_backend_is_one_flag_away(here, demo_cache):
     arguments = ("generate", "ROMEO:", *DEMO, "--max-new-tokens=9", "--seed=1")
 
-    compiled = cli(*arguments, cache=demo_cache)
-    eager = cli(*arguments, "--backend", "eager", cache=demo_cache)
-    like_nanogpt = cli(*arguments, "--compile=False", cache=demo_cache)
+    compiled = here(*arguments, cache=demo_cache)
+    eager = here(*arguments, "--backend", "eager", cache=demo_cache)
+    like_nanogpt = here(*arguments, "--compile=False", cache=demo_cache)
 
     assert compiled.stdout == eager.stdout == like_nanogpt.stdout
     assert b"on eager" in like_nanogpt.stderr
 
 
-def test_status_says_what_is_warm_by_its_exit_code(cli, demo_cache):
-    warm = cli("status", *DEMO, RECOMPUTE, "--seq", "16,32", cache=demo_cache)
-    some = cli("status", *DEMO, RECOMPUTE, "--seq", "16,64", "--json", cache=demo_cache)
-    plan = cli("status", *DEMO, cache=demo_cache)
+def test_status_says_what_is_warm_by_its_exit_code(here, demo_cache):
+    warm = here("status", *DEMO, RECOMPUTE, "--seq", "16,32", cache=demo_cache)
+    some = here("status", *DEMO, RECOMPUTE, "--seq", "16,64", "--json", cache=demo_cache)
+    plan = here("status", *DEMO, cache=demo_cache)
 
     assert (warm.returncode, some.returncode, plan.returncode) == (0, 1, 0)
     assert [row["state"] for row in json.loads(some.stdout)["buckets"]] == ["warm", "missing"]
     assert b"2 of 2 buckets warm" in plan.stderr
 
 
-def test_build_again_is_all_hits_as_json(cli, demo_cache):
-    run = cli("build", *DEMO, RECOMPUTE, "--seq", "32,16,16", "--json", cache=demo_cache)
+def test_build_again_is_all_hits_as_json(here, demo_cache):
+    run = here("build", *DEMO, RECOMPUTE, "--seq", "32,16,16", "--json", cache=demo_cache)
 
     document = json.loads(run.stdout)
     assert (document["hits"], document["compiled"], document["failed"]) == (2, 0, 0)
     assert [row["bucket"]["seq_len"] for row in document["buckets"]] == [16, 32]
 
 
-def test_cache_ls_and_verify(cli, demo_cache):
-    rows = json.loads(cli("cache", "ls", "--json", cache=demo_cache).stdout)
-    verify = cli("cache", "verify", "--json", cache=demo_cache)
+def test_cache_ls_and_verify(here, demo_cache):
+    rows = json.loads(here("cache", "ls", "--json", cache=demo_cache).stdout)
+    verify = here("cache", "verify", "--json", cache=demo_cache)
 
     assert sorted(row["bucket"] for row in rows) == ["1x16", "1x32"]
     assert all(len(row["key"]) == 64 and row["state"] == "stored" for row in rows)
     assert (verify.returncode, json.loads(verify.stdout)["problems"]) == (0, [])
-    assert cli("cache", "dir", cache=demo_cache).stdout.decode() == f"{demo_cache}\n"
+    assert here("cache", "dir", cache=demo_cache).stdout.decode() == f"{demo_cache}\n"
 
 
-def test_help_names_every_command_and_the_exit_codes(cli):
-    text = cli("--help").stdout.decode()
+def test_help_names_every_command_and_the_exit_codes(here):
+    text = here("--help").stdout.decode()
 
     assert all(name in text for name in ("build", "generate", "status", "cache", "Exit codes", "130"))
     for command in ("build", "generate", "status", "cache ls", "cache verify", "cache dir"):
-        assert "Example: " in cli(*command.split(), "--help").stdout.decode()
+        assert "Example: " in here(*command.split(), "--help").stdout.decode()
 
 
 # --- scripts without a guard ------------------------------------------------------------------------------------------
@@ -145,9 +145,9 @@ def test_generate_compiles_in_a_cold_cache_from_any_script(tmp_path):
     assert (second.stdout, "compiling" in second.stderr) == (first.stdout, False)
 
 
-def test_scores_are_a_row_a_text_and_one_of_all(cli, tmp_path):
+def test_scores_are_a_row_a_text_and_one_of_all(here, tmp_path):
     (tmp_path / "texts.txt").write_text("ROMEO: what is it\n\nA\nJULIET\n" + "to be or not " * 40)
-    run = cli("score", str(tmp_path / "texts.txt"), *DEMO, "--backend=eager")
+    run = here("score", str(tmp_path / "texts.txt"), *DEMO, "--backend=eager")
 
     assert run.returncode == 0, run.stderr
     head, *rows = [line.split() for line in run.stdout.decode().splitlines()]
