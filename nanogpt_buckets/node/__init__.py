@@ -5,8 +5,8 @@ Its only layout:
     weights/<digest>.safetensors     prepared weights, ready to be mapped (model/prepared.py)
     verified/<digest>.json           that this file was read whole, and which file that was
     sources/<sha256>.json            which prepared file a model's source became (sources.py)
-    canary/<weights>-<blobs>.json    that a compiled bucket agreed with eager for these weights (run/loader.py)
-    loading/<weights>-<blobs>.json   that one is being loaded for the first time (crumbs.py)
+    canary/<weights>-<blobs>.json    whether a compiled bucket agreed with eager for these weights (run/loader.py)
+    loading/<weights>-<manifest>.json  that one is being loaded for the first time (crumbs.py)
     failures/<key>.json              what failed to compile within the last hour (failures.py)
     revoked/<name>.json              that a manifest or a signer's key counts for nothing (store/signers.py)
     libraries/<sha256>.so            private copies of libraries, where there are no sealed anonymous files

@@ -138,17 +138,20 @@ class Compiled(Loader):
         weights, manifest, artifact, start = self.weights, entry.manifest, artifact_of(entry), time.perf_counter()
         interface = step_named(bucket.step).interface(self.choice.model.architecture, bucket, self.choice.dtype)
         mark = "-".join([weights.digest[:MARK_HEAD], *(blob.sha256[:16] for blob in manifest.blobs)])
-        known = MARKS.find(mark) == {"gate": gate.VERSION}
-        executable = None
+        passed, found = {"gate": gate.VERSION}, MARKS.find(mark) or {}
+        if found.get("manifest") == manifest.digest and found["gate"] == gate.VERSION:
+            raise CorruptEntry(f"{found['why']}; it was rejected on this machine before")
+        known, executable = found == passed, None
         try:
-            with contextlib.nullcontext() if known else crumbs.first_load(mark):
+            first = contextlib.nullcontext() if known else crumbs.first_load(f"{mark[:MARK_HEAD]}-{manifest.digest}")
+            with first:
                 executable = self.choice.compiler.load(artifact, interface, weights.tensors)
                 milliseconds = 1000 * (time.perf_counter() - start)
                 what = (bucket, manifest.key[:12], manifest.size, milliseconds)
                 log.info("loaded bucket %s, entry %s, %d bytes, %.1f ms", *what)
                 if not known:
                     self._check(executable, bucket, manifest)
-                    MARKS.keep(mark, {"gate": gate.VERSION})
+                    MARKS.keep(mark, passed)
         except crumbs.EndedBefore as error:  # on this machine; elsewhere it may run
             place = settings.cache_dir_option(self.choice.store.root)
             error.hint = f"nanogpt-buckets cache rm {manifest.key[:12]}{place} and build again; {error.hint}"
@@ -157,6 +160,7 @@ class Compiled(Loader):
             if executable is not None:
                 executable.close()
             self.choice.store.reject(manifest, error.message)
+            MARKS.keep(mark, passed | {"manifest": manifest.digest, "why": error.message})
             raise CorruptEntry(f"{error.message}; the entry is rejected") from error
         self.choice.store.mark_used(manifest)
         self.origins[bucket] = entry.tier, manifest.stats.get("compile_ms", 0) / 1000

@@ -19,6 +19,7 @@ from nanogpt_buckets.run.loader import Compiled, Uncompiled
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import gate, step_named
 from nanogpt_buckets.store.entry import Status
+from nanogpt_buckets.store.store import Store
 
 B8, B16 = Bucket(1, 8), Bucket(1, 16)
 
@@ -135,6 +136,24 @@ def test_uncompiled_steps_are_a_source_of_every_bucket(choose):
 
     assert source.has(Bucket(7, 99))
     assert torch.equal(eager, loaded)
+
+
+def test_what_was_rejected_is_not_loaded_again_on_this_machine_though_the_store_could_not_be_told(choose, monkeypatch):
+    publish(choose(), B8, "wrong")
+    monkeypatch.setattr(Store, "reject", lambda *a: None)
+    assert not Compiled(choose()).load(B8)
+
+    again = Compiled(choose())
+
+    assert not again.load(B8)
+    assert again.choice.backend.opened == []
+    assert "it was rejected on this machine before" in again.refused[B8].message
+    manifest = again.selection.usable[B8][0]
+    again.choice.store.entry_path(manifest).unlink()
+    publish(choose(), B8, "wrong", gate={"version": gate.VERSION, "lengths": [2]})
+    anew = Compiled(choose())
+    assert not anew.load(B8)
+    assert anew.choice.backend.opened == ["wrong"], "another build of it is tried"
 
 
 # --- what ends the process --------------------------------------------------------------------------------------------
