@@ -187,7 +187,7 @@ class Objects:
 
     def _put(self, name: str, data: bytes, mode: Any) -> bool:
         try:
-            with self._reading():
+            with self._reading(creating=not replace):
                 self._obstore.put(self._store, _path(name), data, mode=mode, use_multipart=False)
         except FileExistsError:
             return False
@@ -206,14 +206,22 @@ class Objects:
             return bytes(found.bytes()), found.meta
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Turn what obstore raises into a CacheError about this place; a missing object is a FileNotFoundError."""
+    def _reading(self, creating: bool = False) -> Iterator[None]:
+        """Turn what obstore raises into a CacheError about this place; a missing object is a FileNotFoundError.
+
+        One that is there already is a FileExistsError where it was to be created: a service may say 409 to anything.
+        """
         exceptions = self._obstore.exceptions
         try:
             yield
+<<<<<<< HEAD
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
             raise FileExistsError(str(error)) from error
+=======
+>>>>>>> d036b49 (An object store's 409 is transient unless something was to be created)
         except (FileNotFoundError, exceptions.BaseError) as error:
+            if creating and isinstance(error, exceptions.AlreadyExistsError):
+                raise FileExistsError(str(error)) from error
             text = str(error)
             for pattern, meaning in _MEANINGS:
                 if re.search(pattern, text):

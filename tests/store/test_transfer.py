@@ -217,6 +217,21 @@ def test_what_a_service_refuses_is_no_transient_error(s3, monkeypatch, meaning):
     assert caught.value.hint
 
 
+def test_a_conflict_is_transient_unless_an_object_was_to_be_created(s3, monkeypatch):
+    tier = Objects(s3)
+
+    def conflict(*arguments: object, **how: object) -> None:
+        raise tier._obstore.exceptions.AlreadyExistsError("already exists: status code: 409")
+
+    for name in ("get", "put", "delete", "list_with_delimiter"):
+        monkeypatch.setattr(tier._obstore, name, conflict)
+    assert not tier.put("a", b""), "who was first stays"
+    replacing = lambda tier: tier.put("a", b"", replace=True)  # noqa: E731
+    for use in (USES[0], USES[1], USES[3], replacing):
+        with pytest.raises(TransientError, match="cannot be used this time"):
+            use(tier)
+
+
 def test_numbers_in_a_url_are_no_verdict(s3, monkeypatch):
     tier = Objects(s3)
 
