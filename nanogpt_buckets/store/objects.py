@@ -187,7 +187,7 @@ class Objects:
 
     def _put(self, name: str, data: bytes, mode: Any) -> bool:
         try:
-            with self._reading(creating=not replace):
+            with self._reading(conditional=mode != "overwrite"):
                 self._obstore.put(self._store, _path(name), data, mode=mode, use_multipart=False)
         except FileExistsError:
             return False
@@ -206,21 +206,17 @@ class Objects:
             return bytes(found.bytes()), found.meta
 
     @contextlib.contextmanager
-    def _reading(self, creating: bool = False) -> Iterator[None]:
+    def _reading(self, conditional: bool = False) -> Iterator[None]:
         """Turn what obstore raises into a CacheError about this place; a missing object is a FileNotFoundError.
 
-        One that is there already is a FileExistsError where it was to be created: a service may say 409 to anything.
+        One that is there already, or another one, is a FileExistsError where that was a condition: a service may say
+        409 to anything.
         """
         exceptions = self._obstore.exceptions
         try:
             yield
-<<<<<<< HEAD
-        except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
-            raise FileExistsError(str(error)) from error
-=======
->>>>>>> d036b49 (An object store's 409 is transient unless something was to be created)
         except (FileNotFoundError, exceptions.BaseError) as error:
-            if creating and isinstance(error, exceptions.AlreadyExistsError):
+            if conditional and isinstance(error, exceptions.AlreadyExistsError | exceptions.PreconditionError):
                 raise FileExistsError(str(error)) from error
             text = str(error)
             for pattern, meaning in _MEANINGS:

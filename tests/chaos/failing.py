@@ -124,14 +124,16 @@ def _each_call(task: Task, deed: Deed) -> Tally:
         shutil.rmtree(task.where / "copy", ignore_errors=True)
         return Store(shutil.copytree(template, task.where / "copy", symlinks=True))
 
+    names = heard(lambda: calls.names_of(lambda: deed.do(copy())))
     store = copy()
-    names = calls.names_of(lambda: deed.do(store))
-    points = [(n, code, for_good) for n in range(1, len(names) + 1) for code in ERRORS for for_good in (False, True)]
+    points = [(n, code, False) for n in range(1, len(names) + 1) for code in ERRORS]
+    points += [(n, task.chance.choice(ERRORS), True) for n in range(1, len(names) + 1)]
+    before = contents(store.root)
     for number, code, for_good in task.some(points, 24):
         where = f"{errno.errorcode[code]} at call {number}, {names[number - 1]}{' and on' * for_good}"
         with tally.case(where):
-            store = copy()
-            before = contents(store.root)
+            if contents(store.root) != before:
+                store = copy()
             with calls.watched(failing(number, code, for_good)), contextlib.suppress(CacheError):
                 deed.do(store)
             after = contents(store.root)
@@ -140,6 +142,8 @@ def _each_call(task: Task, deed: Deed) -> Tally:
             assert deed.writes or after == before, changed
             assert deed.damaged or changed <= {"v1/plans/p.json"}, changed
             whole(store, OTHER)
+            if after == before:
+                continue
             mended(store, MINE)
             plan(store, MINE, OTHER)
             sound(store)
@@ -160,7 +164,7 @@ def _builds(task: Task) -> Tally:
         return names
 
     names = heard(recorded)
-    points = [(n, code, on) for n in range(1, len(names) + 1) for code in ERRORS for on in (False, True)]
+    points = [(n, task.chance.choice(ERRORS), on) for n in range(1, len(names) + 1) for on in (False, True)]
     for number, code, on in task.some(points, 12):
         with tally.case(f"{errno.errorcode[code]} at call {number}, {names[number - 1]}{' and on' * on}"):
             shutil.rmtree(root, ignore_errors=True)

@@ -21,7 +21,7 @@ from store_kit import make
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.run.loader import artifact_of
 from nanogpt_buckets.store.entries import Entries
-from nanogpt_buckets.store.entry import Miss, Status, Verified
+from nanogpt_buckets.store.entry import Found, Miss, Status, Verified
 from nanogpt_buckets.store.manifest import Manifest
 from nanogpt_buckets.store.plans import Plans, SavedPlan
 from nanogpt_buckets.store.store import Store
@@ -157,9 +157,9 @@ def sound(store: Store) -> None:
     assert problems == (), problems
 
 
-def never_corrupt(found: Verified | Miss) -> None:
+def never_corrupt(found: Found | Verified) -> None:
     """Assert that what was not damaged is not called so, for then it would be replaced."""
-    assert isinstance(found, Verified) or found.status is not Status.CORRUPT, found
+    assert not isinstance(found, Miss) or found.status is not Status.CORRUPT, found
 
 
 def contents(root: Path) -> dict[str, bytes]:
