@@ -147,6 +147,16 @@ def test_links_lead_somewhere():
             assert link.startswith("https://") or (document.parent / link).exists(), f"{document}: {link}"
 
 
+def test_what_is_promised_is_shown_by_tests_that_exist():
+    text = (ROOT / "nanogpt_buckets/store/README.md").read_text(encoding="utf-8")
+    named = re.findall(r"\[(test_\w+)\]\(../../(tests/[\w/]+[.]py)\)", text)
+
+    tests = [(name, path) for name, path in named if name != Path(path).stem]
+    assert len(tests) > 20
+    for name, path in tests:
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
 def test_contributing_fits_on_a_screen_or_two_and_the_workflow_calls_the_test_script():
     assert (ROOT / ".github" / "CONTRIBUTING.md").read_text().count("\n") <= 80
     import yaml
