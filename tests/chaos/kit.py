@@ -40,6 +40,10 @@ class WrongLoad(AssertionError):
     """The load path gave what no builder published under that key."""
 
 
+# How a child ends that found one.
+_CODES: dict[type[BaseException], int] = {LostEntry: 71, WrongLoad: 72}
+
+
 @dataclass
 class Tally:
     """What became of one kind of fault; `said` is what went wrong."""
@@ -173,7 +177,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def started(function: Callable[[], None]) -> int:
     """Run a function in a child, forked since importing takes longer than most faults do; return its id.
 
-    The child ends with 0, with 70 if the function raised, which it then says, or by a signal.
+    The child ends with 0, with another code if the function raised, which it then says, or by a signal.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -184,7 +188,8 @@ def started(function: Callable[[], None]) -> int:
             signal.alarm(_PATIENCE_S)
             function()
             code = 0
-        except BaseException:
+        except BaseException as error:
+            code = _CODES.get(type(error), code)
             traceback.print_exc()
         finally:
             sys.stderr.flush()
@@ -215,3 +220,12 @@ def _tell(descriptor: int, words: list[str]) -> None:
 
 def in_child(function: Callable[[], None]) -> int:
     return ended(started(function))
+
+
+def carried_out(child: int) -> None:
+    """Assert that a child ends well; what it found is raised here as well."""
+    code = ended(child)
+    for kind, found in _CODES.items():
+        if code == found:
+            raise kind("in a child, which said so")
+    assert code == 0, f"a child ended with {code}"

@@ -13,7 +13,21 @@ from pathlib import Path
 
 from store_kit import manifest_path
 
-from chaos.kit import Build, LostEntry, Tally, Task, build, ended, load, mended, plan, publish, sound, started, whole
+from chaos.kit import (
+    Build,
+    LostEntry,
+    Tally,
+    Task,
+    build,
+    carried_out,
+    load,
+    mended,
+    plan,
+    publish,
+    sound,
+    started,
+    whole,
+)
 from nanogpt_buckets.errors import CacheError
 from nanogpt_buckets.store.entry import Miss, Status, Verified
 from nanogpt_buckets.store.prune import delete, plan_prune, plan_removal
@@ -45,7 +59,7 @@ def _beside(task: Task, tally: Tally, remove: Callable[[Store], None], kept: boo
     readers = [started(lambda path=path: _read(Store(root), path, until, kept)) for path in reports]
     for child in (*workers, *readers):
         with tally.case("a process that goes on to its end"):
-            assert ended(child) == 0
+            carried_out(child)
     for path in reports:
         reads, lost, wrong, *said = path.read_text().splitlines()
         failed = int(lost) + int(wrong)
