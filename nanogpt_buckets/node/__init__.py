@@ -66,6 +66,8 @@ def folder(name: str = "", *, make: bool = False) -> Path:
                 place.mkdir(mode=0o700, exist_ok=True)
     try:
         check_way(root, _ELSEWHERE)
+        if name and path.is_symlink():
+            raise CacheError(f"{path} is a symbolic link", hint=f"delete it, or {_ELSEWHERE}")
         for place in (root, path):
             found = place.stat()
             if not stat.S_ISDIR(found.st_mode):
@@ -77,8 +79,6 @@ def folder(name: str = "", *, make: bool = False) -> Path:
         pass  # nobody has written what is not there
     except OSError as error:
         raise CacheError(f"{path} cannot be examined: {error.strerror or error}", hint=_ELSEWHERE) from error
-    if name and path.is_symlink():
-        raise CacheError(f"{path} is a symbolic link", hint=f"delete it, or {_ELSEWHERE}")
     return path
 
 

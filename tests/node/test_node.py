@@ -86,6 +86,15 @@ def test_a_folder_that_is_open_or_leads_elsewhere_is_refused(root, tmp_path):
         prune.plan()
 
 
+def test_a_folder_that_cannot_be_examined_is_said(root, monkeypatch):
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "is_symlink", fail)
+    with pytest.raises(CacheError, match="canary cannot be examined: Input/output error"):
+        MARKS.find(DIGEST)
+
+
 def test_a_file_in_its_place_is_said(root):
     root.rmdir()
     root.write_text("")
