@@ -217,6 +217,21 @@ def test_what_a_service_refuses_is_no_transient_error(s3, monkeypatch, meaning):
     assert caught.value.hint
 
 
+def test_an_answer_without_its_content_is_transient_and_an_empty_object_is_empty(s3, monkeypatch):
+    tier = Objects(s3)
+    tier.put("a", b"content")
+    tier.put("b", b"")
+    really = tier._obstore.get
+    assert tier.get("b", size=0, anyone=True) == b""
+    with pytest.raises(CorruptEntry, match="has 0 bytes, not 7"):
+        tier.get("b", size=7, anyone=True)
+
+    monkeypatch.setattr(tier._obstore, "get", lambda store, path: really(store, path.replace("/a", "/b")))
+    for how in ({}, {"size": 7}, {"limit": 9}):
+        with pytest.raises(TransientError, match="came without its content"):
+            tier.get("a", anyone=True, **how)
+
+
 def test_a_conflict_is_transient_unless_an_object_was_to_be_created(s3, monkeypatch):
     tier = Objects(s3)
 
