@@ -264,7 +264,7 @@ def run(task: Task) -> Iterator[Tally]:
             tally = Tally(7, f"{policy}, {where}")
             with tally.case("control"):
                 carried_out(started(lambda: _control(task, place, trusted, anywhere)))  # noqa: B023
-            for name, attack in ATTACKS.items() if not task.quick else task.some(ATTACKS.items(), 3):
+            for name, attack in ATTACKS.items() if not task.quick else task.some(ATTACKS.items(), 2):
                 with tally.case(name):
                     carried_out(started(lambda: _attacked(task, place, trusted, attack)))  # noqa: B023
             yield tally

@@ -27,7 +27,7 @@ Change = tuple[str, bytes]
 
 def flips(task: Task, data: bytes) -> Iterator[Change]:
     """Yield data with each byte changed, in one bit by chance."""
-    for position in task.some(range(len(data)), 40):
+    for position in task.some(range(len(data)), 15):
         changed = bytearray(data)
         changed[position] ^= 1 << task.chance.randrange(8)
         yield f"byte {position} flipped", bytes(changed)
@@ -35,7 +35,7 @@ def flips(task: Task, data: bytes) -> Iterator[Change]:
 
 def prefixes(task: Task, data: bytes) -> Iterator[Change]:
     """Yield every beginning, the empty one among them, and data with something after its end."""
-    for length in [0, *task.some(range(1, len(data)), 20)]:
+    for length in [0, *task.some(range(1, len(data)), 8)]:
         yield f"cut to {length} bytes", data[:length]
     yield "with a byte more", data + b"\0"
 

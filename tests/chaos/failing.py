@@ -130,7 +130,7 @@ def _each_call(task: Task, deed: Deed) -> Tally:
     points = [(n, code, False) for n in range(1, len(names) + 1) for code in ERRORS]
     points += [(n, task.chance.choice(ERRORS), True) for n in range(1, len(names) + 1)]
     before = contents(store.root)
-    for number, code, for_good in task.some(points, 24):
+    for number, code, for_good in task.some(points, 10):
         where = f"{errno.errorcode[code]} at call {number}, {names[number - 1]}{' and on' * for_good}"
         with tally.case(where):
             if contents(store.root) != before:
@@ -166,7 +166,7 @@ def _builds(task: Task) -> Tally:
 
     names = heard(recorded)
     points = [(n, task.chance.choice(ERRORS), on) for n in range(1, len(names) + 1) for on in (False, True)]
-    for number, code, on in task.some(points, 12):
+    for number, code, on in task.some(points, 4):
         with tally.case(f"{errno.errorcode[code]} at call {number}, {names[number - 1]}{' and on' * on}"):
             shutil.rmtree(root, ignore_errors=True)
             carried_out(started(lambda: _used(failing(number, code, on))))  # noqa: B023

@@ -129,7 +129,7 @@ def _meanwhile(task: Task, one: Host, two: Host) -> Tally:
 
     prepared()
     names = heard(lambda: calls.names_of(lambda: publish(store, MINE)))
-    for stop in task.some(range(1, len(names) + 1), 4):
+    for stop in task.some(range(1, len(names) + 1), 3):
         with tally.case(f"before call {stop}, {names[stop - 1]}"):
             prepared()
             one.run(task, lambda: _stopped(task, store, stop, two))  # noqa: B023

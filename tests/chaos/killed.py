@@ -152,7 +152,7 @@ def _killed(task: Task, scene: Scene) -> Tally:
     assert len(names) > 20, names
     points = [(number, False) for number in range(1, len(names) + 1)]
     points += [(number, True) for number, name in enumerate(names, start=1) if name == "write"]
-    for number, half in task.some(sorted(points), 25):
+    for number, half in task.some(sorted(points), 20):
         with tally.case(f"{'within' if half else 'before'} call {number}, {names[number - 1]}"):
             root = copy()
             assert in_child(lambda: _act_until(scene, root, number, half)) == -signal.SIGKILL  # noqa: B023

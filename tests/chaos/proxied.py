@@ -234,7 +234,7 @@ def _each_request(
     judge(scene)
     points = [(n, fault, False) for n in range(1, requests + 1) for fault in FAULTS]
     points += [(1, fault, True) for fault in FAULTS]
-    for number, fault, on in task.some(points, 3):
+    for number, fault, on in task.some(points, 2):
         with tally.case(f"{fault} at request {number}{' and on' * on}"):
             prepared()
             scene.proxy.begin(fault, number, on)
