@@ -222,10 +222,10 @@ def in_child(function: Callable[[], None]) -> int:
     return ended(started(function))
 
 
-def carried_out(child: int) -> None:
-    """Assert that a child ends well; what it found is raised here as well."""
-    code = ended(child)
+def carried_out(*children: int) -> None:
+    """Wait for children and assert that all ended well; what one found is raised here as well."""
+    codes = [ended(child) for child in children]
     for kind, found in _CODES.items():
-        if code == found:
+        if found in codes:
             raise kind("in a child, which said so")
-    assert code == 0, f"a child ended with {code}"
+    assert not any(codes), f"a child ended with {codes}"

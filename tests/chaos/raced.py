@@ -67,8 +67,7 @@ def _race(task: Task, locked: Callable[..., object] | None, state: str) -> None:
     begin = time.time() + 0.05
     first = state == STATES[0]  # then who publishes first is adopted by all
     children = [started(lambda tag=tag: _build(root, tag, begin, locked, known, first)) for tag in tags]
-    for child in children:
-        carried_out(child)
+    carried_out(*children)
 
     for length, builds in known.items():
         found = load(store, builds[0].manifest, *builds)
