@@ -84,7 +84,7 @@ def _layer(root: Path, trust: Trust) -> Entries:
 
 
 def _remote(root: Path, trust: Trust) -> Entries:
-    return Entries(Memory(Directory(root, shared=True)), trust)  # type: ignore[arg-type]
+    return Entries(Memory(Directory(root, shared=True)), trust)
 
 
 PLACES = {

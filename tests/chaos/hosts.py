@@ -98,9 +98,9 @@ def _takes_turns(task: Task, one: Host, two: Host) -> None:
     """Let each publish and plan beside the other, and load and adopt what the other has."""
     root = task.room("cache")
     store = Store(root)
-    one.run(task, lambda: (publish(store, MINE, OTHER), plan(store, MINE, OTHER)))  # type: ignore[func-returns-value]
+    one.run(task, lambda: (publish(store, MINE, OTHER), plan(store, MINE, OTHER)))
     first = contents(root)
-    two.run(task, lambda: (whole(store, MINE, OTHER), publish(store, MINE, LATER), store.mark_used(MINE.manifest)))  # type: ignore[func-returns-value]
+    two.run(task, lambda: (whole(store, MINE, OTHER), publish(store, MINE, LATER), store.mark_used(MINE.manifest)))
     one.run(task, lambda: whole(store, MINE, OTHER, LATER))
     assert first.items() <= contents(root).items(), "the second changed what the first had written"
     assert not any(os.listdir(root / "v1/tmp"))
@@ -113,7 +113,7 @@ def _same_bytes(task: Task, one: Host, two: Host) -> None:
     """Let each publish into a directory of its own: the same names and bytes."""
     roots = [task.room("cache"), task.room("second")]
     for host, root in zip((one, two), roots, strict=True):
-        host.run(task, lambda root=root: (publish(Store(root), MINE), plan(Store(root), MINE)))  # type: ignore[misc]
+        host.run(task, lambda root=root: (publish(Store(root), MINE), plan(Store(root), MINE)))
     assert contents(roots[0]) == contents(roots[1])
 
 
@@ -211,13 +211,13 @@ def _theirs(task: Task, other: Host) -> None:
     home = task.room("theirs")
     os.chown(home, NOBODY, NOBODY)
     root = home / "cache"
-    other.run(task, lambda: (publish(Store(root), MINE), plan(Store(root), MINE)))  # type: ignore[func-returns-value]
+    other.run(task, lambda: (publish(Store(root), MINE), plan(Store(root), MINE)))
     before = contents(root)
     found = load(Store(root), MINE.manifest, MINE)
     assert isinstance(found, Miss), found
     assert found.status is Status.UNTRUSTED
     assert contents(root) == before
-    other.run(task, lambda: (mended(Store(root), MINE), sound(Store(root))))  # type: ignore[func-returns-value]
+    other.run(task, lambda: (mended(Store(root), MINE), sound(Store(root))))
 
 
 USERS = {"root's directory": _root_s, "the other's directory": _theirs}

@@ -96,7 +96,7 @@ def _build(
 ) -> None:
     """Be one of the builders: publish each bucket, load what is there then, and add it to the plan."""
     if locked is not None:
-        Directory.locked = locked  # type: ignore[method-assign, assignment]
+        Directory.locked = locked
     store = Store(root)
     time.sleep(max(0.0, begin - time.time()))
     for length in LENGTHS:

@@ -120,7 +120,7 @@ def _manifests(task: Task) -> dict[str, Callable[[], None]]:
         for blob in MINE.manifest.blobs:
             assert store.blob_path(blob.sha256).exists(), "a library that a newer manifest may need is gone"
 
-    return {name: lambda change=change: case(change) for name, change in {**NEWER, "a step more": step}.items()}  # type: ignore[misc]
+    return {name: lambda change=change: case(change) for name, change in {**NEWER, "a step more": step}.items()}
 
 
 def _marks(task: Task) -> dict[str, Callable[[], None]]:
@@ -138,7 +138,7 @@ def _marks(task: Task) -> dict[str, Callable[[], None]]:
         _all_an_older_release_does(store)
         assert (path.read_bytes(), manifest_path(store, MINE.manifest).read_bytes()) == kept
 
-    return {name: lambda change=change: case(change) for name, change in NEWER.items()}  # type: ignore[misc]
+    return {name: lambda change=change: case(change) for name, change in NEWER.items()}
 
 
 def _plans(task: Task) -> dict[str, Callable[[], None]]:
@@ -166,7 +166,7 @@ def _plans(task: Task) -> dict[str, Callable[[], None]]:
         document["buckets"][0]["cores"] = 2
 
     more = {**NEWER, "a step more": step, "a field more of a bucket": field}
-    return {name: lambda change=change: case(change) for name, change in more.items()}  # type: ignore[misc]
+    return {name: lambda change=change: case(change) for name, change in more.items()}
 
 
 def _locks(task: Task) -> dict[str, Callable[[], None]]:
@@ -182,7 +182,7 @@ def _locks(task: Task) -> dict[str, Callable[[], None]]:
                 use()
         assert path.read_bytes() == kept
 
-    return {name: lambda change=change: case(change) for name, change in NEWER.items()}  # type: ignore[misc]
+    return {name: lambda change=change: case(change) for name, change in NEWER.items()}
 
 
 def _records(task: Task) -> dict[str, Callable[[], None]]:
@@ -199,7 +199,7 @@ def _records(task: Task) -> dict[str, Callable[[], None]]:
         assert path not in [file.path for file in node_prune.plan()]
         assert path.read_bytes() == kept
 
-    return {name: lambda kind=kind: case(kind) for name, kind in KINDS.items()}  # type: ignore[misc]
+    return {name: lambda kind=kind: case(kind) for name, kind in KINDS.items()}
 
 
 def _unknown(task: Task) -> dict[str, Callable[[], None]]:
@@ -223,7 +223,7 @@ def _unknown(task: Task) -> dict[str, Callable[[], None]]:
         whole(store, MINE, OTHER)
         assert path.read_bytes() == b"of a newer release"
 
-    return {name: lambda name=name: case(name) for name in names}  # type: ignore[misc]
+    return {name: lambda name=name: case(name) for name in names}
 
 
 # --- a newer release, and what this one wrote -------------------------------------------------------------------------
