@@ -199,7 +199,8 @@ class Objects:
         with self._reading():
             found = self._obstore.get(self._store, _path(name))
             there = found.meta["size"]
-            if not there and self.size(name):  # else what is whole would be taken for damaged, and be replaced
+            # else what is whole would be taken for damaged, and be replaced
+            if not there and (found.meta["e_tag"] is None or self.size(name) != 0):
                 raise TransientError(f"{self.url} cannot be used this time: {name} came without its content")
             if size is not None and there != size:
                 raise CorruptEntry(f"{name.rpartition('/')[2]} has {there} bytes, not {size}")

@@ -6,6 +6,7 @@ import io
 import os
 import tarfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from store_kit import blob_path, look, make, manifest_path, spoil
@@ -226,10 +227,14 @@ def test_an_answer_without_its_content_is_transient_and_an_empty_object_is_empty
     with pytest.raises(CorruptEntry, match="has 0 bytes, not 7"):
         tier.get("b", size=7, anyone=True)
 
-    monkeypatch.setattr(tier._obstore, "get", lambda store, path: really(store, path.replace("/a", "/b")))
-    for how in ({}, {"size": 7}, {"limit": 9}):
+    monkeypatch.setattr(tier._obstore, "get", lambda store, path: really(store, "v1/b"))
+    for name, how in (("a", {}), ("a", {"size": 7}), ("a", {"limit": 9}), ("nothing", {"limit": 9})):
         with pytest.raises(TransientError, match="came without its content"):
-            tier.get("a", anyone=True, **how)
+            tier.get(name, anyone=True, **how)
+
+    monkeypatch.setattr(tier._obstore, "get", lambda store, path: SimpleNamespace(meta={"size": 0, "e_tag": None}))
+    with pytest.raises(TransientError, match="came without its content"):
+        tier.get("b", anyone=True)
 
 
 def test_a_conflict_is_transient_unless_an_object_was_to_be_created(s3, monkeypatch):
