@@ -60,7 +60,8 @@ def _state(why: str | None) -> str:
 @trust.command()
 @click.argument("key")
 @click.option("--name", default="", metavar="TEXT", help="What to call it.")
-def add(key: str, name: str) -> None:
+@output_options
+def add(key: str, name: str, as_json: bool) -> None:
     """Count signatures by KEY: a file with a public key in PEM, or keys one a line, or ed25519:BASE64.
 
     Keys are kept in a file of this user's, never in a cache.
@@ -73,6 +74,8 @@ def add(key: str, name: str) -> None:
     if not found:
         raise UsageError(f"there is no key in {key}", hint="openssl pkey -in FILE -pubout writes a public key")
     replace(file, keys={**file.keys, **{str(public): name for public in found}}).write()
+    if as_json:
+        output.document({"file": str(file.path), "added": [public.id for public in found]})
     for public in found:
         output.say(f"{public.id} is trusted: {file.path}")
 
@@ -87,9 +90,10 @@ def add(key: str, name: str) -> None:
 @sign_options
 @trust_options
 @cache_dir_option
+@output_options
 def revoke(
     what: str, why: str, place: str | None, sign_key: Path | None, sign_command: str | None, trusted: tuple[str, ...],
-    policy: str | None, cache_dir: Path | None,
+    policy: str | None, cache_dir: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Let WHAT count for nothing: an entry, by the beginning of its key, or a trusted key, by its id.
 
@@ -112,6 +116,8 @@ def revoke(
     elif place is not None:
         raise UsageError("--in names a list to sign", hint="give --sign-key or --sign-command, or leave --in out")
     replace(file, revoked={**file.revoked, name: why}).write()
+    if as_json:
+        output.document({"file": str(file.path), "revoked": name, "why": why})
     output.say(f"{name[:16]} is revoked: {file.path}")
 
 

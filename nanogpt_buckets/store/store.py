@@ -24,6 +24,8 @@ from nanogpt_buckets.store.vouch import PLACE, Trust
 log = logging.getLogger(__name__)
 
 _USED_EVERY_S = 60.0
+# Any other name is a newer release's.
+_SIGNATURE = re.compile(r"entries/[0-9a-f]{64}/[0-9a-f]{64}[.][0-9a-f]{16}[.]sig")
 # What a remote lacks is not asked for again at once; where it does not answer, each time costs ten seconds.
 _SILENT_S = 60.0
 
@@ -176,7 +178,7 @@ class Store(Entries):
         """Return the path of every signature, whether or not there is such a manifest."""
         families = (f"entries/{family}" for family in self.directory.names("entries") if is_digest(family))
         found = (f"{folder}/{name}" for folder in families for name in self.directory.names(folder))
-        return [self.directory.path(name) for name in found if name.endswith(".sig")]
+        return [self.directory.path(name) for name in found if _SIGNATURE.fullmatch(name)]
 
     def entry_path(self, found: Found) -> Path:
         """Return where an entry's manifest is."""

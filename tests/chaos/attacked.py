@@ -2,7 +2,7 @@
 
 A policy says what is believed, a location who can have written what, an attack what was done. A row of the product is
 survived if nothing is loaded but the entry that its builder published, in bounded time. Each policy and location has a
-control, in which nothing is done and the entry is loaded or is refused, as it must be.
+control, in which nothing is done and the entry, which its builder signed, is loaded or is refused, as it must be.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from store_kit import blob_path, manifest_path
 
 from chaos.kit import Build, Tally, Task, WrongLoad, build, carried_out, load, plan, publish, started
@@ -30,13 +31,26 @@ from nanogpt_buckets.store.entry import Miss, Status, Verified
 from nanogpt_buckets.store.lockfile import LockFile, read_lock, write_lock
 from nanogpt_buckets.store.manifest import encode
 from nanogpt_buckets.store.plans import Plans
+from nanogpt_buckets.store.signature import PublicKey, Signer, signed, try_out
+from nanogpt_buckets.store.signers import Policy, Signers, revoke_in
 from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.vouch import PLACE, Trust
 
-MINE, EVIL, OTHER = build("mine"), build("evil"), build("other", 16)
+MINE, EVIL, OTHER, REVOKED = build("mine"), build("evil"), build("other", 16), build("revoked")
 # The same bucket, built before: valid, and not the one that is wanted.
 OLDER = Build(replace(build("older").manifest, stats={"compile_ms": 1}), build("older").blobs)
 STRANGER = 4321
+
+
+def _signer(seed: bytes) -> Signer:
+    """Return what signs with a key of a builder's, or of an attacker's."""
+    private = Ed25519PrivateKey.from_private_bytes(seed * 32)
+    public = PublicKey(private.public_key().public_bytes_raw())
+    return lambda data: (public, private.sign(data))
+
+
+OURS, THEIRS = _signer(b"\1"), _signer(b"\2")
+TRUSTED = {key.id: key for key in [try_out(OURS)]}
 
 
 class Memory:
@@ -99,6 +113,10 @@ POLICIES: Mapping[str, tuple[Callable[[LockFile], Trust], bool]] = {
     "place": (lambda lock: PLACE, False),
     "lock file": (lambda lock: Trust(lock), True),
     "locked": (lambda lock: Trust(lock, only=True), True),
+    "signed": (lambda lock: Trust(signers=Signers(TRUSTED)), True),
+    "signature required": (lambda lock: Trust(signers=Signers(TRUSTED, Policy.REQUIRE)), True),
+    "locked, signature required": (lambda lock: Trust(lock, True, signers=Signers(TRUSTED, Policy.REQUIRE)), True),
+    "another's key": (lambda lock: Trust(signers=Signers({k.id: k for k in [try_out(THEIRS)]})), False),
 }
 
 
@@ -198,6 +216,13 @@ ATTACKS: dict[str, Callable[[Store], object]] = {
     "another build": lambda store: _entry(store, EVIL),
     "one more entry for the bucket": lambda store: _further(store),
     "an older valid build": lambda store: _entry(store, OLDER),
+    "an older signed build": lambda store: _signed(store, OLDER, signed(OLDER.manifest, OURS)),
+    "a build that another signed": lambda store: _signed(store, EVIL, signed(EVIL.manifest, _UNKNOWN)),
+    "a build under our signature of another": lambda store: _signed(store, EVIL, signed(MINE.manifest, OURS)),
+    "a build under our key's name": lambda store: _signed(store, EVIL, _renamed(signed(EVIL.manifest, THEIRS))),
+    "a build that was signed and revoked": lambda store: _revoked(store),
+    "a signature of a terabyte": lambda store: _huge_signature(store),
+    "no signature": lambda store: store.signature_path(MINE.manifest).unlink(),
     "an edited field": lambda store: _manifest(store, _sealed(_body() | {"requires": {"isa": ["none"]}})),
     "an edited field, not sealed": lambda store: _manifest(
         store, encode(MINE.manifest).replace(b'"contains_weights":false', b'"contains_weights":true ')
@@ -247,6 +272,29 @@ def _further(store: Store) -> None:
     _write(manifest_path(store, further), encode(further))
 
 
+_UNKNOWN = _signer(b"\3")
+
+
+def _signed(store: Store, each: Build, signature: bytes) -> None:
+    """Put an entry there, and a signature beside it under the name that it must have."""
+    _entry(store, each)
+    _write(store.signature_path(each.manifest), signature)
+
+
+def _renamed(signature: bytes) -> bytes:
+    return signature.replace(try_out(THEIRS).id.encode(), try_out(OURS).id.encode())
+
+
+def _revoked(store: Store) -> None:
+    _signed(store, REVOKED, signed(REVOKED.manifest, OURS))
+    revoke_in(store.tier, Signers(TRUSTED), OURS, {REVOKED.manifest.digest: "bad"})
+
+
+def _huge_signature(store: Store) -> None:
+    _signed(store, EVIL, b"")
+    os.truncate(store.signature_path(EVIL.manifest), 1 << 40)
+
+
 def _zero(path: Path) -> None:
     os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 5))
 
@@ -272,7 +320,7 @@ def run(task: Task) -> Iterator[Tally]:
 
 def _prepared(task: Task) -> tuple[Store, LockFile]:
     home = task.room("home")
-    store = Store(home / "cache")
+    store = Store(home / "cache", Trust(signer=OURS))
     publish(store, MINE, OTHER)
     plan(store, MINE, OTHER)
     write_lock(home / "buckets.lock", [MINE.manifest, OTHER.manifest], lambda parts: False)
@@ -301,9 +349,11 @@ def _attacked(
     limit = _address_space() + (256 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     seen = place.seen(store.root, trusted(lock))
-    load(seen, MINE.manifest, MINE, OTHER)
+    # what a builder once signed is believed until it is revoked, unless something else is locked
+    known = (MINE, OTHER) if seen.trust.only or not seen.trust.signers.keys else (MINE, OTHER, OLDER)
+    load(seen, MINE.manifest, *known)
     for found in _listed(seen):
-        if isinstance(found, Verified) and found.manifest not in (MINE.manifest, OTHER.manifest):
+        if isinstance(found, Verified) and found.manifest not in [each.manifest for each in known]:
             raise WrongLoad(f"listed and loaded: {found.manifest.gate}")
     if isinstance(seen, Store):
         _planned(Store(store.root, trusted(lock)))

@@ -41,7 +41,7 @@ PLANTED = {
     "a manifest before its libraries": (1, "lost", """
         from nanogpt_buckets.store.entries import Entries, encode_entry, entry_name
         real = Entries.publish
-        def publish(self, manifest, blobs):
+        def publish(self, manifest, blobs, signature=None):
             self.tier.put(entry_name(manifest.family, manifest.key), encode_entry(manifest, blobs))
             return real(self, manifest, blobs)
         Entries.publish = publish
@@ -65,6 +65,10 @@ PLANTED = {
     "owners that nobody asks for": (7, "wrong", """
         from nanogpt_buckets.store import trust
         trust._refuse_others = lambda *arguments: None
+    """),
+    "signatures that nobody verifies": (7, "wrong", """
+        from nanogpt_buckets.store.signature import PublicKey
+        PublicKey.verifies = lambda *arguments: True
     """),
     "formats that nobody compares": (9, None, """
         from nanogpt_buckets.store import manifest
