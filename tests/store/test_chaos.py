@@ -66,9 +66,9 @@ PLANTED = {
         from nanogpt_buckets.store import trust
         trust._refuse_others = lambda *arguments: None
     """),
-    "signatures that nobody verifies": (7, "wrong", """
-        from nanogpt_buckets.store.signature import PublicKey
-        PublicKey.verifies = lambda *arguments: True
+    "signatures that nobody asks for": (7, "wrong", """
+        from nanogpt_buckets.store.vouch import Trust
+        Trust.why_unsigned = lambda *arguments: ""
     """),
     "formats that nobody compares": (9, None, """
         from nanogpt_buckets.store import manifest
