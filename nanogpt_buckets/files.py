@@ -23,6 +23,8 @@ _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a planted pipe m
 _NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 # What file systems without hard links answer.
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+# Clients in user space remember a name's file for a second.
+STALE_PAUSES_S = (0.0, 1.2)
 
 Opener = Callable[[Path, int], int]
 
@@ -41,12 +43,17 @@ def read_file(path: Path, *, size: int | None = None, limit: int | None = None, 
         OSError: it cannot be opened or read.
     """
     try:
+        for pause_s in STALE_PAUSES_S:
+            try:
+                return _read_once(path, size, limit, opener)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+            time.sleep(pause_s)  # on a network file system the name has another file, of which our client may not know
         return _read_once(path, size, limit, opener)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise CorruptEntry(f"{path.name} is a symbolic link") from error
-        if error.errno == errno.ESTALE:  # on a network file system the name may have been given to another meanwhile
-            return _read_once(path, size, limit, opener)
         raise
 
 
@@ -126,9 +133,21 @@ def move_to_absent(staged: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        if os.path.lexists(path):
+        # an SFTP server says EPERM of a taken name, too, which its client may not know of yet
+        if os.path.lexists(path) or _can_link(staged):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
         os.rename(staged, path)
+
+
+def _can_link(staged: Path) -> bool:
+    """Whether a file can have a second name, beside the first."""
+    second = staged.with_name(f"{staged.name}.link")
+    try:
+        os.link(staged, second)
+    except OSError:
+        return False
+    unlink(second)
+    return True
 
 
 def sync_directory(directory: Path) -> None:

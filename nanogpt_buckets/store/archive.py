@@ -33,6 +33,8 @@ class Archive:
         CacheError: it cannot be read; a CorruptEntry if it holds anything that is no part of a cache.
     """
 
+    remembers_s = 0.0
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._doubt = doubted(path, _LOCK)

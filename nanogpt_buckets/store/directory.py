@@ -16,17 +16,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import filelock
 
 from nanogpt_buckets.errors import CacheError, TransientError
-from nanogpt_buckets.files import list_names, move_to_absent, sweep, sync_directory, unlink, write_new
+from nanogpt_buckets.files import (
+    STALE_PAUSES_S,
+    list_names,
+    move_to_absent,
+    sweep,
+    sync_directory,
+    unlink,
+    write_new,
+)
+from nanogpt_buckets.mounts import mount_of
 from nanogpt_buckets.store.entry import ELSEWHERE
 from nanogpt_buckets.store.locks import Note, held
 from nanogpt_buckets.store.trust import check_file, check_location, read
@@ -37,6 +48,9 @@ _LASTING = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, err
 _FOLDERS = ("entries", "blobs", "plans", "locks", "tmp")
 _STALE_S = 24 * 3600.0
 _MOST_SAID = 1000
+T = TypeVar("T")
+# Clients in user space and the kernel before them remember a file's size for a second each.
+_REMEMBERED_S = 2.1
 
 
 class Directory:
@@ -55,6 +69,12 @@ class Directory:
 
     def __str__(self) -> str:
         return str(self.root)
+
+    @functools.cached_property
+    def remembers_s(self) -> float:
+        """How long the client of a network file system may; see `Tier`."""
+        mount = mount_of(self.root)
+        return _REMEMBERED_S if mount.network or mount.kind.startswith("fuse") else 0.0
 
     def path(self, name: str) -> Path:
         """Return where a name is, or would be."""
@@ -83,9 +103,10 @@ class Directory:
         """Write a file aside and give it its name; see `Tier`."""
         path = self.path(name)
         self.check(path.parent)
+        mode = 0o444 if name.startswith("blobs/") else 0o666
         with self._writing():
             self._make(path.parent)
-            return self._put(path, data, 0o444 if name.startswith("blobs/") else 0o666, replace)
+            return _patiently(lambda: self._put(path, data, mode, replace))
 
     def delete(self, name: str) -> None:
         """Remove a file; see `Tier`."""
@@ -179,6 +200,9 @@ class Directory:
 
     def _make(self, *further: Path) -> None:
         """Make the directories, those given included, and the tag that keeps backups away."""
+        _patiently(lambda: self._make_all(*further))
+
+    def _make_all(self, *further: Path) -> None:
         if not self.root.is_dir():
             for place in reversed(self.root.parents):
                 if not place.is_dir():
@@ -205,3 +229,18 @@ class Directory:
     def _mode(self) -> int:
         """Return the root's permissions, which all below it follow."""
         return stat.S_IMODE(self.root.stat().st_mode)
+
+
+def _patiently(do: Callable[[], T]) -> T:
+    """Do something, again at once and after a pause where another machine has just made what our client does not know.
+
+    For a moment it may remember that a directory was not there, or which one it was.
+    """
+    for pause_s in STALE_PAUSES_S:
+        try:
+            return do()
+        except OSError as error:
+            if error.errno not in (errno.ESTALE, errno.ENOENT):
+                raise
+        time.sleep(pause_s)
+    return do()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from nanogpt_buckets import key as keys
-from nanogpt_buckets.errors import CacheError, CorruptEntry, UntrustedStore
+from nanogpt_buckets.errors import CacheError, CorruptEntry, TransientError, UntrustedStore
 from nanogpt_buckets.store.document import MAX_BYTES
 from nanogpt_buckets.store.entry import Found, Miss, Status, Verified
 from nanogpt_buckets.store.manifest import (
@@ -30,6 +31,11 @@ from nanogpt_buckets.store.manifest import (
 )
 from nanogpt_buckets.store.tier import Tier
 from nanogpt_buckets.store.vouch import PLACE, Trust
+
+T = TypeVar("T")
+
+# How often a manifest is put before we believe that another process's is there, and hidden from us.
+_ATTEMPTS = 3
 
 
 class Entries:
@@ -100,7 +106,7 @@ class Entries:
             TransientError: it cannot be read this time.
             UntrustedStore: others could have written the store.
         """
-        return self._read_blob_here(blob)
+        return self._sure(lambda: self._read_blob_here(blob))
 
     def signature(self, manifest: Manifest) -> bytes | None:
         """Return the signature beside a manifest, whoever made it; None if there is none."""
@@ -139,12 +145,18 @@ class Entries:
         self._put_signature(manifest, signature)  # before the manifest, so that nobody meets that without
         corrupt = stored.status is Status.CORRUPT
         name = entry_name(manifest.family, manifest.key)
-        if not self.tier.put(name, data, replace=corrupt):
-            # Another process was first. If what it left is damaged already, ours replaces it.
+        attempts = 0
+        while not self.tier.put(name, data, replace=corrupt):
+            # Another process was first. If what it left is damaged already, ours replaces it; if it cannot be seen, it
+            # was deleted, or a network file system remembers that it was not there: asking again makes it ask.
             stored = self._stored(manifest)
             if isinstance(stored, Verified):
                 return stored.manifest
-            self.tier.put(name, data, replace=True)
+            corrupt = stored.status is Status.CORRUPT
+            attempts += 1
+            if attempts == _ATTEMPTS:
+                why = f"entry {manifest.key[:12]} in {self.tier} was stored by another process, and cannot be seen yet"
+                raise TransientError(why, hint="try again")
         for blob in manifest.blobs:
             # whoever pruned meanwhile did not know of this manifest; see `prune.delete`
             if self.tier.size(blob_name(blob.sha256)) is None:
@@ -183,12 +195,7 @@ class Entries:
     ) -> Found:
         """Look at one entry of this tier; `beside`: the names that are in its folder, if they are known."""
         try:
-            data, doubt = self._manifest(entry_name(family, key))
-            manifest = decode(data)
-            if (manifest.family, manifest.key) != (family, key):
-                raise CorruptEntry("the manifest belongs under another name")
-            if parts is not None and (lines := keys.difference(parts, manifest.parts)):
-                raise CorruptEntry(lines[0])
+            manifest, doubt = self._sure(lambda: self._manifest_here(family, key, parts))
             why = self._why_rejected(manifest, beside)
         except (OSError, CacheError) as error:
             return Miss.of(error, family, key)
@@ -200,6 +207,30 @@ class Entries:
         except CacheError as error:
             return replace(Miss.of(error, family, key), manifest=manifest)
         return Miss(Status.CORRUPT, family, key, f"rejected: {why}", manifest=manifest) if why else manifest
+
+    def _sure(self, read: Callable[[], T]) -> T:
+        """Read; where a client may remember what a name had before, damage is believed if it is the same twice."""
+        said = None
+        while True:
+            try:
+                return read()
+            except CorruptEntry as error:
+                if not self.tier.remembers_s or said == str(error):
+                    raise
+                said = str(error)
+            time.sleep(self.tier.remembers_s)
+
+    def _manifest_here(
+        self, family: str, key: str, parts: Mapping[str, Any] | None
+    ) -> tuple[Manifest, UntrustedStore | None]:
+        """Read a manifest of this tier that is in order, and what speaks against believing it for where it is."""
+        data, doubt = self._manifest(entry_name(family, key))
+        manifest = decode(data)
+        if (manifest.family, manifest.key) != (family, key):
+            raise CorruptEntry("the manifest belongs under another name")
+        if parts is not None and (lines := keys.difference(parts, manifest.parts)):
+            raise CorruptEntry(lines[0])
+        return manifest, doubt
 
     def _read_blob_here(self, blob: Blob) -> bytes:
         try:
@@ -252,11 +283,18 @@ class Entries:
 
     def _put_blob(self, blob: Blob, data: bytes) -> None:
         name = blob_name(blob.sha256)
+        if self._has(blob):
+            self.tier.touch(name)  # young again: whoever is pruning will leave it
+        elif not (self.tier.put(name, data) or self._has(blob)):  # what another process has just put there stays
+            self.tier.put(name, data, replace=True)
+
+    def _has(self, blob: Blob) -> bool:
+        """Whether a blob is there, in order."""
         try:
             self._read_blob_here(blob)
-            self.tier.touch(name)  # young again: whoever is pruning will leave it
         except CorruptEntry:
-            self.tier.put(name, data, replace=True)
+            return False
+        return True
 
 
 def entry_name(family: str, key: str) -> str:

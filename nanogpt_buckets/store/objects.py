@@ -26,7 +26,7 @@ from nanogpt_buckets.errors import (
 from nanogpt_buckets.store.document import MAX_BYTES, check, parse, require_format
 
 _SCHEMES = ("s3", "gs", "az")
-_EXAMPLES = "for example s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://ACCOUNT/CONTAINER/PREFIX"
+_EXAMPLES = "for example s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
 _EXTRA = "pip install 'nanogpt-buckets[remote]'"
 _LOCK = "name the lock file that build --lock wrote, --locked FILE, or a key that signed it, --trusted KEY"
 _FORMAT = 1
@@ -52,11 +52,13 @@ class Objects:
     """Bytes by name below a URL.
 
     Args:
-        url: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://ACCOUNT/CONTAINER/PREFIX.
+        url: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX.
 
     Raises:
         UsageError: the URL is of another kind, or the package that reads it is not installed.
     """
+
+    remembers_s = 0.0
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -72,7 +74,7 @@ class Objects:
                 self.url, retry_config=_RETRIES, client_options={**_CLIENT, "allow_http": plain}
             )
         except (self._obstore.exceptions.BaseError, ValueError) as error:
-            raise UsageError(f"{url} is no place that can be used", hint=_EXAMPLES) from error
+            raise UsageError(f"{url} is no place that can be used: {_first_line(error)}", hint=_EXAMPLES) from error
 
         self._gathered: dict[str, Mapping[str, bytes]] = {}
 

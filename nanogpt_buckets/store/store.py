@@ -147,7 +147,9 @@ class Store(Entries):
                 if below is not None:
                     with contextlib.suppress(CacheError):
                         return below.read_blob(blob), tier
-            raise
+            if not self.tier.remembers_s:
+                raise
+        return super().read_blob(blob), CACHE
 
     # --- writing ------------------------------------------------------------------------------------------------------
 

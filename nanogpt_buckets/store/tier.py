@@ -12,6 +12,10 @@ from typing import Protocol
 class Tier(Protocol):
     """Where a store's bytes are; its text names the place. A `CacheError` of a verb says by its kind what was wrong."""
 
+    @property
+    def remembers_s(self) -> float:
+        """For how long a name may still be answered for with what it had, or had not, before."""
+
     def get(self, name: str, *, size: int | None = None, limit: int | None = None, anyone: bool = False) -> bytes:
         """Return what has a name, which must be `size` or at most `limit` bytes; FileNotFoundError if nothing has.
 

@@ -287,11 +287,12 @@ def test_a_blob_read_error_is_transient(store, entry, monkeypatch):
 
 
 @pytest.mark.parametrize("function", ["open", "read"])
-def test_a_stale_handle_is_reopened_once(store, entry, monkeypatch, function):
-    fault = Fault(monkeypatch, function, errno.ESTALE, times=1)
+def test_a_stale_handle_is_reopened_at_once_and_after_a_pause(store, entry, monkeypatch, function):
+    monkeypatch.setattr("nanogpt_buckets.files.STALE_PAUSES_S", (0.0, 0.01))
+    fault = Fault(monkeypatch, function, errno.ESTALE, times=2)
     assert word(store.look(entry.family, entry.key)) == "listed"
-    assert fault.calls == 1
-    fault.left = 2
+    assert fault.calls == 2
+    fault.left = 3
     assert store.look(entry.family, entry.key).status is Status.TRANSIENT
 
 

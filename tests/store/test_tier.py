@@ -27,6 +27,8 @@ class Memory:
         start = f"{folder}/"
         return sorted({name.removeprefix(start).split("/")[0] for name in self.held if name.startswith(start)})
 
+    remembers_s = 0.0
+
     def gather(self, folder: str) -> None:
         pass
 
