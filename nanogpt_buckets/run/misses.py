@@ -76,7 +76,6 @@ class Buckets:
         self._missed: set[Bucket] = set()
         self._built_here: set[Bucket] = set()
         self._chosen = plan is not None
-        self._given = plan
         self._plan = self._wanted(plan)
         if not lazy:
             self._ask_for(self._plan)
@@ -181,8 +180,8 @@ class Buckets:
         """Look in the remote, if there is one, unless all of some buckets are here; none: nothing here will do."""
         if self._compiled is None or (buckets and all(map(self._compiled.has, buckets))):
             return
-        if self._compiled.ask():
-            self._plan = self._wanted(self._given)
+        if self._compiled.ask() and not self._chosen:
+            self._plan = sorted({*self._plan, *self._wanted(None)})
 
     def _check_start(self, lazy: bool) -> None:
         """Refuse what no call could run; what is `lazy` learns at its first call what that one lacks."""

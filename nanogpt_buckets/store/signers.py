@@ -133,14 +133,14 @@ def trust_file() -> TrustFile:
         UsageError: it cannot be read.
     """
     path = settings.trust_file()
+    if not os.path.lexists(path):  # whoever could write there: what is not there says nothing
+        return TrustFile(path)
     try:
         if (doubt := doubted(path, _OWN)) is not None:
             raise doubt
         document = parse(read_file(path.resolve(), limit=MAX_BYTES), "it")
         require_format(document, FORMAT, _FILE, "it")
         check(document, _FILE, "it")
-    except (FileNotFoundError, NotADirectoryError):
-        return TrustFile(path)
     except OSError as error:
         raise UsageError(f"the trusted keys {path} cannot be read: {error.strerror or error}") from error
     except (CorruptEntry, IncompatibleEntry) as error:

@@ -448,6 +448,18 @@ def test_a_users_file_that_is_none(content, kind):
         signers()
 
 
+def test_where_others_write_and_there_is_no_users_file_nothing_is_trusted_and_nothing_refused(tmp_path):
+    folder = settings.trust_file().parent.parent
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+
+    assert signers().keys == {}
+    settings.trust_file().parent.mkdir()
+    settings.trust_file().write_text("{}")
+    with pytest.raises(UntrustedStore):
+        signers()
+
+
 def test_a_policy_that_no_key_can_meet_is_refused(monkeypatch):
     with pytest.raises(UsageError, match="policy require asks for signatures, and no key is trusted"):
         signers(policy="require")
