@@ -80,9 +80,8 @@ class Archive:
         start = f"v1/{folder}/"
         return sorted({name[len(start) :].split("/")[0] for name in self._members if name.startswith(start)})
 
-    def gather(self, folder: str) -> list[str]:
-        """Return what is in a folder: the table of all members was read."""
-        return self.names(folder)
+    def gather(self, folder: str) -> None:
+        """Do nothing: the table of all members was read."""
 
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Refuse: see `pack`."""

@@ -29,7 +29,7 @@ from nanogpt_buckets.store.manifest import (
     require_digest,
     why_rejected,
 )
-from nanogpt_buckets.store.tier import Tier
+from nanogpt_buckets.store.tier import Gathered, Tier
 from nanogpt_buckets.store.vouch import PLACE, Trust
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ class Entries:
         self.tier = tier
         self.trust = trust
         self._rejected: dict[str, str] = {}  # digest of a manifest -> why, where the tier could not be told
+        self._signatures: dict[str, bytes | None] = {}  # digest of a manifest that was gathered -> what is beside it
 
     @functools.cached_property
     def _trust(self) -> Trust:
@@ -110,6 +111,8 @@ class Entries:
 
     def signature(self, manifest: Manifest) -> bytes | None:
         """Return the signature beside a manifest, whoever made it; None if there is none."""
+        if manifest.digest in self._signatures:
+            return self._signatures[manifest.digest]
         name = signature_name(manifest.family, manifest.key, manifest.digest)
         try:
             return self.tier.get(name, limit=MAX_BYTES, anyone=True)
@@ -191,12 +194,23 @@ class Entries:
     # ------------------------------------------------------------------------------------------------------------------
 
     def _look_here(
-        self, family: str, key: str, parts: Mapping[str, Any] | None = None, beside: Collection[str] | None = None
+        self,
+        family: str,
+        key: str,
+        parts: Mapping[str, Any] | None = None,
+        beside: Collection[str] | None = None,
+        gathered: Gathered | None = None,
     ) -> Found:
-        """Look at one entry of this tier; `beside`: the names that are in its folder, if they are known."""
+        """Look at one entry of this tier.
+
+        `beside`: the names that are in its folder, if they are known; `gathered`: what they hold, if that is, too.
+        """
         try:
-            manifest, doubt = self._sure(lambda: self._manifest_here(family, key, parts))
-            why = self._why_rejected(manifest, beside)
+            manifest, doubt = self._sure(lambda: self._manifest_here(family, key, parts, gathered))
+            if gathered is not None:
+                name = signature_name(family, key, manifest.digest).rpartition("/")[2]
+                self._signatures[manifest.digest] = gathered.files.get(name)
+            why = self._why_rejected(manifest, beside, gathered)
         except (OSError, CacheError) as error:
             return Miss.of(error, family, key)
         try:
@@ -221,10 +235,15 @@ class Entries:
             time.sleep(self.tier.remembers_s)
 
     def _manifest_here(
-        self, family: str, key: str, parts: Mapping[str, Any] | None
+        self, family: str, key: str, parts: Mapping[str, Any] | None, gathered: Gathered | None
     ) -> tuple[Manifest, UntrustedStore | None]:
         """Read a manifest of this tier that is in order, and what speaks against believing it for where it is."""
-        data, doubt = self._manifest(entry_name(family, key))
+        if gathered is not None and (found := gathered.files.get(f"{key}.json")) is not None:
+            data, doubt = found, gathered.doubt
+            if doubt is not None and not self.trust.shared:
+                raise doubt
+        else:
+            data, doubt = self._manifest(entry_name(family, key))
         manifest = decode(data)
         if (manifest.family, manifest.key) != (family, key):
             raise CorruptEntry("the manifest belongs under another name")
@@ -253,19 +272,25 @@ class Entries:
 
     def _look_at_all(self, family: str) -> list[Found]:
         folder = f"entries/{require_digest(family)}"
-        names = self.tier.gather(folder)
+        gathered = self.tier.gather(folder)
+        beside: Collection[str] | None = None if gathered is None else gathered.files
         if self.trust.locked is not None:  # nothing else counts, so nobody need list it
-            entries = [self._look_here(family, entry.key, beside=names) for entry in self.trust.locked.of(family)]
+            found = [entry.key for entry in self.trust.locked.of(family)]
         else:
-            names = set(self.tier.names(folder)) if names is None else names
-            found = sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
-            entries = [self._look_here(family, key, beside=names) for key in found if is_digest(key)]
+            beside = set(self.tier.names(folder)) if beside is None else beside
+            found = sorted(name.removesuffix(".json") for name in beside if name.endswith(".json"))
+        entries = [self._look_here(family, k, beside=beside, gathered=gathered) for k in found if is_digest(k)]
         return [entry for entry in entries if isinstance(entry, Manifest) or entry.status is not Status.ABSENT]
 
-    def _why_rejected(self, manifest: Manifest, beside: Collection[str] | None = None) -> str | None:
+    def _why_rejected(
+        self, manifest: Manifest, beside: Collection[str] | None = None, gathered: Gathered | None = None
+    ) -> str | None:
         why = None
         name = mark_name(manifest.family, manifest.key)
-        if beside is None or name.rpartition("/")[2] in beside:
+        last = name.rpartition("/")[2]
+        if gathered is not None and last in gathered.files:
+            why = why_rejected(gathered.files[last], manifest.digest)
+        elif beside is None or last in beside:
             with contextlib.suppress(FileNotFoundError):
                 why = why_rejected(self.tier.get(name, limit=MAX_BYTES, anyone=self.trust.shared), manifest.digest)
         return why or self._rejected.get(manifest.digest)

@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nanogpt_buckets.errors import (
@@ -24,6 +24,7 @@ from nanogpt_buckets.errors import (
     UsageError,
 )
 from nanogpt_buckets.store.document import MAX_BYTES, check, parse, require_format
+from nanogpt_buckets.store.tier import Gathered
 
 _SCHEMES = ("s3", "gs", "az")
 _EXAMPLES = "for example s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
@@ -76,7 +77,9 @@ class Objects:
         except (self._obstore.exceptions.BaseError, ValueError) as error:
             raise UsageError(f"{url} is no place that can be used: {_first_line(error)}", hint=_EXAMPLES) from error
 
-        self._gathered: dict[str, Mapping[str, bytes]] = {}
+        self._doubt = UntrustedStore(
+            f"{self.url} may be written by others, who could have put native code there", hint=_LOCK
+        )
 
     def __str__(self) -> str:
         return self.url
@@ -84,14 +87,7 @@ class Objects:
     def get(self, name: str, *, size: int | None = None, limit: int | None = None, anyone: bool = False) -> bytes:
         """Read an object; see `Tier`."""
         if not anyone:
-            raise UntrustedStore(
-                f"{self.url} may be written by others, who could have put native code there", hint=_LOCK
-            )
-        folder, _, last = name.rpartition("/")
-        if (gathered := self._gathered.get(folder)) is not None:
-            if last not in gathered:
-                raise FileNotFoundError(name)
-            return gathered[last]
+            raise self._doubt
         return self._get(name, size=size, limit=limit)[0]
 
     def size(self, name: str) -> int | None:
@@ -107,15 +103,12 @@ class Objects:
         paths = [*(each["path"] for each in found["objects"]), *found["common_prefixes"]]
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
-    def gather(self, folder: str) -> Collection[str] | None:
+    def gather(self, folder: str) -> Gathered | None:
         """Read the index of a folder, which has all its files in one object; see `Tier`. None where there is none."""
-        self._gathered.pop(folder, None)
         try:
-            index = self._index(folder)[0]
+            return Gathered(self._index(folder)[0], self._doubt)
         except (FileNotFoundError, CorruptEntry, IncompatibleEntry):
             return None
-        self._gathered[folder] = index
-        return index.keys()
 
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Write an object, on the condition that there is none; see `Tier`."""
@@ -149,7 +142,6 @@ class Objects:
         Where it would be too large, a newer release's, or others are always first, there is none in the end: then
         whoever reads lists the folder.
         """
-        self._gathered.pop(folder, None)
         index: dict[str, bytes] | None
         mode: Any
         for _ in range(_ATTEMPTS):

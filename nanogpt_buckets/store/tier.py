@@ -5,8 +5,19 @@ A name is a relative path such as "blobs/cd/cd35…". Knows nothing of manifests
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
+
+from nanogpt_buckets.errors import UntrustedStore
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Files by the last part of their names, as they were at one time, and what speaks against believing them."""
+
+    files: Mapping[str, bytes]
+    doubt: UntrustedStore | None
 
 
 class Tier(Protocol):
@@ -28,11 +39,8 @@ class Tier(Protocol):
     def names(self, folder: str) -> list[str]:
         """Return what is directly below a folder, sorted, each without the folder; nothing if there is none."""
 
-    def gather(self, folder: str) -> Collection[str] | None:
-        """Get all that is directly below a folder at once, where that costs less; its names then, else None.
-
-        What is not among them is not asked for until it is gathered anew.
-        """
+    def gather(self, folder: str) -> Gathered | None:
+        """Get all that is directly below a folder at once, where that costs less than one by one; else None."""
 
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Give bytes a name in one step; return False, and change nothing, if it is taken and not to be replaced."""
