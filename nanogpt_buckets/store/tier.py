@@ -1,4 +1,4 @@
-"""A tier: bytes by name, and seven verbs. It is never believed: whoever reads compares digests.
+"""A tier: bytes by name, and a few verbs. It is never believed: whoever reads compares digests.
 
 A name is a relative path such as "blobs/cd/cd35…". Knows nothing of manifests or blobs.
 """
