@@ -33,6 +33,8 @@ _LOCK = "name the lock file that build --lock wrote, --locked FILE, or a key tha
 _FORMAT = 1
 _MAX_INDEX = 16 << 20
 _ATTEMPTS = 8
+_CREDENTIALS = "give this process those of the service's own tools"
+_ACCOUNT = "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY; the URL begins with the container"
 _SECOND = datetime.timedelta(seconds=1)
 # Three attempts in about five seconds: what takes longer is not there.
 _RETRIES = {
@@ -57,6 +59,7 @@ class Objects:
 
     Raises:
         UsageError: the URL is of another kind, or the package that reads it is not installed.
+        CacheError: what the environment says of the service, an account or a key, is missing or malformed.
     """
 
     remembers_s = 0.0
@@ -75,7 +78,11 @@ class Objects:
                 self.url, retry_config=_RETRIES, client_options={**_CLIENT, "allow_http": plain}
             )
         except (self._obstore.exceptions.BaseError, ValueError) as error:
-            raise UsageError(f"{url} is no place that can be used: {_first_line(error)}", hint=_EXAMPLES) from error
+            why = _first_line(error).removeprefix("Generic MicrosoftAzure error: ")
+            if "URL" in why or not isinstance(error, self._obstore.exceptions.BaseError):
+                raise UsageError(f"{url} is no place that can be used", hint=_EXAMPLES) from error
+            hint = _ACCOUNT if why.startswith("Account") else _CREDENTIALS
+            raise CacheError(f"{url} cannot be used: {why}", hint=hint) from error
 
         self._doubt = UntrustedStore(
             f"{self.url} may be written by others, who could have put native code there", hint=_LOCK
@@ -250,7 +257,7 @@ def _decoded(data: bytes) -> dict[str, bytes]:
 def _hint(meaning: str) -> str:
     if "bucket" in meaning:
         return "make it first, or give another URL"
-    return "set the clock" if "clock" in meaning else "give this process those of the service's own tools"
+    return "set the clock" if "clock" in meaning else _CREDENTIALS
 
 
 def _first_line(error: Exception) -> str:

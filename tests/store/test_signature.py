@@ -255,10 +255,8 @@ def test_a_statement_is_small_and_says_what_it_should(entry, ours):
 
 
 def test_openssl_verifies_what_we_sign_and_we_what_it_signs(entry, tmp_path):
-    """An oracle that we did not write, where it is installed: keys and signatures in both directions."""
-    made = subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", tmp_path / "k"], capture_output=True)
-    if made.returncode:
-        pytest.skip(f"openssl makes no Ed25519 keys here: {made.stderr.decode()[:100]}")
+    """An oracle that we did not write: keys and signatures in both directions."""
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", tmp_path / "k"], check=True)
     (tmp_path / "k").chmod(0o600)
     subprocess.run(["openssl", "pkey", "-in", tmp_path / "k", "-pubout", "-out", tmp_path / "p"], check=True)
     public = public_key((tmp_path / "p").read_text())

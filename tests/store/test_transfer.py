@@ -271,6 +271,30 @@ def test_a_url_of_another_kind_is_a_usage_error(url):
         place_of(url, PLACE)
 
 
+AZURE = {
+    "Account must be specified": {},
+    "Invalid Access Key": {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_STORAGE_ACCOUNT_KEY": "no base64"},
+}
+
+
+@pytest.mark.parametrize("why", AZURE)
+def test_what_azure_lacks_is_said(monkeypatch, why):
+    for name in [name for name in os.environ if name.startswith("AZURE")]:
+        monkeypatch.delenv(name)
+    for name, value in AZURE[why].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CacheError, match=f"^az://buckets/x cannot be used: {why}") as caught:
+        Objects("az://buckets/x")
+    assert ("AZURE_STORAGE_ACCOUNT_NAME" in caught.value.hint) == (not AZURE[why])
+
+
+def test_the_first_part_of_an_azure_url_is_the_container(monkeypatch):
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    store = Objects("az://container/some/prefix")._store
+    assert (store.config["container_name"], store.prefix) == ("container", "some/prefix")
+
+
 def test_without_obstore_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
     with pytest.raises(UsageError, match="obstore is not installed") as caught:
