@@ -228,7 +228,8 @@ SHAPES_NOTHING = {
     "__init__", "errors", "values", "versions", "mounts", "settings", "files", "owners", "child",  # not the graph
     "findings",  # what doctor says
     "key", "contract",  # names and checks
-    "node/__init__", "node/failures", "node/prune", "node/records", "node/sources",  # where loading keeps a library
+    "node/__init__", "node/crumbs", "node/failures", "node/prune", "node/records",  # where loading keeps a library
+    "node/sources",
     "model/__init__", "model/architecture",  # sizes and switches, which are in the key as data
     "plan/__init__", "plan/bucket",  # the shape, which is in the key as data
     "steps/__init__", "steps/step", "steps/gate",  # what is asked of a step; the check of what was compiled

@@ -163,8 +163,8 @@ def test_no_more_entries_of_a_bucket_are_read_than_until_one_is_in_order(choose,
     damage(choose(), publish(choose(target="best"), B16, "first"))
     intact = publish(choose(target="good"), B16, "second")
     publish(choose(target="any"), B16, "third")
-    selection, read, real = Selection(choose()), [], Store.read_blob
-    monkeypatch.setattr(Store, "read_blob", lambda self, blob: read.append(blob.sha256) or real(self, blob))
+    selection, read, real = Selection(choose()), [], Store._read_blob_here
+    monkeypatch.setattr(Store, "_read_blob_here", lambda self, blob: read.append(blob.sha256) or real(self, blob))
 
     assert selection.best(B16).manifest == intact
     assert len(read) == 2

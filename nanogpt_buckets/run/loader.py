@@ -159,8 +159,8 @@ class Compiled(Loader):
         except (CorruptEntry, GateFailed) as error:  # though every byte is in order
             if executable is not None:
                 executable.close()
-            self.choice.store.reject(manifest, error.message)
-            MARKS.keep(mark, passed | {"manifest": manifest.digest, "why": error.message})
+            if not self.choice.store.reject(manifest, error.message):
+                MARKS.keep(mark, passed | {"manifest": manifest.digest, "why": error.message})
             raise CorruptEntry(f"{error.message}; the entry is rejected") from error
         self.choice.store.mark_used(manifest)
         self.origins[bucket] = entry.tier, manifest.stats.get("compile_ms", 0) / 1000

@@ -185,11 +185,17 @@ class Entries:
         if signature is not None and self.signature(manifest) is None:
             self._put_signature(manifest, signature)
 
-    def reject(self, manifest: Manifest, why: str) -> None:
-        """Record that an entry as it is now does not compute what it should, here if not in the store; never fails."""
+    def reject(self, manifest: Manifest, why: str) -> bool:
+        """Record that an entry as it is now does not compute what it should; never fails.
+
+        Returns whether the store could be told; if not, only this object knows.
+        """
         self._rejected[manifest.digest] = why
         with contextlib.suppress(OSError, CacheError):
-            self.tier.put(mark_name(manifest.family, manifest.key), encode_mark(manifest.digest, why), replace=True)
+            return self.tier.put(
+                mark_name(manifest.family, manifest.key), encode_mark(manifest.digest, why), replace=True
+            )
+        return False
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -199,7 +200,8 @@ def sshfs(work: Path, there: Sshd, name: str, options: str = "", stale_s: float 
     try:
         for place in (a, b):
             run("sshfs", f"root@127.0.0.1:{export}", place, *every)
-        versions = f"sshfs {run('sshfs', '--version').split()[2]}, {run('ssh', '-V').split(',')[0]}"
+        found = re.search(r"SSHFS version (\S+)", run("sshfs", "--version"))
+        versions = f"sshfs {found[1] if found else 'unknown'}, {run('ssh', '-V').split(',')[0]}"
         yield Shared(name, a, b, export, hard_links(a), stale_s, versions)
     finally:
         for place in (a, b):
