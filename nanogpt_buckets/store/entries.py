@@ -222,8 +222,9 @@ class Entries:
         try:
             name = signature_name(family, key, manifest.digest).rpartition("/")[2]
             there = beside is None or name in beside
-            why = why or self._trust.why_revoked(manifest)
-            self._trust.judge(manifest, doubt, lambda: self.signature(manifest) if there else None)
+            signature = functools.cache(lambda: self.signature(manifest) if there else None)
+            why = why or self._trust.why_revoked(manifest, signature)
+            self._trust.judge(manifest, doubt, signature)
         except CacheError as error:
             return replace(Miss.of(error, family, key), manifest=manifest)
         return Miss(Status.CORRUPT, family, key, f"rejected: {why}", manifest=manifest) if why else manifest

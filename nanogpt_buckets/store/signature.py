@@ -189,6 +189,15 @@ def require_signed(data: bytes, manifest: Manifest, known: Mapping[str, PublicKe
     return signer
 
 
+def claimed(data: bytes) -> str:
+    """Return the id of the key that a signature says it is by, which proves nothing; "" if it says none."""
+    try:
+        signer = parse(data, "the signature", 2 * _MAX_STATEMENT).get("signer")
+    except CorruptEntry:
+        return ""
+    return str(signer) if _is_id(signer) else ""
+
+
 def sealed(statement: Mapping[str, Any], signer: Signer) -> bytes:
     """Return a statement as a signed file."""
     public, signature = signer(keys.canonical_json(statement))

@@ -75,6 +75,14 @@ class Signers:
         """The keys that are not revoked, by id."""
         return {name: key for name, key in self.keys.items() if self.why_revoked(name) is None}
 
+    @property
+    def revoked_keys(self) -> Mapping[str, str]:
+        """The keys that are revoked, by id, and why: of the trusted ones, and those that a list or the file names."""
+        if not self.asked:
+            return {}
+        reasons = {name: self.why_revoked(name) for name in {*self.keys, *(n for n in self.revoked if len(n) == 16)}}
+        return {name: why for name, why in reasons.items() if why is not None}
+
     def why_revoked(self, name: str) -> str | None:
         """Say why a manifest, by its digest, or a key, by its id, was revoked; None if it was not.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from nanogpt_buckets.errors import CacheError, TransientError, UntrustedStore
 from nanogpt_buckets.store.lockfile import LockFile
 from nanogpt_buckets.store.manifest import Manifest
-from nanogpt_buckets.store.signature import Signer, require_signed, signed
+from nanogpt_buckets.store.signature import Signer, claimed, require_signed, signed
 from nanogpt_buckets.store.signers import Policy, Signers
 from nanogpt_buckets.store.tier import Tier
 
@@ -94,9 +94,13 @@ class Trust:
         """Return the signature to publish with a manifest; None if nothing is signed."""
         return None if self.signer is None else signed(manifest, self.signer)
 
-    def why_revoked(self, manifest: Manifest) -> str | None:
-        """Say why an entry was revoked, if it was."""
-        return self.signers.why_revoked(manifest.digest)
+    def why_revoked(self, manifest: Manifest, signature: Callable[[], bytes | None]) -> str | None:
+        """Say why an entry was revoked, or the key that signed it, if one was: whatever else vouches for it."""
+        why = self.signers.why_revoked(manifest.digest)
+        if why is None and (revoked := self.signers.revoked_keys):
+            signer = claimed(signature() or b"")
+            why = f"the key that signed it was revoked: {revoked[signer]}" if signer in revoked else None
+        return why
 
     def informed(self, tier: Tier) -> Trust:
         """Return the same with what a list in a store revokes."""
