@@ -18,6 +18,7 @@ from nanogpt_buckets.owners import doubted
 from nanogpt_buckets.store.entries import blob_name, entry_name, signature_name
 from nanogpt_buckets.store.entry import Verified
 from nanogpt_buckets.store.manifest import encode_entry
+from nanogpt_buckets.store.tier import Gathered
 
 _MEMBER = re.compile(
     r"v1/(entries/[0-9a-f]{64}/[0-9a-f]{64}(\.json|\.[0-9a-f]{16}\.sig)|blobs/[0-9a-f]{2}/[0-9a-f]{64})"
@@ -80,8 +81,9 @@ class Archive:
         start = f"v1/{folder}/"
         return sorted({name[len(start) :].split("/")[0] for name in self._members if name.startswith(start)})
 
-    def gather(self, folder: str) -> None:
-        """Do nothing: the table of all members was read."""
+    def gather(self, folder: str, *, limit: int, listed: bool = True) -> Gathered:
+        """List a folder: the table of all members was read; see `Tier`."""
+        return Gathered(names=self.names(folder))
 
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Refuse: see `pack`."""

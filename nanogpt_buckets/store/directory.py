@@ -40,7 +40,8 @@ from nanogpt_buckets.files import (
 from nanogpt_buckets.mounts import mount_of
 from nanogpt_buckets.store.entry import ELSEWHERE
 from nanogpt_buckets.store.locks import Note, held
-from nanogpt_buckets.store.trust import check_file, check_location, read
+from nanogpt_buckets.store.tier import Gathered
+from nanogpt_buckets.store.trust import check_file, check_location, read, read_all
 
 _SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55\n# This directory holds what nanogpt-buckets compiled.\n"
 # Trying again will not help; anything else may pass.
@@ -96,8 +97,16 @@ class Directory:
         self.check(self.path(folder))
         return list_names(self.path(folder))
 
-    def gather(self, folder: str) -> None:
-        """Do nothing: files are read one by one."""
+    def gather(self, folder: str, *, limit: int, listed: bool = True) -> Gathered:
+        """Read a directory's files, if all are wanted and names lead to what they have now; see `Tier`."""
+        if not listed:
+            return Gathered()
+        names = self.names(folder)
+        if self.remembers_s:
+            return Gathered(names=names)
+        files, doubt = read_all(self.root, self.path(folder), names, limit=limit, anyone=self.shared)
+        # listed once more, since a signature may have come before a manifest that was read just now
+        return Gathered(files, doubt, set(list_names(self.path(folder))))
 
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Write a file aside and give it its name; see `Tier`."""

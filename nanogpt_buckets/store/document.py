@@ -25,8 +25,10 @@ _BRACKETS, _NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) -
 _TOO_DEEP = f"{{}} is nested deeper than {MAX_DEPTH} levels"
 
 
-def parse(data: bytes, what: str, limit: int = MAX_BYTES) -> dict[str, Any]:
+def parse(data: bytes, what: str, limit: int = MAX_BYTES, *, canonical: bool = False) -> dict[str, Any]:
     """Read a small JSON object that anyone may have written, `what` in errors: bounded, no floats, no name twice.
+
+    Who compares the bytes with their `canonical` form has no name twice, and need not ask here.
 
     Raises:
         CorruptEntry: it is anything else.
@@ -35,7 +37,7 @@ def parse(data: bytes, what: str, limit: int = MAX_BYTES) -> dict[str, Any]:
         corrupt(f"{what} is longer than {limit} bytes")
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, parse_float=_no_float, parse_constant=_no_float, object_pairs_hook=_once)
+        value = (_CANONICAL if canonical else _ANY).decode(text)
     except (ValueError, RecursionError) as error:
         raise CorruptEntry(f"{what} is not plain JSON: {error}") from error
     if not isinstance(value, dict):
@@ -77,6 +79,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         raise ValueError("a name is given twice")
     return value
+
+
+_CANONICAL = json.JSONDecoder(parse_float=_no_float, parse_constant=_no_float)
+_ANY = json.JSONDecoder(parse_float=_no_float, parse_constant=_no_float, object_pairs_hook=_once)
 
 
 def require_format(document: Mapping[str, Any], known: int, names: Iterable[str], what: str) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 # How often a manifest is put before we believe that another process's is there, and hidden from us.
 _ATTEMPTS = 3
+_NOTHING = Gathered()
 
 
 class Entries:
@@ -204,25 +205,20 @@ class Entries:
         family: str,
         key: str,
         parts: Mapping[str, Any] | None = None,
-        beside: Collection[str] | None = None,
-        gathered: Gathered | None = None,
+        gathered: Gathered = _NOTHING,
     ) -> Found:
-        """Look at one entry of this tier.
-
-        `beside`: the names that are in its folder, if they are known; `gathered`: what they hold, if that is, too.
-        """
+        """Look at one entry of this tier; what was `gathered` of its folder is not asked for again."""
         try:
             manifest, doubt = self._sure(lambda: self._manifest_here(family, key, parts, gathered))
-            if gathered is not None:
-                name = signature_name(family, key, manifest.digest).rpartition("/")[2]
-                self._signatures[manifest.digest] = gathered.files.get(name)
-            why = self._why_rejected(manifest, beside, gathered)
+            why = self._why_rejected(manifest, gathered)
         except (OSError, CacheError) as error:
             return Miss.of(error, family, key)
+        self._signatures.pop(manifest.digest, None)
+        name = signature_name(family, key, manifest.digest).rpartition("/")[2]
+        if name in gathered.files or gathered.lacks(name):
+            self._signatures[manifest.digest] = gathered.files.get(name)
         try:
-            name = signature_name(family, key, manifest.digest).rpartition("/")[2]
-            there = beside is None or name in beside
-            signature = functools.cache(lambda: self.signature(manifest) if there else None)
+            signature = functools.cache(lambda: self.signature(manifest))
             why = why or self._trust.why_revoked(manifest, signature)
             self._trust.judge(manifest, doubt, signature)
         except CacheError as error:
@@ -242,10 +238,10 @@ class Entries:
             time.sleep(self.tier.remembers_s)
 
     def _manifest_here(
-        self, family: str, key: str, parts: Mapping[str, Any] | None, gathered: Gathered | None
+        self, family: str, key: str, parts: Mapping[str, Any] | None, gathered: Gathered
     ) -> tuple[Manifest, UntrustedStore | None]:
         """Read a manifest of this tier that is in order, and what speaks against believing it for where it is."""
-        if gathered is not None and (found := gathered.files.get(f"{key}.json")) is not None:
+        if (found := gathered.files.get(f"{key}.json")) is not None:
             data, doubt = found, gathered.doubt
             if doubt is not None and not self.trust.shared:
                 raise doubt
@@ -278,26 +274,22 @@ class Entries:
             return self.tier.get(name, limit=MAX_BYTES, anyone=True), doubt
 
     def _look_at_all(self, family: str) -> list[Found]:
-        folder = f"entries/{require_digest(family)}"
-        gathered = self.tier.gather(folder)
-        beside: Collection[str] | None = None if gathered is None else gathered.files
-        if self.trust.locked is not None:  # nothing else counts, so nobody need list it
-            found = [entry.key for entry in self.trust.locked.of(family)]
+        locked = self.trust.locked  # nothing else counts, so nobody need list it
+        gathered = self.tier.gather(f"entries/{require_digest(family)}", limit=MAX_BYTES, listed=locked is None)
+        if locked is not None:
+            found = [entry.key for entry in locked.of(family)]
         else:
-            beside = set(self.tier.names(folder)) if beside is None else beside
-            found = sorted(name.removesuffix(".json") for name in beside if name.endswith(".json"))
-        entries = [self._look_here(family, k, beside=beside, gathered=gathered) for k in found if is_digest(k)]
+            found = sorted(name.removesuffix(".json") for name in gathered.names or () if name.endswith(".json"))
+        entries = [self._look_here(family, k, gathered=gathered) for k in found if is_digest(k)]
         return [entry for entry in entries if isinstance(entry, Manifest) or entry.status is not Status.ABSENT]
 
-    def _why_rejected(
-        self, manifest: Manifest, beside: Collection[str] | None = None, gathered: Gathered | None = None
-    ) -> str | None:
+    def _why_rejected(self, manifest: Manifest, gathered: Gathered) -> str | None:
         why = None
         name = mark_name(manifest.family, manifest.key)
         last = name.rpartition("/")[2]
-        if gathered is not None and last in gathered.files:
+        if last in gathered.files:
             why = why_rejected(gathered.files[last], manifest.digest)
-        elif beside is None or last in beside:
+        elif not gathered.lacks(last):
             with contextlib.suppress(FileNotFoundError):
                 why = why_rejected(self.tier.get(name, limit=MAX_BYTES, anyone=self.trust.shared), manifest.digest)
         return why or self._rejected.get(manifest.digest)
@@ -312,6 +304,7 @@ class Entries:
     def _put_signature(self, manifest: Manifest, signature: bytes | None) -> None:
         if signature is not None:
             self.tier.put(signature_name(manifest.family, manifest.key, manifest.digest), signature, replace=True)
+            self._signatures.pop(manifest.digest, None)
 
     def _put_blob(self, blob: Blob, data: bytes) -> None:
         name = blob_name(blob.sha256)

@@ -18,12 +18,15 @@ from nanogpt_buckets import key as keys
 from nanogpt_buckets.contract import DEFERRED, Contract
 from nanogpt_buckets.errors import CorruptEntry, PlanError
 from nanogpt_buckets.plan.bucket import STEPS, Bucket
-from nanogpt_buckets.store.document import check, checker, corrupt, parse, require_format
+from nanogpt_buckets.store.document import MAX_BYTES, check, checker, corrupt, parse, require_format
 
 FORMAT = 1
 MARK_FORMAT = 1
 
 _HEX = re.compile(r"[0-9a-f]{64}")
+_START = b'{"body":'
+_AFTER_BODY = len(',"sha256":""}\n') + 64
+_NESTED = {dict, list}  # what json.loads makes that holds more
 _MARK = "the mark that it was rejected"
 _ROLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
@@ -136,21 +139,22 @@ def decode(data: bytes) -> Manifest:
         CorruptEntry: they are not, to the last byte, what `encode` could have written.
         IncompatibleEntry: intact, but written by a newer release.
     """
-    document = parse(data, "the manifest")
+    short, weights = _without_weights(data)
+    document = parse(short, "the manifest", canonical=True)
     body = document.get("body")
     content = keys.plain_json(body)
-    digest = hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(content if weights is None else data[len(_START) : -_AFTER_BODY]).hexdigest()
     if not isinstance(body, dict) or document.get("sha256") != digest:
         corrupt("the manifest does not match its own digest")
     require_format(body, FORMAT, _BODY, "the manifest")
     require_format(document | {"format": 1}, 1, {"format", "sha256", "body"}, "the manifest")
-    if _file(content, digest) != data:
+    if _file(content, digest) != short:
         corrupt("the manifest is not written as format 1 is")
     _check_body(body, "the manifest")
     _check_names(body)
     fields = body | {"blobs": tuple(Blob(**row) for row in body["blobs"])}
-    for name in ("inputs", "outputs", "weights"):
-        fields[name] = tuple(Contract(row["name"], row["dtype"], tuple(row["shape"])) for row in body[name])
+    fields |= {name: _contracts(body[name]) for name in ("inputs", "outputs")}
+    fields["weights"] = _contracts(body["weights"]) if weights is None else weights
     del fields["format"]
     manifest = Manifest(**fields)
     _check_parts(manifest)
@@ -160,7 +164,34 @@ def decode(data: bytes) -> Manifest:
 
 def _file(body: bytes, digest: str) -> bytes:
     """Return the bytes of a manifest file, which are the canonical JSON of body and digest, and a newline."""
-    return b'{"body":%b,"sha256":"%b"}\n' % (body, digest.encode("ascii"))
+    return b'%b%b,"sha256":"%b"}\n' % (_START, body, digest.encode("ascii"))
+
+
+def _without_weights(data: bytes) -> tuple[bytes, tuple[Contract, ...] | None]:
+    """Return a manifest's file without its list of weights, and the list; all of it and None if that cannot be.
+
+    The list is most of a manifest, comes last, and is the same in all that a model's shape has: it is read once.
+    """
+    before, name, rest = data.rpartition(b',"weights":')
+    split = len(rest) - _AFTER_BODY - 1  # body's own bracket
+    weights = _weights(rest[:split]) if name and split > 0 and len(data) <= MAX_BYTES else None
+    return (data, None) if weights is None else (before + name + b"[]" + rest[split:], weights)
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(text: bytes) -> tuple[Contract, ...] | None:
+    """Read a list of contracts that is written as `encode` would; None if it is anything else."""
+    named = b'{"weights":%b}' % text
+    try:
+        document = parse(named, "the list of weights", canonical=True)
+        check(document, {"weights": _CONTRACTS}, "the list of weights")
+    except CorruptEntry:
+        return None
+    return _contracts(document["weights"]) if keys.plain_json(document) == named else None
+
+
+def _contracts(rows: list[dict[str, Any]]) -> tuple[Contract, ...]:
+    return tuple(Contract(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
 
 
 def encode_mark(manifest: str, why: str) -> bytes:
@@ -178,11 +209,11 @@ def why_rejected(data: bytes, manifest: str) -> str | None:
 
 
 def _is_plain(value: Any) -> bool:
-    return not isinstance(value, dict | list)
+    return type(value) not in _NESTED
 
 
 def _is_flat(value: Any) -> bool:
-    return all(map(_is_plain, value if isinstance(value, list) else [value]))
+    return _NESTED.isdisjoint(map(type, value if type(value) is list else (value,)))
 
 
 def _is_count(value: Any) -> bool:

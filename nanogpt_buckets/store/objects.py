@@ -110,12 +110,13 @@ class Objects:
         paths = [*(each["path"] for each in found["objects"]), *found["common_prefixes"]]
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
-    def gather(self, folder: str) -> Gathered | None:
-        """Read the index of a folder, which has all its files in one object; see `Tier`. None where there is none."""
+    def gather(self, folder: str, *, limit: int, listed: bool = True) -> Gathered:
+        """Read the index of a folder, which has all its files in one object, if there is one; see `Tier`."""
         try:
-            return Gathered(self._index(folder)[0], self._doubt)
+            files = self._index(folder)[0]
         except (FileNotFoundError, CorruptEntry, IncompatibleEntry):
-            return None
+            return Gathered(names=self.names(folder) if listed else None)
+        return Gathered(files, self._doubt, files.keys())
 
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Write an object, on the condition that there is none; see `Tier`."""

@@ -19,6 +19,7 @@ from nanogpt_buckets.store.directory import Directory
 from nanogpt_buckets.store.entries import Entries, blob_name, entry_name, mark_name, signature_name
 from nanogpt_buckets.store.entry import CACHE, LAYER, REMOTE, Found, Miss, Status, Verified
 from nanogpt_buckets.store.manifest import Blob, Manifest, is_digest
+from nanogpt_buckets.store.tier import Gathered
 from nanogpt_buckets.store.vouch import PLACE, Trust
 
 log = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ class Store(Entries):
         """Return what is of more use, what was found or what a layer below has; rejected here is rejected there."""
         if isinstance(below, Manifest) and not isinstance(found, Manifest):
             with contextlib.suppress(OSError, CacheError):
-                if why := self._why_rejected(below):
+                if why := self._why_rejected(below, Gathered()):
                     return Miss(Status.CORRUPT, below.family, below.key, f"rejected: {why}", manifest=below)
             return below
         return below if isinstance(found, Miss) and found.status is Status.ABSENT else found

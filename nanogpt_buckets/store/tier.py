@@ -5,8 +5,8 @@ A name is a relative path such as "blobs/cd/cd35…". Knows nothing of manifests
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from nanogpt_buckets.errors import UntrustedStore
@@ -14,10 +14,21 @@ from nanogpt_buckets.errors import UntrustedStore
 
 @dataclass(frozen=True)
 class Gathered:
-    """Files by the last part of their names, as they were at one time, and what speaks against believing them."""
+    """What is known of a folder at one time, by the last part of each name; nothing, unless something is given.
 
-    files: Mapping[str, bytes]
-    doubt: UntrustedStore | None
+    Args:
+        files: what some of its names have.
+        doubt: what speaks against believing these files.
+        names: all that it has, if that is known.
+    """
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    doubt: UntrustedStore | None = None
+    names: Collection[str] | None = None
+
+    def lacks(self, name: str) -> bool:
+        """Whether it is known that nothing has a name."""
+        return self.names is not None and name not in self.names
 
 
 class Tier(Protocol):
@@ -39,8 +50,11 @@ class Tier(Protocol):
     def names(self, folder: str) -> list[str]:
         """Return what is directly below a folder, sorted, each without the folder; nothing if there is none."""
 
-    def gather(self, folder: str) -> Gathered | None:
-        """Get all that is directly below a folder at once, where that costs less than one by one; else None."""
+    def gather(self, folder: str, *, limit: int, listed: bool = True) -> Gathered:
+        """Return what is directly below a folder: all names, if they shall be `listed`, and files of at most `limit`.
+
+        Files are those that cost less at once than one by one; whatever is not among them is got by its name.
+        """
 
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Give bytes a name in one step; return False, and change nothing, if it is taken and not to be replaced."""

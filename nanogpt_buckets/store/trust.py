@@ -16,6 +16,7 @@ import functools
 import os
 import shlex
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from nanogpt_buckets.errors import CacheError, TransientError, UntrustedStore
@@ -84,6 +85,46 @@ def read(root: Path, path: Path, *, size: int | None = None, limit: int | None =
         raise
     except OSError as error:
         raise TransientError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_all(
+    root: Path, folder: Path, names: Iterable[str], *, limit: int, anyone: bool = False
+) -> tuple[dict[str, bytes], UntrustedStore | None]:
+    """Read the files of a directory below `root`, whose location was checked, as `read` does each.
+
+    Returns those that can be read, and what speaks against believing them, which without `anyone` leaves none: whatever
+    cannot be read, or is itself to be doubted, is left out.
+    """
+    files: dict[str, bytes] = {}
+    doubt = None
+    try:
+        try:
+            descriptor = _open_below(root, False, folder, _FOLDER)
+        except UntrustedStore as error:
+            if not anyone:
+                raise
+            doubt, descriptor = error, _open_below(root, True, folder, _FOLDER)
+    except (OSError, CacheError):
+        return files, None
+    try:
+        for name in names:
+            with contextlib.suppress(OSError, CacheError):
+                opener = functools.partial(_open_in, root, doubt is not None, descriptor)
+                files[name] = read_file(folder / name, limit=limit, opener=opener)
+    finally:
+        os.close(descriptor)
+    return files, doubt
+
+
+def _open_in(root: Path, anyone: bool, folder: int, path: Path, flags: int) -> int:
+    """Open a file in an open directory, and judge its descriptor."""
+    descriptor = os.open(path.name, flags, dir_fd=folder)
+    try:
+        _refuse_others(root, path, os.fstat(descriptor), anyone)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _open_below(root: Path, anyone: bool, path: Path, flags: int) -> int:

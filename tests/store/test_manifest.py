@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nanogpt_buckets import key as keys
 from nanogpt_buckets.errors import CorruptEntry, IncompatibleEntry
 from nanogpt_buckets.store.document import MAX_BYTES, parse
-from nanogpt_buckets.store.manifest import Blob, Contract, Manifest, decode, encode
+from nanogpt_buckets.store.manifest import Blob, Contract, Manifest, _weights, decode, encode
 
 # Bytes that a released version has written. They must be readable for as long as format 1 is.
 GOLDEN = (
@@ -269,6 +269,62 @@ def test_any_plain_json_survives(gate):
     assume(depth(gate) <= 6)
     manifest = replace(example(), gate=gate)
     assert decode(encode(manifest)) == manifest
+
+
+def with_its_digest(data: bytes) -> bytes:
+    """A file whose digest holds for its body, whatever the body is."""
+    body, named, end = data[len(b'{"body":') :].rpartition(b',"sha256":"')
+    return b'{"body":' + body + named + hashlib.sha256(body).hexdigest().encode() + end[64:]
+
+
+PIECES = [b',"weights":', b'"weights":[]', b"[]", b"[", b"]", b"{", b"}", b",", b'"', b"\\", b" ", b"0", b"-1", b"1e3",
+          b"true", b'{"dtype":"a","name":"b","shape":[2]}', b'},"sha256":"', b'"zebra":1', b'"format":2,']  # fmt: skip
+
+
+@given(st.data())
+def test_the_list_of_weights_is_read_apart_and_never_otherwise(data):
+    changed, taken = bytearray(encode(example())), _weights.__wrapped__
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(changed)) | st.integers(len(changed) - 210, len(changed) - 70))
+        piece = data.draw(st.sampled_from(PIECES))
+        changed[at : at + data.draw(st.sampled_from([0, len(piece), 37]))] = piece
+    document = with_its_digest(bytes(changed))
+
+    def outcome() -> Manifest | type:
+        try:
+            return decode(document)
+        except (CorruptEntry, IncompatibleEntry):
+            return CorruptEntry
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("nanogpt_buckets.store.manifest._weights", lambda text: None)
+        whole = outcome()
+        patched.setattr("nanogpt_buckets.store.manifest._weights", taken)
+        assert outcome() == whole
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        b'{"dtype": "a","name":"b","shape":[2]}', b'{"name":"b","dtype":"a","shape":[2]}',
+        b'{"dtype":"x","dtype":"a","name":"b","shape":[2]}', b'{"dtype":"a","name":"b","shape":[2.0]}',
+        b'{"dtype":"a","name":"b","shape":[true]}', b'{"dtype":"a","name":"b","shape":[-1]}',
+        b'{"dtype":"a","name":"b"}', b'{"dtype":"a","name":"\\u0061","shape":[2]}', b'"a"',
+    ],
+)  # fmt: skip
+def test_a_list_of_weights_that_is_not_written_so_is_corrupt(row):
+    right = b'{"dtype":"a","name":"b","shape":[2]}'
+    good = encode(replace(example(), weights=(Contract("b", "a", (2,)),)))
+    assert decode(good).weights == (Contract("b", "a", (2,)),)
+    with pytest.raises(CorruptEntry):
+        decode(with_its_digest(good.replace(right, row)))
+
+
+def test_a_list_of_weights_is_read_once():
+    _weights.cache_clear()
+    for n in range(5):
+        decode(encode(replace(example(), stats={"n": n})))
+    assert _weights.cache_info().misses == 1
 
 
 def test_parse_names_what_it_read():

@@ -12,6 +12,7 @@ from store_kit import blob_path, files, look, make, manifest_path
 
 from nanogpt_buckets.errors import CacheError, UsageError
 from nanogpt_buckets.store import store as stores
+from nanogpt_buckets.store.document import MAX_BYTES
 from nanogpt_buckets.store.entries import Entries, entry_name
 from nanogpt_buckets.store.entry import Status, Verified
 from nanogpt_buckets.store.lockfile import write_lock
@@ -274,11 +275,11 @@ def test_an_index_that_a_killed_writer_left_behind_is_mended_by_the_next_push(fi
         tier.put(f"blobs/{blob.sha256[:2]}/{blob.sha256}", blobs[blob.role])
     manifest = manifest_path(source, late).read_bytes()
     tier._put(entry_name(family, late.key), manifest, "create")
-    assert f"{late.key}.json" not in tier.gather(f"entries/{family}").files
+    assert f"{late.key}.json" not in tier.gather(f"entries/{family}", limit=MAX_BYTES).files
 
     assert [m.state for m in move(source, [late], place_of(s3, Trust(looks=True)), lambda m: None)] == ["there"]
 
-    assert f"{late.key}.json" in tier.gather(f"entries/{family}").files
+    assert f"{late.key}.json" in tier.gather(f"entries/{family}", limit=MAX_BYTES).files
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 50, b'{"files":{"a":"!"},"format":1}', b'{"format":2}'])
@@ -321,8 +322,9 @@ def test_builders_that_publish_at_once_are_all_in_the_index(s3):
         writer.join()
     family = make("x")[0].family
 
-    index = Objects(s3).gather(f"entries/{family}")
+    index = Objects(s3).gather(f"entries/{family}", limit=MAX_BYTES)
 
     listed = set(Objects(s3).names(f"entries/{family}"))
     assert len(listed) == 8
-    assert index is None or set(index.files) == listed
+    assert index.names == listed
+    assert set(index.files) in (set(), listed)

@@ -26,6 +26,7 @@ from nanogpt_buckets.errors import (
     UsageError,
 )
 from nanogpt_buckets.node.records import REVOKED
+from nanogpt_buckets.store import directory
 from nanogpt_buckets.store.entries import signature_name
 from nanogpt_buckets.store.entry import Status, Verified
 from nanogpt_buckets.store.lockfile import write_lock
@@ -286,6 +287,33 @@ def test_entries_that_are_there_are_signed_once(tmp_path, ours, theirs):
     assert signature_path(root, manifest).read_bytes() == first, "a trusted key signed it before"
     open_store(cache_dir=root, sign_key=theirs[0]).sign(manifest)
     assert signature_path(root, manifest).read_bytes() != first
+
+
+def test_what_is_signed_while_its_family_is_listed_is_signed(tmp_path, ours, monkeypatch):
+    root = tmp_path / "cache"
+    manifest, blobs = make("one")
+    Store(root).publish(manifest, blobs)
+
+    def read_all(*place, **how):
+        open_store(cache_dir=root, sign_key=ours[0]).sign(manifest)
+        return really(*place, **how)
+
+    really = directory.read_all
+    monkeypatch.setattr(directory, "read_all", read_all)
+    assert open_store(cache_dir=root, trusted=[ours[1]], policy="require").family(manifest.family) == [manifest]
+
+
+def test_a_store_that_is_open_sees_what_is_signed_meanwhile(tmp_path, ours):
+    root = tmp_path / "cache"
+    manifest, blobs = make("one")
+    Store(root).publish(manifest, blobs)
+    store = open_store(cache_dir=root, trusted=[ours[1]], policy="require")
+    assert store.family(manifest.family)[0].status is Status.UNTRUSTED
+
+    open_store(cache_dir=root, sign_key=ours[0]).sign(manifest)
+
+    assert store.look(manifest.family, manifest.key) == manifest
+    assert store.family(manifest.family) == [manifest]
 
 
 def test_an_entry_is_two_files_and_its_signature(tmp_path, build):

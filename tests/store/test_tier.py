@@ -7,6 +7,7 @@ from store_kit import healed_entry, look, make, word
 
 from nanogpt_buckets.store.entry import Status
 from nanogpt_buckets.store.store import Store
+from nanogpt_buckets.store.tier import Gathered
 
 
 class Memory:
@@ -29,8 +30,8 @@ class Memory:
 
     remembers_s = 0.0
 
-    def gather(self, folder: str) -> None:
-        pass
+    def gather(self, folder: str, *, limit: int, listed: bool = True) -> Gathered:
+        return Gathered(names=self.names(folder))
 
     def put(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         if name in self.held and not replace:

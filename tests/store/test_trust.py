@@ -13,12 +13,14 @@ from store_kit import as_nobody, blob_path, files, healed, look, make, manifest_
 
 from nanogpt_buckets.errors import CacheError, TransientError, UntrustedStore
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.store.entry import Status
+from nanogpt_buckets.store.document import MAX_BYTES
+from nanogpt_buckets.store.entry import Miss, Status
 from nanogpt_buckets.store.plans import Plans
 from nanogpt_buckets.store.prune import delete, plan_prune
 from nanogpt_buckets.store.store import Store
 from nanogpt_buckets.store.trust import check_all, check_location
 from nanogpt_buckets.store.verify import verify
+from nanogpt_buckets.store.vouch import Trust
 
 STRANGER = 4321
 FOLDERS = ("", "v1", "v1/entries", "v1/blobs", "v1/plans", "v1/locks", "v1/tmp")
@@ -324,3 +326,36 @@ def test_the_hint_can_be_pasted_whatever_the_name(tmp_path):
     with pytest.raises(UntrustedStore) as caught:
         check_location(store.root)
     assert caught.value.hint.endswith(shlex.quote(str(store.root)))
+
+
+PLANTED = {
+    "nothing": lambda path: None,
+    "a stranger's": lambda path: os.chown(path, STRANGER, STRANGER),
+    "open to all": lambda path: path.chmod(0o666),
+    "a link": lambda path: path.symlink_to(path.rename(path.with_suffix(".moved"))),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+    "too long": lambda path: os.truncate(path, MAX_BYTES + 1),
+    "shorter": lambda path: os.truncate(path, 20),
+    "unreadable": lambda path: path.chmod(0),
+}
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_family_is_what_its_entries_are_one_by_one(store, looks):
+    for planted in PLANTED:
+        store.publish(*make("one", name=planted))
+    family = make("one")[0].family
+    rejected = make("one", name="rejected")[0]
+    store.publish(*make("one", name="rejected"))
+    store.reject(rejected, "wrong")
+    for planted, plant in PLANTED.items():
+        plant(manifest_path(store, make("one", name=planted)[0]))
+
+    fresh = Store(store.root, trust=Trust(looks=looks))
+    found = fresh.family(family)
+
+    assert {entry.key for entry in found} >= {make("one", name=planted)[0].key for planted in (*PLANTED, "rejected")}
+    assert found == [Store(store.root, trust=Trust(looks=looks)).look(family, entry.key) for entry in found]
+    kinds = {entry.status.value if isinstance(entry, Miss) else "listed" for entry in found}
+    assert kinds == {"listed", "corrupt"} if looks else {"listed", "corrupt", "untrusted"}
