@@ -8,7 +8,6 @@ from fake import choice_of, damage, publish
 from nanogpt_buckets.errors import CacheMiss, CorruptEntry, IncompatibleEntry, TransientError
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.selection import NOT_BUILT, Selection, explain_miss
-from nanogpt_buckets.store.directory import Directory
 from nanogpt_buckets.store.entry import Status, Verified, manifest_of
 from nanogpt_buckets.store.store import Store
 
@@ -95,7 +94,7 @@ def unreadable(choice, manifest, monkeypatch):
     def fail(*arguments: object, **how: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Directory, "get", fail)
+    monkeypatch.setattr("nanogpt_buckets.store.trust.read_file", fail)
 
 
 def scribble(choice, manifest, monkeypatch):
