@@ -112,7 +112,8 @@ def read_all(
                 opener = functools.partial(_open_in, root, doubt is not None, descriptor)
                 files[name] = read_file(folder / name, limit=limit, opener=opener)
     finally:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
     return files, doubt
 
 

@@ -280,6 +280,20 @@ def test_a_read_error_is_transient_and_changes_nothing(store, entry, monkeypatch
     assert word(look(store, entry)) == "verified"
 
 
+def test_a_descriptor_that_cannot_be_closed_is_no_reason_not_to_list(store, entry, monkeypatch):
+    store.publish(*make("two", name="b"))
+    real, whole = os.close, store.family(entry.family)
+
+    def close(descriptor):
+        failing = os.readlink(f"/proc/self/fd/{descriptor}").endswith(entry.family)
+        real(descriptor)
+        if failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", close)
+    assert store.family(entry.family) == whole
+
+
 def test_a_blob_read_error_is_transient(store, entry, monkeypatch):
     answer = store.look(entry.family, entry.key)
     Fault(monkeypatch, "open", errno.EIO, "blobs")
