@@ -43,6 +43,7 @@ NO_TORCH = (
     "steps/step",
     "steps/recompute",
     "steps/whole",
+    "steps/chunk",
     "run/loader",
     "run/misses",
     "run/options",

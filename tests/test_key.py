@@ -232,7 +232,8 @@ SHAPES_NOTHING = {
     "node/sources",
     "model/__init__", "model/architecture",  # sizes and switches, which are in the key as data
     "plan/__init__", "plan/bucket",  # the shape, which is in the key as data
-    "steps/__init__", "steps/step", "steps/gate",  # what is asked of a step; the check of what was compiled
+    "steps/__init__", "steps/step",  # what is asked of a step
+    "steps/gate", "steps/asked",  # the check of what was compiled
     "backends/__init__", "backends/base", "backends/host", "backends/worker", "backends/memfile",
     "backends/inductor/__init__", "backends/inductor/backend",
     "backends/neuron/__init__", "backends/neuron/arguments", "backends/neuron/backend", "backends/neuron/device",

@@ -17,7 +17,7 @@ from nanogpt_buckets.contract import Contract, Executable, Interface, check_weig
 from nanogpt_buckets.errors import CorruptEntry
 from nanogpt_buckets.findings import Finding
 from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.plan.bucket import STEPS, Bucket
+from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Backend(ABC):
     """
 
     name: str
-    steps: tuple[str, ...] = STEPS
+    steps: tuple[str, ...]
     sources: tuple[str, ...]
     lowering: ClassVar[dict[str, str]]
     inlines_weights = False

@@ -13,7 +13,7 @@ from typing import Any
 from nanogpt_buckets.errors import IncompatibleEntry, PlanError
 from nanogpt_buckets.values import shown, whole_number
 
-STEPS = ("recompute", "prefill", "decode", "score")
+STEPS = ("recompute", "prefill", "decode", "score", "chunk")
 # What a plan holds for each way to generate: the whole context for every token, or a prompt once and then its tokens.
 STRATEGIES = {"recompute": ("recompute",), "kv": ("prefill", "decode")}
 # What a plan can be for: ways to generate, or to score texts.

@@ -4,32 +4,26 @@ One eager float32 forward of a full row gives, by causality, the step's referenc
 the same row cut and padded at awkward lengths, neighbours at different ones. Then padding, future tokens and
 neighbouring rows are changed, and not one bit may move.
 
-A step that keeps state runs its part of whole requests, some of whose last tokens come one by one, and the eager steps
-run the rest, past the bucket's end, so that what either writes must suit the other. State spans all the positions that
-the model has, and is dirty to begin with; what a padding row finds, it leaves.
+Of a step that keeps state, whole requests are asked (`asked.py`); what a padding row finds there, it leaves.
 
 Knows nothing of compilers, of files or of any one step: how to feed one, it asks the step.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanogpt_buckets.contract import dtype_name
 from nanogpt_buckets.errors import GateFailed, NonFiniteLogits
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.model.gpt import GPT, from_weights
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
-
-Run = Callable[..., Sequence[Tensor]]
+from nanogpt_buckets.steps.asked import Asked, Run
 
 # Of what is checked and how strictly; kept in manifests. What an older gate let pass is checked again at first load.
 VERSION = 5
@@ -58,101 +52,6 @@ def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229)
     return weights
 
 
-# How many of a context's last tokens are run one by one: after buckets that run prompts, and by those that run these.
-_AFTER_PROMPTS, _OWN = (0, 2), (1, 8)
-_DIRT = 100.0
-
-
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """A loaded bucket, to be asked about contexts: for the logits that follow, say. Eager steps run what it does not.
-
-    Contexts begin as some of the `rows` (B, T) do, so what the eager step keeps of a row's prompt is found once.
-    """
-
-    run: Run
-    arch: Architecture
-    bucket: Bucket
-    weights: Mapping[str, Tensor]
-    rows: Tensor
-    kept: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    @functools.cached_property
-    def network(self) -> GPT:
-        """The eager network."""
-        return from_weights(self.arch, self.weights)
-
-    @property
-    def tails(self) -> tuple[int, ...]:
-        """How many tokens may come one by one: none where nothing is kept, and one at least where that is the step."""
-        step = step_named(self.bucket.step)
-        if step.continued_by == step.opened_by:
-            return (0,)
-        return _AFTER_PROMPTS if self.opens else _OWN
-
-    @property
-    def opens(self) -> bool:
-        """Whether the bucket is what runs prompts."""
-        return step_named(self.bucket.step).opened_by == self.bucket.step
-
-    def __call__(
-        self, contexts: Sequence[Sequence[int]], tail: int | None = None, filler: Tensor | None = None
-    ) -> Tensor:
-        """Return the answers (n, ...) for each of n contexts, whose last `tail` tokens come one by one.
-
-        Unless said otherwise that is two at most: the second finds what the first has written.
-        """
-        tail, state = min(2, self.tails[-1]) if tail is None else tail, self.dirty(filler)
-        for left in range(tail, 0, -1):
-            self.call(state, contexts, tail, left, filler)
-        answers = self.call(state, contexts, tail, 0, filler)
-        assert answers is not None  # a prompt is all that is kept of an eager step's
-        return answers
-
-    def dirty(self, filler: Tensor | None = None) -> list[Tensor]:
-        """Return state as a stranger may have left it, over all positions; another one if there is a filler."""
-        B = self.bucket.batch_size
-        return [state.fill_(_DIRT if filler is None else -_DIRT / 2) for state in self._blank(B, self.arch.block_size)]
-
-    def _blank(self, batch_size: int, seq_len: int) -> list[Tensor]:
-        bucket, dtype = Bucket(batch_size, seq_len, self.bucket.step), dtype_name(next(iter(self.weights.values())))
-        return [view.blank() for view in step_named(bucket.step).interface(self.arch, bucket, dtype).state]
-
-    def call(
-        self, state: list[Tensor], contexts: Sequence[Sequence[int]], tail: int, left: int, filler: Tensor | None = None
-    ) -> Tensor | None:
-        """Make one call of a request, after which `left` tokens are; its answers, unless it is a prompt's and eager."""
-        step = step_named(self.bucket.step)
-        heads = [context[: max(0, len(context) - left)] for context in contexts]
-        name = step.opened_by if left == tail else step.continued_by
-        if name == self.bucket.step:
-            views = (tensor[:, :, : self.bucket.seq_len] for tensor in state)
-            return step.answers(self.run(*step.pack(heads, self.bucket, filler), *views), len(contexts))
-        if name == step.opened_by:
-            for row, head in enumerate(heads):
-                for tensor, kept in zip(state, self._after(head), strict=True):
-                    tensor[row, :, : len(head)] = kept[0, :, : len(head)]
-            return None
-        longest = max(1, *map(len, heads))
-        return self._eagerly(name, heads, Bucket(self.bucket.batch_size, longest, name), state)
-
-    def _after(self, head: Sequence[int]) -> list[Tensor]:
-        """Return the state that a prompt leaves; all of a row that begins with it leaves that, too, by causality."""
-        begins = (self.rows[:, : len(head)] == torch.tensor(head, dtype=self.rows.dtype)).all(1)  # (B)
-        row = int(begins.nonzero()[0])
-        if row not in self.kept:
-            length = self.rows.shape[1]
-            opened_by, state = step_named(self.bucket.step).opened_by, self._blank(1, length)
-            self._eagerly(opened_by, self.rows[row : row + 1].tolist(), Bucket(1, length, opened_by), state)
-            self.kept[row] = state
-        return self.kept[row]
-
-    def _eagerly(self, name: str, heads: Sequence[Sequence[int]], bucket: Bucket, state: list[Tensor]) -> Tensor:
-        step = step_named(name)
-        views = (tensor[:, :, : bucket.seq_len] for tensor in state)
-        return step.answers(step.graph(self.network).run(*step.pack(heads, bucket), *views), len(heads))
-
-
 def check(
     run: Run, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor], *, rounds: bool = False
 ) -> dict[str, Any]:
@@ -167,7 +66,7 @@ def check(
     generator = torch.Generator().manual_seed(bucket.batch_size * 100_003 + bucket.seq_len)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, bucket.seq_len), generator=generator, dtype=torch.int32)
     lengths = step_named(bucket.step).lengths(bucket.seq_len)
-    ask = _Asked(run, arch, bucket, weights, rows)
+    ask = Asked(run, arch, bucket, weights, rows)
     with torch.inference_mode():
         error, tolerance = _worst_error(ask, rows, lengths, rounds)
         if not error <= tolerance:  # NaN fails too
@@ -185,7 +84,7 @@ def check(
     }
 
 
-def _worst_error(ask: _Asked, rows: Tensor, lengths: list[int], rounds: bool) -> tuple[float, float]:
+def _worst_error(ask: Asked, rows: Tensor, lengths: list[int], rounds: bool) -> tuple[float, float]:
     """Return the largest error, relative to the largest value of the reference, and what is allowed."""
     exact = {name: w.float() for name, w in ask.weights.items()}
     precise = not rounds and all(w.dtype == torch.float32 for w in ask.weights.values())
@@ -218,7 +117,7 @@ def _error(found: Tensor, expected: Tensor, scale: float) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _reference(weights: Mapping[str, Tensor], ask: _Asked, rows: Tensor, lengths: list[int]) -> Tensor:
+def _reference(weights: Mapping[str, Tensor], ask: Asked, rows: Tensor, lengths: list[int]) -> Tensor:
     """Return what eager weights answer at each length, (B, n, ...)."""
     return step_named(ask.bucket.step).reference(from_weights(ask.arch, weights), ask.bucket, rows, lengths)
 
@@ -228,7 +127,7 @@ def _cut(rows: Tensor, lengths: Sequence[int]) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]
 
 
-def _moved_by(ask: _Asked, rows: Tensor, lengths: list[int]) -> str | None:
+def _moved_by(ask: Asked, rows: Tensor, lengths: list[int]) -> str | None:
     """Change what a row's answer may not depend on; return what moved a bit of it."""
     contexts = _cut(rows, [lengths[row % len(lengths)] for row in range(len(rows))])
     before, vocab_size = ask(contexts), ask.arch.vocab_size
@@ -245,14 +144,15 @@ def _moved_by(ask: _Asked, rows: Tensor, lengths: list[int]) -> str | None:
     return None
 
 
-def _writes_elsewhere(ask: _Asked, rows: Tensor) -> bool:
+def _writes_elsewhere(ask: Asked, rows: Tensor) -> bool:
     """Whether a call with one real row changes what a padding row finds, or other positions than its own."""
     context, tail, state = rows[:1, : max(1, rows.shape[1] // 2)].tolist(), ask.tails[0], ask.dirty()
     for left in range(tail, 0, -1):
         ask.call(state, context, tail, left)
     before = [tensor.clone() for tensor in state]
     ask.call(state, context, tail, 0)
-    end = ask.bucket.seq_len if ask.opens else len(context[0])
+    # a prompt fills its bucket, if only with what nobody will look at
+    end = ask.bucket.seq_len if ask.opens and not step_named(ask.bucket.step).pure else len(context[0])
     start = 0 if ask.opens else end - 1
     for old, new in zip(before, state, strict=True):
         old[:1, :, start:end] = new[:1, :, start:end]
@@ -272,7 +172,7 @@ def canary(
     generator = torch.Generator().manual_seed(length)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, length), generator=generator, dtype=torch.int32)
     with torch.inference_mode():
-        ask = _Asked(run, arch, bucket, weights, rows)
+        ask = Asked(run, arch, bucket, weights, rows)
         expected = _reference(weights, ask, rows, [length])[:, 0]  # (B, ...)
         if not expected.isfinite().all():
             raise NonFiniteLogits(_not_finite(weights), hint="look how the model was trained or saved")

@@ -25,11 +25,13 @@ class Step(ABC):
     """One kind of step. `name` is what buckets call it; `sources` are the files that define its graph, in every key.
 
     One that keeps something between calls is `opened_by` one step and `continued_by` another, for as long as its rows
-    grow by a token a call; one that keeps nothing is both.
+    grow by a token a call; one that keeps nothing, or takes any number of tokens, is both. What is kept is written in
+    place, or, where the step is `pure`, returned after the answers.
     """
 
     name: str
     sources: tuple[str, ...]
+    pure = False
 
     @property
     def opened_by(self) -> str:
@@ -55,6 +57,12 @@ class Step(ABC):
 
         `filler`, int32 (B, S), is what stands where no real token does; None for id 0.
         """
+
+    def pack_after(
+        self, kept: Sequence[int], contexts: Sequence[Sequence[int]], bucket: Bucket, filler: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        """Do the same where so many tokens of each context are remembered; for a step that asks for that."""
+        return self.pack(contexts, bucket, filler)
 
     def answers(self, outputs: Sequence[Tensor], rows: int) -> Tensor:
         """Return what a call has found out about each of its first rows, (rows, ...): the others are padding."""
@@ -87,6 +95,10 @@ class Step(ABC):
         """Return for how many positions one call computes something."""
         return bucket.batch_size * bucket.seq_len
 
+    def within(self, bucket: Bucket) -> Step:
+        """Return the step as it is in one bucket: itself, where the inputs' shapes tell all."""
+        return self
+
     def graph(self, gpt: GPT) -> Graph:
         """Return this step as a module over a network, ready to be compiled or run."""
         from nanogpt_buckets.steps.graph import Graph
@@ -100,4 +112,5 @@ class Step(ABC):
         from nanogpt_buckets.model.gpt import from_weights
 
         dtype = dtype_name(next(iter(weights.values())))
-        return Executable(self.graph(from_weights(arch, weights, lowering)).run, self.interface(arch, bucket, dtype))
+        graph = self.within(bucket).graph(from_weights(arch, weights, lowering))
+        return Executable(graph.run, self.interface(arch, bucket, dtype))

@@ -41,6 +41,7 @@ class InductorBackend(Backend):
     """See `Backend`."""
 
     name = "inductor"
+    steps = ("recompute", "prefill", "decode", "score")
     sources = ("backends/inductor/compile.py", "backends/inductor/tune.py")
     lowering: ClassVar = {"attention": "sums"}  # everything else is Inductor's choice
     needs = "C++ compiler"
