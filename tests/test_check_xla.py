@@ -17,9 +17,14 @@ from typing import Any
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from xla_lowering import hlo, lowered
+from xla_lowering.cases import CHECKS, CONTROLS, OPENAI, ROWS
+
 from nanogpt_buckets import Bucket, errors
 from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.steps import gate
+from nanogpt_buckets.steps import gate, step_named
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "check-xla"
 
@@ -73,18 +78,18 @@ def edited(old: str, new: str) -> str:
 
 
 def problems(xla: Any, text: str) -> list[str]:
-    program = xla.parse(text)
-    return [*xla.dynamic_shapes(program), *xla.undocumented(program), *xla.unfit_inputs(program, INPUTS)]
+    program = hlo.parse(text)
+    return [*hlo.dynamic_shapes(program), *hlo.undocumented(program), *hlo.unfit_inputs(program, INPUTS)]
 
 
 def test_a_good_program_has_no_problem(xla):
-    program = xla.parse(GOOD)
+    program = hlo.parse(GOOD)
 
     assert problems(xla, GOOD) == []
     assert program.parameters() == {0: "p0.1", 1: "p1.2", 2: "p2.3"}
     assert program.instructions["tuple.19"].operands == ["add.18", "reduce.14"]
     assert program.instructions["get-tuple-element.20"].operands == ["tuple.19"]
-    assert xla.int64_inside(program) == []
+    assert hlo.int64_inside(program) == []
 
 
 @pytest.mark.parametrize("shape", ["s32[<=10]", "s32[?]"])
@@ -118,8 +123,8 @@ def test_a_constant_index_is_documented_and_activations_with_a_custom_call_are_w
 
     assert problems(xla, re.sub(r"add\(f32.*", update, GOOD)) == []
     assert problems(xla, edited("convert(", "erf(")) == []
-    assert not xla.WAIVED & xla.DOCUMENTED
-    assert not {"sort", "custom-call", "dynamic-slice", "scatter", "while"} & xla.DOCUMENTED
+    assert not hlo.WAIVED & hlo.DOCUMENTED
+    assert not {"sort", "custom-call", "dynamic-slice", "scatter", "while"} & hlo.DOCUMENTED
 
 
 @pytest.mark.parametrize(
@@ -127,8 +132,8 @@ def test_a_constant_index_is_documented_and_activations_with_a_custom_call_are_w
     [
         ("s32[2,5]{1,0} parameter", "f32[2,5]{1,0} parameter", "input_ids is f32[2,5], not s32[2,5]"),
         ("s32[2]{0} parameter", "s32[2,1]{0} parameter", "last_index is s32[2,1], not s32[2]"),
-        ("%broadcast.16, f32", "%broadcast.17, f32", "last_index was dropped: the logits do not depend on it"),
-        ("%reshape.4)", "%constant.6)", "input_ids was dropped: the logits do not depend on it"),
+        ("%broadcast.16, f32", "%broadcast.17, f32", "last_index was dropped: no result depends on it"),
+        ("%reshape.4)", "%constant.6)", "input_ids was dropped: no result depends on it"),
         ("f32[11,4]{1,0} parameter", "s64[11,4]{1,0} parameter", "parameter 2 is s64[11,4]{1,0}"),
     ],
 )
@@ -142,9 +147,7 @@ def test_int64_ids_and_an_input_that_is_no_parameter_are_named(xla):
         "parameter 1 is s64[2,5]{1,0}",
     ]
     dropped = INPUTS | {"last_index": (-1, "s32[2]")}
-    assert list(xla.unfit_inputs(xla.parse(GOOD), dropped)) == [
-        "last_index was dropped: the logits do not depend on it"
-    ]
+    assert list(hlo.unfit_inputs(hlo.parse(GOOD), dropped)) == ["last_index was dropped: no result depends on it"]
 
 
 def test_an_int64_scalar_is_no_problem_and_int64_inside_is_reported(xla):
@@ -152,8 +155,8 @@ def test_an_int64_scalar_is_no_problem_and_int64_inside_is_reported(xla):
     inside = edited("f32[2]{0} convert", "s64[2]{0} convert")
 
     assert (problems(xla, scalar), problems(xla, inside)) == ([], [])
-    assert xla.int64_inside(xla.parse(scalar)) == []
-    assert xla.int64_inside(xla.parse(inside)) == ["convert"]
+    assert hlo.int64_inside(hlo.parse(scalar)) == []
+    assert hlo.int64_inside(hlo.parse(inside)) == ["convert"]
 
 
 @pytest.mark.parametrize(
@@ -161,15 +164,15 @@ def test_an_int64_scalar_is_no_problem_and_int64_inside_is_reported(xla):
 )
 def test_what_is_no_hlo_is_refused(xla, text):
     with pytest.raises(ValueError, match="HLO"):
-        xla.parse(text)
+        hlo.parse(text)
 
 
 @pytest.mark.parametrize("fault", ["", "sort", "last_index ignored", "left padding", "mask dropped"])
-def test_the_step_that_is_lowered_is_the_products_and_its_faults_are_faults(xla, fault):
+def test_the_step_that_is_lowered_is_the_products_and_its_faults_are_faults(fault):
     """Without torch_xla, which takes it from there."""
-    arch, bucket = Architecture(**xla.OPENAI), Bucket(2, 9)
+    arch, bucket = Architecture(**OPENAI), Bucket(2, 9)
     weights = gate.seeded_weights(arch, torch.float32)
-    graph = xla.make_graph(fault, arch, weights)
+    graph = lowered.make_graph(fault, arch, bucket, weights)
 
     if fault in ("", "sort"):
         assert gate.check(graph.run, arch, bucket, weights)["relative_error_e9"] < 2_000
@@ -178,9 +181,32 @@ def test_the_step_that_is_lowered_is_the_products_and_its_faults_are_faults(xla,
             gate.check(graph.run, arch, bucket, weights)
 
 
+@pytest.mark.parametrize("fault", ["", *(case.fault for case in CONTROLS if case.step == "chunk")])
+def test_a_chunk_that_is_lowered_is_the_products_and_its_faults_are_faults(fault):
+    arch, bucket = Architecture(**OPENAI), Bucket(2, 100, "chunk")
+    weights = gate.seeded_weights(arch, torch.float32)
+    graph = lowered.make_graph(fault, arch, bucket, weights)
+
+    if not fault:
+        assert gate.check(graph.run, arch, bucket, weights)["relative_error_e9"] < 2_000
+    else:
+        with pytest.raises(IndexError if fault == "position not clamped" else errors.GateFailed):
+            gate.check(graph.run, arch, bucket, weights)
+
+
+def test_what_is_looked_up_where_nothing_is_is_said():
+    arch, bucket = Architecture(**OPENAI), Bucket(2, 100, "chunk")
+    weights = gate.seeded_weights(arch, torch.float32)
+    step = step_named("chunk")
+    state = [view.blank() for view in step.interface(arch, bucket, "float32").state]
+    inputs = step.pack_after([90, 0], [[1] * 95, [2]], bucket)
+    for fault, said in (("", []), ("position not clamped", ["index out of range in self"])):
+        graph = lowered.make_graph(fault, arch, bucket, weights)
+        assert list(lowered.out_of_range(graph, [*inputs, *state])) == said
+
+
 def result(**found: list[str]) -> dict[str, Any]:
-    names = ("trace", "shapes", "operators", "inputs", "gate")
-    return {"problems": {name: list[str]() for name in names} | found, "ops": {"add": 1}}
+    return {"problems": {name: list[str]() for name in CHECKS} | found, "ops": {"add": 1}}
 
 
 def test_verdicts(xla):
@@ -199,8 +225,8 @@ def test_verdicts(xla):
 
 
 def test_every_kind_of_check_has_a_control_that_it_must_catch(xla):
-    assert {name for case in xla.CONTROLS for name in case.caught_by} == result()["problems"].keys()
-    assert all(set(case.functionalized) == {False, True} and not case.caught_by for case in xla.ROWS)
+    assert {name for case in CONTROLS for name in case.caught_by} == result()["problems"].keys()
+    assert all(set(case.functionalized) == {False, True} and not case.caught_by for case in ROWS)
 
 
 def fake_run(xla: Any, monkeypatch: pytest.MonkeyPatch, missed: str = "", status: int = 0) -> None:
@@ -208,7 +234,7 @@ def fake_run(xla: Any, monkeypatch: pytest.MonkeyPatch, missed: str = "", status
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         _, _, _, kind, index = command
-        case = {"row": xla.ROWS, "control": xla.CONTROLS}[kind][int(index)]
+        case = xla.KINDS[kind][int(index)]
         found = {} if case.fault == missed else {name: ["found"] for name in case.caught_by}
         whole = result(**found) | {"waived": [], "int64_inside": [], "error": 3e-7, "versions": {"torch": "2.9.0"}}
         return subprocess.CompletedProcess(command, status, f"a line of torch's\n{json.dumps(whole)}\n", "trouble")
@@ -231,7 +257,7 @@ def test_a_control_that_is_not_caught_is_exit_status_1(xla, monkeypatch, capsys)
     fake_run(xla, monkeypatch, missed="mask dropped")
 
     assert xla.main([]) == 1
-    assert "FAIL mask dropped 2x33: wanted gate, got nothing" in capsys.readouterr().out
+    assert "FAIL mask dropped 2x33 recompute: wanted gate, got nothing" in capsys.readouterr().out
 
 
 def test_a_child_that_crashes_is_exit_status_1_and_its_words_are_shown(xla, monkeypatch, capsys):
