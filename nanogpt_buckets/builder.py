@@ -153,7 +153,7 @@ def compile_bucket(request: dict[str, Any], on_event: Callable[[child.Event], No
         BucketsError: it could not compile the bucket, or the bucket failed the gate.
     """
     build = BuildRequest.from_json(request)
-    backend = backends.backend_for(build.backend, compiler_args=build.compiler_args)
+    backend = backends.backend_of(build)
     with child.work_folder() as workdir:
         # nothing of the compiler's may land outside this directory, which goes when the child is done
         result = child.run(

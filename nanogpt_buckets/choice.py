@@ -21,7 +21,7 @@ from nanogpt_buckets import backends, key, settings
 from nanogpt_buckets.backends.base import DTYPES, Backend
 from nanogpt_buckets.errors import CacheError, PlanError, UsageError
 from nanogpt_buckets.model.checkpoint import Model, open_model
-from nanogpt_buckets.plan.bucket import PURPOSES, STRATEGIES, Bucket, Plan
+from nanogpt_buckets.plan.bucket import STRATEGIES, WAYS, Bucket, Plan
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.store.entry import manifest_of
 from nanogpt_buckets.store.opening import Places, Written, open_store
@@ -45,7 +45,9 @@ class Options(Places, total=False):
     `backend`: "auto", "inductor", "neuron", or "eager" to run steps uncompiled. `target`: what to generate code for,
     and the only one to load; None for this host's best to build, and any that runs here to load. `dtype`: "float32" or
     "bfloat16". `compiler_args`: flags for neuronx-cc, as a line or a list. `cores`: NeuronCores to run on, each holding
-    every bucket. The rest says where buckets are and which are believed: see `Places`.
+    every bucket. `strategy`: "kv" runs a prompt once and keeps what it remembers, "recompute" runs all of the context
+    for each token; "auto" is "kv" where buckets for it are planned, and on Neuron "recompute". The rest says where
+    buckets are and which are believed: see `Places`.
     """
 
     backend: str
@@ -53,6 +55,7 @@ class Options(Places, total=False):
     dtype: str
     compiler_args: str | Sequence[str]
     cores: int
+    strategy: str
 
 
 @dataclass(frozen=True)
@@ -152,11 +155,11 @@ class Choice:
         """
         backend = self.compiler
         name = self.model.name if self.dtype == "float32" else f"{self.model.name}.{self.dtype}"
-        if backend.inlines_weights:
-            name += f".{backend.name}.{self.build_target}"
+        if backend.plans:
+            name += f".{backend.plans}.{self.build_target}" + ("" if backend.inlines_weights else ".kv")
         if flags := backend.flags():
             name += f".{key.digest({'flags': flags})[:8]}"
-        return (name,) if self.target is None or backend.inlines_weights else (name, f"{name}.{self.build_target}")
+        return (name,) if self.target is None or backend.plans else (name, f"{name}.{self.build_target}")
 
     def cost(self, bucket: Bucket) -> int:
         """Return the cost of one call of a bucket, in multiply-adds; only the order of two sums of them matters."""
@@ -192,14 +195,18 @@ class Choice:
         return self.model.architecture.n_params * (4 if self.dtype == "float32" else 2)
 
     def strategy(self, wanted: str) -> str:
-        """Return what "auto" stands for: to remember, where the backend has the steps for it."""
+        """Return what a strategy plans, in `WAYS`; "auto" is to remember, where the backend does so unasked."""
+        if wanted == "kv" and self.backend is not None:
+            return self.backend.kv
         if wanted != "auto":
             return wanted
         return "kv" if self.backend is not None and set(STRATEGIES["kv"]) <= set(self.backend.steps) else "recompute"
 
     def _option(self, step: str) -> str:
         """Return what tells `build` to plan a step, if it would not do so anyway."""
-        purpose = next(name for name, steps in PURPOSES.items() if step in steps)
+        purpose = next(name for name, steps in WAYS.items() if step in steps)
+        if purpose == "chunk":
+            return " --strategy kv"
         if purpose not in STRATEGIES:
             return f" --{purpose}"
         return "" if purpose == self.strategy("auto") else f" --strategy {purpose}"
@@ -239,6 +246,7 @@ def choose(
     dtype: str = "float32",
     compiler_args: str | Sequence[str] = (),
     cores: int = 1,
+    strategy: str = "auto",
     **places: Unpack[Written],
 ) -> Choice:
     """Resolve what the user asked for; see `Options` and, for what a build writes, `Written`.
@@ -259,7 +267,7 @@ def choose(
         if places.get("locked") is not None:
             raise UsageError("the eager backend loads nothing that could be locked", hint="leave --locked out")
     else:
-        chosen = backends.backend_for(backend, target, compiler_args=compiler_args, cores=cores)
+        chosen = backends.backend_for(backend, target, compiler_args=compiler_args, cores=cores, strategy=strategy)
         chosen.target(target)  # refuse an impossible target before anything else is done
     store = open_store(**places)
     return Choice(open_model(model), chosen, dtype, store, target)

@@ -109,11 +109,23 @@ class Interface:
 
 @dataclass(frozen=True, eq=False)
 class Executable:
-    """One loaded bucket: a callable whose every call is checked; `run` is the bare one, compiled or eager."""
+    """One loaded bucket: a callable whose every call is checked; `run` is the bare one, compiled or eager.
+
+    State must be where `place` puts it, given a tensor and which of the backend's cores; there it is returned, too.
+    """
 
     run: Callable[..., Sequence[Tensor]]
     interface: Interface
     close: Callable[[], None] = lambda: None
+    place: Callable[[Tensor, int], Tensor] = lambda tensor, core: tensor
+
+    def blank(self, core: int = 0) -> list[Tensor]:
+        """Return state of zeros."""
+        return [self.place(view.blank(), core) for view in self.interface.state]
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        """Return state where calls find it, on the first core."""
+        return self.place(tensor, 0)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the step once."""

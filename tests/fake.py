@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from nanogpt_buckets import key
-from nanogpt_buckets.backends.base import Artifact, Backend
+from nanogpt_buckets.backends.base import Artifact, Backend, Opened
 from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.contract import Contract, dtype_name
 from nanogpt_buckets.errors import IncompatibleEntry, TransientError
@@ -21,6 +21,7 @@ from nanogpt_buckets.store.store import Store
 
 class Fake(Backend):
     name = "fake"
+    steps = ("recompute", "prefill", "decode", "score")
     sources = ()
     lowering: ClassVar = {}
 
@@ -55,7 +56,7 @@ class Fake(Backend):
         self.opened.append(word)
         step = step_named("recompute").eager(self._arch, Bucket(batch_size, seq_len), weights)
         wrong: Callable = lambda *tensors: (step(*tensors)[0] + 1,)  # noqa: E731
-        return (wrong if word == "wrong" else step), lambda: self.closed.append(word)
+        return Opened(wrong if word == "wrong" else step, lambda: self.closed.append(word))
 
 
 def choice_of(model, root, *, compiler="1.0", target=None, dtype="float32") -> Choice:

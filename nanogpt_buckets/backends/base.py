@@ -86,8 +86,18 @@ class Artifact:
 
 
 FACTS = tuple(f.name for f in fields(Artifact) if f.name != "blobs")
-# What a backend makes of verified bytes: calls take the step's inputs; closing lets go.
-Opened = tuple[Callable[..., Sequence["Tensor"]], Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a backend makes of verified bytes: calls take the step's inputs and state; closing lets go.
+
+    `place` puts a tensor of state where calls find it, on one of the backend's cores.
+    """
+
+    run: Callable[..., Sequence[Tensor]]
+    close: Callable[[], None]
+    place: Callable[[Tensor, int], Tensor] = lambda tensor, core: tensor
 
 
 class Backend(ABC):
@@ -95,7 +105,8 @@ class Backend(ABC):
 
     `name` is part of the family, `steps` are those it can compile. `sources` are the files of this backend that shape
     generated code, relative to the package; `lowering` is how graphs are written for it. `inlines_weights` is True
-    where weights are compiled in. `needs` says what is lacking where `compiler` finds none, `install` how to get it.
+    where weights are compiled in. `kv` is what `--strategy kv` plans here, in `WAYS`. `plans` names plans that are of
+    no use to other backends. `needs` says what is lacking where `compiler` finds none, `install` how to get it.
     `timeout_s` bounds one compilation. `compiler_args` are the user's compiler flags. `cores` is how many steps can run
     at once.
     """
@@ -104,7 +115,9 @@ class Backend(ABC):
     steps: tuple[str, ...]
     sources: tuple[str, ...]
     lowering: ClassVar[dict[str, str]]
-    inlines_weights = False
+    inlines_weights: bool = False
+    kv: ClassVar[str] = "kv"
+    plans: ClassVar[str] = ""
     needs = "compiler"
     install = ""
     timeout_s = 3600.0
@@ -140,10 +153,10 @@ class Backend(ABC):
         """
         if (artifact.inputs, artifact.outputs) != (interface.inputs, interface.outputs):
             raise CorruptEntry("the compiled bucket takes or returns something else than its step")
-        if not self.inlines_weights:
+        if artifact.weights or not self.inlines_weights:
             check_weights(artifact.weights, weights)
-        run, close = self.open(artifact, weights)
-        return Executable(run, interface, close)
+        opened = self.open(artifact, weights)
+        return Executable(opened.run, interface, opened.close, opened.place)
 
     def flags(self) -> list[str]:
         """Return, in canonical order, what of the user's compiler flags can change what is compiled."""

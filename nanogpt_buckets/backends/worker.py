@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_buckets import child, key
-from nanogpt_buckets.backends import backend_for
+from nanogpt_buckets.backends import backend_of
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest
 from nanogpt_buckets.contract import DEFERRED, Contract
 from nanogpt_buckets.errors import BackendUnavailable, CompileFailed
@@ -39,7 +39,7 @@ def handle(request: dict[str, Any], emit: Callable[..., None]) -> dict[str, Any]
         CompileFailed: what is compiled here would not be what the asker's key names.
     """
     build = BuildRequest.from_json(request)
-    backend = backend_for(build.backend, compiler_args=build.compiler_args)
+    backend = backend_of(build)
     _require_same(backend, build)
     emit("phase", phase="compiling")
     artifact = backend.compile(build, Path.cwd())
@@ -112,7 +112,7 @@ def _gate(backend: Backend, build: BuildRequest, artifact: Artifact) -> dict[str
     except BackendUnavailable as error:
         return {DEFERRED: error.message}
     with closing(executable):
-        return gate.check(executable, arch, bucket, weights, rounds=backend.rounds())
+        return gate.check(executable, arch, bucket, weights, rounds=backend.rounds(), place=executable.placed)
 
 
 if __name__ == "__main__":

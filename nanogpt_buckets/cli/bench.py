@@ -35,6 +35,7 @@ def bench(wanted: PlanOptions, model: str, options: Options, runs: int, as_json:
     Example: nanogpt-buckets bench --model demo
     """
     plan = read_plan(wanted)
+    options["strategy"] = wanted["strategy"]
     choice = choose(model, **options)
     plan = plan or grid(wanted, choice)
     selection = Selection(choice)

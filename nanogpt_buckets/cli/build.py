@@ -71,6 +71,7 @@ def build(
     Example: nanogpt-buckets build --model demo --seq 32,64,128
     """
     plan = read_plan(wanted)
+    options["strategy"] = wanted["strategy"]
     choice = choose(model, lock=lock, sign_key=sign_key, sign_command=sign_command, **options)
     plan = plan or grid(wanted, choice)
     if plan is None:

@@ -62,7 +62,7 @@ _PARTING = "---------------"
 def generate(
     prompt: str | None, start: str | None, model: str, init_from: str | None, out_dir: Path | None, options: Options,
     cached_only: bool, compiled: bool, as_json: bool, device: str, tokenizer: str | None, num_samples: int,
-    max_new_tokens: int, stop: tuple[str, ...], plain_text: bool, sampling: SamplingOptions, strategy: str,
+    max_new_tokens: int, stop: tuple[str, ...], plain_text: bool, sampling: SamplingOptions,
     prompts: str | None, output_file: Path | None,
 ) -> None:  # fmt: skip
     """Continue PROMPT and print both. `FILE:prompt.txt` reads a file, `-` reads standard input.
@@ -88,7 +88,7 @@ def generate(
         from nanogpt_buckets.run.engine import Engine
 
     with output.BuildProgress() as update, Engine.load(
-        model, tokenizer=tokenizer, on_miss="build", cached_only=cached_only, lazy=True, strategy=strategy,
+        model, tokenizer=tokenizer, on_miss="build", cached_only=cached_only, lazy=True,
         on_progress=update, **options
     ) as engine:  # fmt: skip
         if job:

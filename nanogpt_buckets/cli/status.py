@@ -42,6 +42,7 @@ def status(wanted: PlanOptions, model: str, options: Options, why: bool, as_json
     Example: nanogpt-buckets status --model demo --seq 32,64,128
     """
     plan = read_plan(wanted)
+    options["strategy"] = wanted["strategy"]
     choice = choose(model, **options)
     plan = plan or grid(wanted, choice)
     selection = Selection(choice)

@@ -18,6 +18,8 @@ STEPS = ("recompute", "prefill", "decode", "score", "chunk")
 STRATEGIES = {"recompute": ("recompute",), "kv": ("prefill", "decode")}
 # What a plan can be for: ways to generate, or to score texts.
 PURPOSES = STRATEGIES | {"score": ("score",)}
+# The same, and what "kv" stands for where compiled code writes none of what it is given.
+WAYS = PURPOSES | {"chunk": ("chunk",)}
 # A text of one token has none that another precedes.
 SHORTEST = {"score": 2}
 # So that ids, and what is counted in tokens, fit in 32 bits.
@@ -91,7 +93,7 @@ class Plan(Sequence[Bucket]):
     @classmethod
     def grid(cls, *, batch: Iterable[int] = (1,), seq: Iterable[int], strategy: str = "recompute") -> Plan:
         """Return every pair of a batch size and a sequence length, for each step of a strategy, or for "score"."""
-        if strategy not in PURPOSES:
+        if strategy not in WAYS:
             raise PlanError(f"strategy {shown(strategy)} is unknown", hint=f"strategies: {', '.join(PURPOSES)}")
         for name, sizes in (("batch", batch), ("seq", seq)):
             if not isinstance(sizes, Iterable):
@@ -99,11 +101,11 @@ class Plan(Sequence[Bucket]):
                 raise PlanError(f"{name} is {shown(sizes)}; it must be a list of whole numbers", hint=hint)
         lengths = list(seq)
         shapes = [(batch_size, seq_len) for batch_size in batch for seq_len in lengths]
-        return cls(Bucket(*shape, step) for shape in shapes for step in PURPOSES[strategy])
+        return cls(Bucket(*shape, step) for shape in shapes for step in WAYS[strategy])
 
     def completed(self, block_size: int) -> Plan:
         """Return a plan that also recomputes past block_size, where every position moves, if it remembers up to it."""
-        ends = {b.batch_size for b in self.buckets if b.step == "decode" and b.seq_len == block_size}
+        ends = {b.batch_size for b in self.buckets if b.step in ("decode", "chunk") and b.seq_len == block_size}
         return self | [Bucket(batch_size, block_size) for batch_size in ends]
 
     def check(self, block_size: int) -> Plan:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -25,7 +25,7 @@ from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.steps import step_named
 
 Cost = Callable[[Bucket], int]
-RECOMPUTE, KV, SCORE = "recompute", "kv", "score"
+RECOMPUTE, KV, CHUNK, SCORE = "recompute", "kv", "chunk", "score"
 # How long a row is at its first step and at its last.
 Span = tuple[int, int]
 
@@ -79,13 +79,17 @@ def group(
 
 def _lengths(spans: Iterable[Span], block_size: int, strategy: str) -> dict[str, set[Span]]:
     """Return by step from which to which length it runs rows; recomputed contexts do not grow beyond `block_size`."""
-    if strategy != KV:
+    if strategy not in (KV, CHUNK):
         return {strategy: {(min(first, block_size), min(last, block_size)) for first, last in spans}}
-    found: dict[str, set[Span]] = {"prefill": set(), "decode": set(), RECOMPUTE: set()}
+    found: dict[str, set[Span]] = {"prefill": set(), "decode": set(), CHUNK: set(), RECOMPUTE: set()}
     for first, last in set(spans):
-        if first <= block_size:
+        if strategy == CHUNK:
+            piece = step_named(CHUNK).positions(Bucket(1, block_size, CHUNK))
+            if first <= block_size:
+                found[CHUNK].add((min(first, piece), min(last, block_size)))
+        elif first <= block_size:
             found["prefill"].add((first, first))
-        if first < min(last, block_size):
+        if strategy == KV and first < min(last, block_size):
             found["decode"].add((first + 1, min(last, block_size)))
         if last > block_size:  # the crop moves every position, so nothing that is remembered holds
             found[RECOMPUTE].add((block_size, block_size))
@@ -115,6 +119,8 @@ def buckets_used(
     used: set[Bucket] = set()
     for step, lengths in _lengths(spans, block_size, strategy).items():
         mine, below = of_step(buckets, step), 0
+        if step == CHUNK:
+            mine = racked(buckets, together, max(last for _, last in lengths))
         widest = max((bucket.batch_size for bucket in mine), default=0)
         for rung in sorted({bucket.seq_len for bucket in mine}):
             if any(first <= rung and last > below for first, last in lengths):
@@ -124,6 +130,17 @@ def buckets_used(
         if (longest := max(last for _, last in lengths)) > below:
             raise ValueError(f"no bucket holds {longest} tokens")
     return used
+
+
+def racked(buckets: Iterable[Bucket], together: int, longest: int) -> list[Bucket]:
+    """Return the chunk buckets that rows run in: of one batch size, since what is remembered is for so many rows.
+
+    The smallest that holds as many rows as come together, else the largest, of those that hold the longest.
+    """
+    mine = of_step(buckets, CHUNK)
+    sizes = sorted({bucket.batch_size for bucket in mine if bucket.seq_len >= longest})
+    chosen = next((size for size in sizes if size >= together), sizes[-1] if sizes else 0)
+    return [bucket for bucket in mine if bucket.batch_size == chosen]
 
 
 def of_step(buckets: Iterable[Bucket], step: str) -> list[Bucket]:
@@ -151,13 +168,15 @@ C = TypeVar("C", bound=Context)
 class Call(Generic[C]):
     """One execution of a bucket: whose contexts are in which of its rows, and the state it finds.
 
-    It may be run again for as long as nobody outgrows the bucket.
+    It may be run again for as long as nobody outgrows the bucket. Where only `pieces` of contexts are run, from which
+    to which token, the state is replaced by what comes back.
     """
 
     bucket: Bucket
     members: Sequence[C]
     rows: Sequence[int]
-    state: Sequence[Tensor] = ()
+    state: list[Tensor] = field(default_factory=list)
+    pieces: Sequence[tuple[int, int]] = ()
 
 
 class Dispatcher:
@@ -185,8 +204,15 @@ class Dispatcher:
 
     def places(self, way: str, buckets: Iterable[Bucket]) -> int:
         """Return how many rows are worth running at a time: as many as fit into one call, if that can be remembered."""
-        widest = self._at_once * _widest(buckets)
+        widest = self._at_once * _widest(of_step(buckets, CHUNK) if way == CHUNK else buckets)
         return min(widest, most_rows(self._arch, self._dtype)) if way == KV else widest
+
+    def blank(self, bucket: Bucket, core: int) -> list[Tensor]:
+        """Return, on a core, what the first call of a bucket takes for remembered."""
+        state = self._executables(bucket).blank(core)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state)
+        self._report.kv_bytes = max(self._report.kv_bytes, (core + 1) * size)
+        return state
 
     def remember(self, rows: int, buckets: Iterable[Bucket]) -> KVCache:
         """Return room for the keys and values of some rows."""
@@ -216,12 +242,13 @@ class Dispatcher:
             NonFiniteLogits: a bucket returned NaN or infinity.
         """
         # what is padding in one call may be another's state, so those take turns
-        run = map if self._pool is None or any(call.state for call in calls) else self._pool.map
+        shared = any(call.state and not call.pieces for call in calls)
+        run = map if self._pool is None or shared else self._pool.map
         done = list(run(self._run_bucket, calls))
         self._report.count_overlap(span for _, span in done)
         found: dict[C, Tensor] = {}
         for call, (answers, (start, end)) in zip(calls, done, strict=True):
-            lengths = [len(row.ids) for row in call.members]
+            lengths = [end - start for start, end in call.pieces] or [len(row.ids) for row in call.members]
             self._report.crops += sum(length > self.block_size for length in lengths)
             most = step_named(call.bucket.step).positions(call.bucket) // call.bucket.batch_size
             self._report.count_step(call.bucket, [min(length, most) for length in lengths], end - start)
@@ -234,10 +261,15 @@ class Dispatcher:
         packed: list[Sequence[int]] = [()] * (call.rows[-1] + 1)
         for row, member in zip(call.rows, call.members, strict=True):
             packed[row] = member.ids if len(member.ids) <= self.block_size else member.ids[-self.block_size :]
-        inputs = step.pack(packed, call.bucket)
+        kept = [0] * len(packed)
+        for row, (have, until) in zip(call.rows, call.pieces, strict=False):
+            packed[row], kept[row] = packed[row][:until], have
+        inputs = step.pack_after(kept, packed, call.bucket)
         start = time.perf_counter()
         outputs = executable(*inputs, *call.state)
         end = time.perf_counter()
+        if call.pieces:
+            call.state[:] = outputs[-len(call.state) :]
         answers = step.answers(outputs, len(packed))  # (rows, ...)
         if len(call.rows) < len(packed):
             answers = answers[list(call.rows)]  # (n, ...)

@@ -72,7 +72,6 @@ class Engine:
         on_miss: str = "promote",
         cached_only: bool = False,
         lazy: bool = False,
-        strategy: str = "auto",
         on_progress: Listener | None = None,
         **options: Unpack[Options],
     ) -> Engine:
@@ -86,10 +85,9 @@ class Engine:
                 call needs before its first step.
             cached_only: never compile, whatever else is said, and ask no remote but one that `remote` names.
             lazy: load each bucket when it is first needed.
-            strategy: "kv" runs a prompt once and keeps what it remembers, "recompute" runs the whole context for each
-                token; "auto" is "kv" where buckets for it are planned.
             on_progress: told what becomes of each bucket that is compiled; see `build`.
-            options: backend, target, dtype, compiler_args, cores, cache_dir, locked, remote, ...; see `Options`.
+            options: backend, target, dtype, strategy, compiler_args, cores, cache_dir, locked, remote, ...; see
+                `Options`.
 
         Raises:
             CacheMiss: no bucket is built and none may be compiled.
@@ -101,7 +99,7 @@ class Engine:
         loader = Uncompiled(choice) if choice.backend is None else Compiled(choice)
         report = Report(choice.backend_name, choice.model.name)
         on_miss = "promote" if cached_only and on_miss == "build" else on_miss
-        buckets = Buckets(loader, plan, report, on_miss, on_progress, strategy, lazy)
+        buckets = Buckets(loader, plan, report, on_miss, on_progress, options.get("strategy", "auto"), lazy)
         engine = cls(choice, buckets, report, tokenizer)
         if not lazy:
             with engine._loop.alone():
@@ -220,8 +218,7 @@ class Engine:
         with self._loop.alone():
             for bucket in self._buckets.load_all():
                 executable = self._buckets.executable(bucket)
-                state = (view.blank() for view in executable.interface.state)
-                executable(*step_named(bucket.step).pack([], bucket), *state)
+                executable(*step_named(bucket.step).pack([], bucket), *executable.blank())
 
     @property
     def identity(self) -> str:

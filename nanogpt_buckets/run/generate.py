@@ -28,7 +28,6 @@ def generate(
     plan: Plan | Iterable[Bucket] | None = None,
     tokenizer: TokenizerChoice = None,
     cached_only: bool = False,
-    strategy: str = "auto",
     **options: Unpack[GenerateOptions],
 ) -> str | list[str]:
     """Continue a prompt and return prompt and continuation as text; a list of strings gives a list.
@@ -48,7 +47,6 @@ def generate(
         on_miss="build",
         cached_only=cached_only,
         lazy=True,
-        strategy=strategy,
         **what,
     ) as engine:
         if engine.tokenizer is None:

@@ -185,7 +185,7 @@ class Compiled(Loader):
         old = manifest.gate.get("version") != gate.VERSION
         check = gate.check if manifest.unchecked or old else gate.canary
         arch, rounds = self.choice.model.architecture, self.choice.compiler.rounds()
-        check(executable, arch, bucket, self.weights.tensors, rounds=rounds)
+        check(executable, arch, bucket, self.weights.tensors, rounds=rounds, place=executable.placed)
 
 
 def artifact_of(entry: Verified) -> Artifact:

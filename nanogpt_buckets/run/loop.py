@@ -20,7 +20,8 @@ from nanogpt_buckets.contract import refuse_forked
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.run.batch import Batch
-from nanogpt_buckets.run.dispatch import RECOMPUTE, SCORE, Call, Dispatcher, Span
+from nanogpt_buckets.run.chunks import Chunks
+from nanogpt_buckets.run.dispatch import CHUNK, RECOMPUTE, SCORE, Call, Dispatcher, Span, needed, of_step, racked
 from nanogpt_buckets.run.generation import Request, Row
 from nanogpt_buckets.run.misses import Buckets
 from nanogpt_buckets.run.report import Report
@@ -55,16 +56,21 @@ class Loop:
         batch = self.batch(spans_of(rows), together)
         return self.run(batch, _by_length(rows) if together else rows)
 
-    def batch(self, spans: Sequence[Span], together: bool = True) -> Batch[Row]:
+    def batch(self, spans: Sequence[Span], together: bool = True) -> Batch[Row] | Chunks[Row]:
         """Settle, before the first step, which buckets may run; the last step sees one token less than the result."""
         way, buckets = RECOMPUTE, list[Bucket]()
         if spans:
             with self.alone():
                 way, buckets = self._buckets.cover(spans, together)
         most = len(spans) if together else 1
-        return Batch(self._dispatcher, way, buckets, max(1, min(most, self._dispatcher.places(way, buckets))))
+        places = max(1, min(most, self._dispatcher.places(way, buckets)))
+        if way != CHUNK:
+            return Batch(self._dispatcher, way, buckets, places)
+        longest = needed(spans, self._dispatcher.block_size, CHUNK).get(CHUNK, 0)
+        racks = racked(buckets, most, longest)
+        return Chunks(self._dispatcher, [*racks, *of_step(buckets, RECOMPUTE)], places)
 
-    def run(self, batch: Batch[Row], rows: Iterable[Row]) -> Iterator[tuple[Row, str | None]]:
+    def run(self, batch: Batch[Row] | Chunks[Row], rows: Iterable[Row]) -> Iterator[tuple[Row, str | None]]:
         """Run rows, as many at a time as there are places; who is done leaves its own to the next."""
         waiting = iter(rows)
         while True:
@@ -88,9 +94,11 @@ class Loop:
         with self.timed():
             while part := list(itertools.islice(waiting, batch.room)):
                 batch.join(part)
-                found |= batch.logits()
-                for row in part:
-                    batch.leave(row)
+                while lacking := [row for row in part if row not in found]:
+                    found |= batch.logits()
+                    for row in lacking:
+                        if row in found:
+                            batch.leave(row)
         return found
 
     def scores(self, windows: Sequence[Window]) -> Iterator[dict[Window, Tensor]]:

@@ -23,7 +23,7 @@ from nanogpt_buckets.errors import (
 )
 from nanogpt_buckets.plan.bucket import SHORTEST, STRATEGIES, Bucket, Plan
 from nanogpt_buckets.plan.ladder import default_ladder, rung_for
-from nanogpt_buckets.run.dispatch import KV, RECOMPUTE, Span, buckets_used, needed, reach
+from nanogpt_buckets.run.dispatch import CHUNK, KV, RECOMPUTE, Span, buckets_used, needed, reach
 from nanogpt_buckets.run.loader import Compiled, Loader
 from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.selection import Selection, explain_miss
@@ -136,8 +136,10 @@ class Buckets:
     def _ways(self) -> tuple[str, ...]:
         """Return the strategies that may be tried, in order."""
         if self._strategy != "auto":
-            return (self._strategy,)
-        steps = {bucket.step for bucket in self._plan} & {RECOMPUTE, *STRATEGIES[KV]}
+            return (self._choice.strategy(self._strategy),)
+        steps = {bucket.step for bucket in self._plan} & {RECOMPUTE, CHUNK, *STRATEGIES[KV]}
+        if CHUNK in steps:
+            return (CHUNK, RECOMPUTE)
         first = self._choice.strategy("auto") if not steps else RECOMPUTE if steps == {RECOMPUTE} else KV
         return (KV, RECOMPUTE) if first == KV else (RECOMPUTE, KV)
 

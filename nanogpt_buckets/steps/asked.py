@@ -42,6 +42,7 @@ class Asked:
     bucket: Bucket
     weights: Mapping[str, Tensor]
     rows: Tensor
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor  # where the bucket wants its state
     kept: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -79,7 +80,8 @@ class Asked:
     def dirty(self, filler: Tensor | None = None) -> list[Tensor]:
         """Return state as a stranger may have left it, over all positions; another one if there is a filler."""
         B = self.bucket.batch_size
-        return [state.fill_(_DIRT if filler is None else -_DIRT / 2) for state in self._blank(B, self.arch.block_size)]
+        dirt = _DIRT if filler is None else -_DIRT / 2
+        return [self.place(state.fill_(dirt)) for state in self._blank(B, self.arch.block_size)]
 
     def _blank(self, batch_size: int, seq_len: int) -> list[Tensor]:
         bucket, dtype = Bucket(batch_size, seq_len, self.bucket.step), dtype_name(next(iter(self.weights.values())))
@@ -147,10 +149,14 @@ class Asked:
         filler: Tensor | None,
     ) -> Tensor:
         step = step_named(bucket.step).within(bucket)
-        run, filler = (self.run, filler) if bucket == self.bucket else (step.graph(self.network).run, None)
         heads = [context[:end] for context, end in zip(contexts, until, strict=True)]
-        outputs = run(*step.pack_after(kept, heads, bucket, filler), *state)
-        state[:] = outputs[-len(state) :]
+        if bucket == self.bucket:
+            outputs = self.run(*step.pack_after(kept, heads, bucket, filler), *state)
+            state[:] = outputs[-len(state) :]
+        else:
+            held = (tensor.cpu() for tensor in state)
+            outputs = step.graph(self.network).run(*step.pack_after(kept, heads, bucket), *held)
+            state[:] = map(self.place, outputs[-len(state) :])
         return step.answers(outputs, len(contexts))
 
     def _after(self, head: Sequence[int]) -> list[Tensor]:

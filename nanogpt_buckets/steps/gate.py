@@ -12,7 +12,7 @@ Knows nothing of compilers, of files or of any one step: how to feed one, it ask
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,12 +53,19 @@ def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229)
 
 
 def check(
-    run: Run, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor], *, rounds: bool = False
+    run: Run,
+    arch: Architecture,
+    bucket: Bucket,
+    weights: Mapping[str, Tensor],
+    *,
+    rounds: bool = False,
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> dict[str, Any]:
     """Compare a loaded bucket with the eager model and return what was measured, in whole numbers.
 
     `run` was loaded with `weights`: canonical tensors, all of one dtype, whose rounding the reference shares. If it
-    `rounds`, float32 is computed in less precision, as asked for, and so judged as bfloat16 is.
+    `rounds`, float32 is computed in less precision, as asked for, and so judged as bfloat16 is. `place` puts
+    state where it wants that.
 
     Raises:
         GateFailed: answers differ by more than the tolerance, or a bit moved that must not.
@@ -66,7 +73,7 @@ def check(
     generator = torch.Generator().manual_seed(bucket.batch_size * 100_003 + bucket.seq_len)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, bucket.seq_len), generator=generator, dtype=torch.int32)
     lengths = step_named(bucket.step).lengths(bucket.seq_len)
-    ask = Asked(run, arch, bucket, weights, rows)
+    ask = Asked(run, arch, bucket, weights, rows, place)
     with torch.inference_mode():
         error, tolerance = _worst_error(ask, rows, lengths, rounds)
         if not error <= tolerance:  # NaN fails too
@@ -149,18 +156,25 @@ def _writes_elsewhere(ask: Asked, rows: Tensor) -> bool:
     context, tail, state = rows[:1, : max(1, rows.shape[1] // 2)].tolist(), ask.tails[0], ask.dirty()
     for left in range(tail, 0, -1):
         ask.call(state, context, tail, left)
-    before = [tensor.clone() for tensor in state]
+    before = [tensor.cpu().clone() for tensor in state]
     ask.call(state, context, tail, 0)
     # a prompt fills its bucket, if only with what nobody will look at
     end = ask.bucket.seq_len if ask.opens and not step_named(ask.bucket.step).pure else len(context[0])
     start = 0 if ask.opens else end - 1
-    for old, new in zip(before, state, strict=True):
+    after = [tensor.cpu() for tensor in state]
+    for old, new in zip(before, after, strict=True):
         old[:1, :, start:end] = new[:1, :, start:end]
-    return not all(torch.equal(old, new) for old, new in zip(before, state, strict=True))
+    return not all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def canary(
-    run: Run, arch: Architecture, bucket: Bucket, weights: Mapping[str, Tensor], *, rounds: bool = False
+    run: Run,
+    arch: Architecture,
+    bucket: Bucket,
+    weights: Mapping[str, Tensor],
+    *,
+    rounds: bool = False,
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
     """Run one short row on a user's weights and compare it with the eager model: the pair fits together.
 
@@ -172,7 +186,7 @@ def canary(
     generator = torch.Generator().manual_seed(length)
     rows = torch.randint(arch.vocab_size, (bucket.batch_size, length), generator=generator, dtype=torch.int32)
     with torch.inference_mode():
-        ask = Asked(run, arch, bucket, weights, rows)
+        ask = Asked(run, arch, bucket, weights, rows, place)
         expected = _reference(weights, ask, rows, [length])[:, 0]  # (B, ...)
         if not expected.isfinite().all():
             raise NonFiniteLogits(_not_finite(weights), hint="look how the model was trained or saved")

@@ -120,7 +120,7 @@ class InductorBackend(Backend):
             outputs: list[Tensor] = held[0].run(list(tensors))
             return outputs
 
-        return run, held.clear
+        return Opened(run, held.clear)
 
     def findings(self) -> Iterator[Finding]:
         """Try, in a child, whether torch can be imported and has what loads compiled buckets."""

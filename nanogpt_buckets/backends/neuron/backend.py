@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
 from nanogpt_buckets.backends.neuron import arguments, device, flags, package
+from nanogpt_buckets.contract import Contract
 from nanogpt_buckets.errors import BackendUnavailable, BucketsError, UsageError
 from nanogpt_buckets.findings import Finding, Verdict
 from nanogpt_buckets.model.architecture import Architecture
@@ -42,17 +43,22 @@ class NeuronBackend(Backend):
 
     compiler_args: tuple[str, ...] = ()
     cores: int = 1
+    inlines_weights: bool = True
 
     name = "neuron"
     sources = ("backends/neuron/compile.py", "backends/neuron/flags.py")
     steps = ("recompute",)
+    kv = "chunk"
+    plans = "neuron"
     lowering: ClassVar = {"attention": "explicit"}  # with a finite mask: -inf rows have become NaN on these devices
-    inlines_weights = True
     needs = "neuronx-cc"
     install = package.INSTALL
     timeout_s = 4 * 3600.0
 
     def __post_init__(self) -> None:
+        if not self.inlines_weights:
+            object.__setattr__(self, "steps", ("recompute", "chunk"))
+            object.__setattr__(self, "sources", (*self.sources, "backends/neuron/separate.py"))
         arguments.parse(self.compiler_args)  # refuse what is no flag before anything else is done
         if (whole_number(self.cores) or 0) < 1:
             raise UsageError(f"cores is {shown(self.cores)}; it must be a whole number, 1 or more")
@@ -111,7 +117,7 @@ class NeuronBackend(Backend):
         return environment
 
     def compile(self, request: BuildRequest, workdir: Path) -> Artifact:
-        """Trace the step with its weights; a UsageError, too, where flags are given that no key names."""
+        """Trace the step; a UsageError, too, where flags are given that no key names."""
         from nanogpt_buckets.backends.neuron.compile import graph_with_weights
 
         if os.environ.get("NEURON_CC_FLAGS"):
@@ -122,9 +128,15 @@ class NeuronBackend(Backend):
         compiler = self.compiler()
         if compiler is None:
             raise BackendUnavailable("neuronx-cc is not installed", hint=package.INSTALL)
-        assert request.weights_path is not None, "this backend compiles weights in"
         arch, bucket = request.architecture, request.bucket
-        graph, inputs = graph_with_weights(arch, bucket, request.lowering, request.weights_path)
+        graph: nn.Module
+        weights: tuple[Contract, ...] = ()
+        if request.weights_path is not None:
+            graph, inputs = graph_with_weights(arch, bucket, request.lowering, request.weights_path)
+        else:
+            from nanogpt_buckets.backends.neuron.separate import graph_without_weights
+
+            graph, inputs, weights = graph_without_weights(arch, bucket, request.lowering, request.dtype)
         words = flags.command(arguments.parse(request.compiler_args), request.target, compiler["neuronx-cc"])
         start = time.monotonic()
         content = _trace(graph, inputs, words, workdir)
@@ -133,7 +145,7 @@ class NeuronBackend(Backend):
             blobs={"module": content},
             inputs=interface.inputs,
             outputs=interface.outputs,
-            weights=(),
+            weights=weights,
             requires={_CORE: device.CORE_VERSIONS[request.target]},
             stats={"compile_ms": int(1000 * (time.monotonic() - start))},
         )
@@ -148,9 +160,11 @@ class NeuronBackend(Backend):
         return host.unmet(rest) or device.unmet(str(requires.get(_CORE)))
 
     def open(self, artifact: Artifact, weights: Mapping[str, Tensor]) -> Opened:
-        """Load the module from exactly these bytes on the first `cores` cores; `weights` are inside already."""
-        from nanogpt_buckets.backends.neuron.load import open_module
+        """Load the module from exactly these bytes on the first `cores` cores."""
+        from nanogpt_buckets.backends.neuron.load import open_module, open_separate
 
+        if artifact.weights:
+            return open_separate(artifact, weights, self.cores)
         return open_module(artifact.blobs["module"], self.cores)
 
 

@@ -1,5 +1,8 @@
 """A traced module's verified bytes -> something that can be called, on one or more NeuronCores.
 
+Where weights and state are inputs they stay on the core, and only answers come back. If but one input is on the host
+the runtime returns everything there, without a word: that is looked for after every call.
+
 Knows nothing of how it was compiled. torch and torch_neuronx are imported inside functions. Not hashed into any key.
 Proof level N1: run against a test double, never on a device.
 """
@@ -10,11 +13,13 @@ import io
 import os
 import queue
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_buckets.backends.base import Opened
-from nanogpt_buckets.backends.neuron.package import UNAVAILABLE, last_line, not_initialised, package, quiet
+from nanogpt_buckets.backends.base import Artifact, Opened
+from nanogpt_buckets.backends.neuron.package import INSTALL, UNAVAILABLE, last_line, not_initialised, package, quiet
 from nanogpt_buckets.errors import BackendUnavailable, DeviceError, IncompatibleEntry
 
 if TYPE_CHECKING:
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
 
 # Where a replica is placed is a setting of the process, not of the thread.
 _placing = threading.Lock()
+# Weights by core and where they are on the host.
+_resident: weakref.WeakValueDictionary[tuple[object, ...], _Weight] = weakref.WeakValueDictionary()
 
 
 def open_module(content: bytes, cores: int) -> Opened:
@@ -36,24 +43,123 @@ def open_module(content: bytes, cores: int) -> Opened:
         idle.put(_load(content, core, cores))
 
     def run(*tensors: Tensor) -> Sequence[Tensor]:
-        import torch
-
         replica = idle.get()
         try:
-            with torch.inference_mode():
-                made = replica(*tensors)
-        except RuntimeError as error:
-            raise DeviceError(f"the Neuron device did not run the step: {last_line(error)}") from error
+            return _call(replica, tensors)
         finally:
             idle.put(replica)
-        return made if isinstance(made, tuple) else (made,)
 
     def close() -> None:
         """Let go of the modules; their cores stay with this process until it ends."""
         for _ in range(cores):
             idle.get()
 
-    return run, close
+    return Opened(run, close)
+
+
+def open_separate(artifact: Artifact, weights: Mapping[str, Tensor], cores: int) -> Opened:
+    """Load a module that takes weights and state as inputs, with one copy of the weights on each core.
+
+    A call runs on the core that its state is on; one without state on any.
+
+    Raises:
+        BackendUnavailable: the runtime cannot be initialised, has not that many cores, or no tensors on them.
+        IncompatibleEntry: it will not load this module.
+        DeviceError: there is no room for the weights.
+    """
+    content, inputs = artifact.blobs["module"], len(artifact.inputs)
+    replicas = [_load(content, core, cores) for core in range(cores)]
+    moved = [[_shared(weights[c.name], core) for c in artifact.weights] for core in range(cores)]
+    idle: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for core in range(cores):
+        idle.put(core)
+
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
+        state = tensors[inputs:]
+        core = state[0].device.index if state else idle.get()
+        try:
+            given = [_moved(tensor, core) for tensor in tensors[:inputs]]
+            given += (*(weight.there for weight in moved[core]), *state)
+            made = _call(replicas[core], given)
+            names = [c.name for c in (*artifact.inputs, *artifact.weights)]
+            _require_there(made, [*names, *(f"state {n}" for n in range(len(state)))], given)
+            return made[0].cpu(), *made[1:]
+        finally:
+            if not state:
+                idle.put(core)
+
+    def close() -> None:
+        """Let go of the modules and the weights; their cores stay with this process until it ends."""
+        replicas.clear()
+        moved.clear()
+
+    return Opened(run, close, _moved)
+
+
+def _call(module: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Run a module once; a DeviceError if it does not."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            made = module(*tensors)
+    except RuntimeError as error:
+        raise DeviceError(f"the Neuron device did not run the step: {last_line(error)}") from error
+    return made if isinstance(made, tuple) else (made,)
+
+
+def _moved(tensor: Tensor, core: int) -> Tensor:
+    """Return a tensor on a core.
+
+    Raises:
+        BackendUnavailable: this torch-neuronx knows no tensors on cores.
+        DeviceError: there is no room for it.
+    """
+    try:
+        return tensor.to(f"neuron:{core}")
+    except RuntimeError as error:
+        if "Failed to allocate" in str(error):
+            size = tensor.numel() * tensor.element_size() / 1e6
+            raise DeviceError(
+                f"NeuronCore {core} has no room for {size:.1f} MB more: {last_line(error)}",
+                hint="a smaller --batch, --dtype bfloat16, or --strategy recompute",
+            ) from error
+        raise BackendUnavailable(
+            "this torch-neuronx has no tensors on the device, which remembering needs",
+            hint=f"--strategy recompute needs none; or {INSTALL}",
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """A weight on a core. The host's is kept as well, so that no other can come to be where it is."""
+
+    host: Tensor
+    there: Tensor
+
+
+def _shared(tensor: Tensor, core: int) -> _Weight:
+    """Return a weight on a core: the same to every bucket that asks while one of them holds it."""
+    key = (core, tensor.data_ptr(), tensor.dtype, tensor.shape)
+    with _placing:
+        if (held := _resident.get(key)) is None:
+            _resident[key] = held = _Weight(tensor, _moved(tensor, core))
+        return held
+
+
+def _require_there(made: Sequence[Tensor], names: Sequence[str], given: Sequence[Tensor]) -> None:
+    """Raise a DeviceError unless what a call returned is on the device, saying whose fault it is that it is not."""
+    if all(map(_is_there, made)):
+        return
+    absent = [name for name, tensor in zip(names, given, strict=True) if not _is_there(tensor)]
+    why = f"since {absent[0]} was on the host" if absent else "though all that it was given is on the device"
+    raise DeviceError(
+        f"the compiled bucket returned its results to the host, {why}", hint="--strategy recompute keeps nothing there"
+    )
+
+
+def _is_there(tensor: Tensor) -> bool:
+    return tensor.device.type in ("neuron", "privateuseone")
 
 
 def _load(content: bytes, core: int, cores: int) -> Any:

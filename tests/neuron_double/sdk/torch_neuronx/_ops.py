@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from torch_neuronx import _artifact, _models
+from torch_neuronx import _artifact, _device, _models, _settings
+from torch_neuronx._runtime import RUNTIME
 
 _original_load = torch.jit.load
 _library: library.Library | None = None  # the op lives as long as this
@@ -26,6 +27,7 @@ def install() -> None:
     _library.define("forward_v2(Tensor[] inputs, Tensor model) -> Tensor[]")
     # this dispatch key, so that results never require a gradient
     _library.impl("forward_v2", _forward, "CompositeImplicitAutograd")
+    _device.install()
 
     @functools.wraps(_original_load)
     def load(*args: Any, **kwargs: Any) -> torch.jit.ScriptModule:
@@ -40,6 +42,7 @@ def uninstall() -> None:
     """Undo install."""
     if _library is not None:
         _library._destroy()
+    _device.uninstall()
     torch.jit.load = _original_load
 
 
@@ -60,13 +63,25 @@ def _forward(inputs: list[Tensor], blob: Tensor) -> list[Tensor]:
     if len(inputs) != n_user + n_weights + len(meta["aliases"]):
         raise RuntimeError(f"<double> got {len(inputs)} inputs, expected {n_user}")
     with torch.no_grad(), torch.jit.optimized_execution(False):
+        core = _place(model, inputs)
+        inputs = [_device.on_host(tensor) for tensor in inputs]
         user, kept = inputs[:n_user], inputs[n_user:]
         dynamic = bool(blob[_artifact.DYNAMIC_BATCH])
         outputs = _by_batches(model, user, kept) if dynamic else _execute(model, user, kept)
         states = kept[n_weights:]
         for state, n in zip(states, meta["aliases"], strict=True):
             state.copy_(outputs[n])
-    return [output for n, output in enumerate(outputs) if n not in meta["aliases"]]
+    outputs = [output for n, output in enumerate(outputs) if n not in meta["aliases"]]
+    return outputs if core is None else [_device.DeviceTensor(output, core) for output in outputs]
+
+
+def _place(model: _models.Model, inputs: list[Tensor]) -> int | None:
+    """Return the core that outputs stay on: that of all inputs; None, the host, if any of them is on the host."""
+    cores = {_device.on_core(tensor) for tensor in inputs}
+    if cores - {None} - {RUNTIME.cores.index(core) for core in model.cores}:
+        raise RuntimeError(f"<double> an input is on another core than the model: {sorted(map(str, cores))}")
+    stays = len(cores) == 1 and None not in cores and "outputs-on-host" not in _settings.faults()
+    return cores.pop() if stays else None
 
 
 def _execute(model: _models.Model, user: list[Tensor], kept: list[Tensor]) -> list[Tensor]:

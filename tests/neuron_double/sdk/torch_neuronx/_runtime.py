@@ -25,7 +25,13 @@ class Core:
     number: int
     lock: IO[str] | None
     models: dict[int, int] = field(default_factory=dict)  # artifact -> bytes
+    tensors: dict[int, int] = field(default_factory=dict)  # tensor on it -> bytes
     executions: int = 0
+
+    @property
+    def used(self) -> int:
+        """Bytes of memory in use."""
+        return sum(self.models.values()) + sum(self.tensors.values())
 
 
 class Runtime:
@@ -71,12 +77,25 @@ class Runtime:
         with self.guard:
             cores = self._pick(request)
             for core in cores:
-                if sum(core.models.values()) + nbytes > _settings.core_bytes():
-                    device, within = divmod(core.number, _settings.cores_per_device())
-                    raise RuntimeError(_texts.out_of_memory(nbytes, device, within))
+                _require_room(core, nbytes)
             for core in cores:
                 core.models[artifact] = nbytes
             return cores
+
+    def allocate(self, number: int, tensor: int, nbytes: int) -> None:
+        """Make room for a tensor on one of this process's cores; a RuntimeError if there is none, or no such core."""
+        self.initialize()
+        with self.guard:
+            if number >= len(self.cores):
+                raise RuntimeError(f"<double> neuron:{number} is invalid, {len(self.cores)} NeuronCores are visible")
+            _require_room(self.cores[number], nbytes)
+            self.cores[number].tensors[tensor] = nbytes
+
+    def free(self, number: int, tensor: int) -> None:
+        """Free a tensor's memory."""
+        with self.guard:
+            for core in self.cores[number : number + 1]:
+                core.tensors.pop(tensor, None)
 
     def _pick(self, request: Request | None) -> list[Core]:
         """Return the requested cores, else the next one in turn (torch_neuronx.trace documentation)."""
@@ -105,6 +124,12 @@ class Runtime:
 
 
 RUNTIME = Runtime()
+
+
+def _require_room(core: Core, nbytes: int) -> None:
+    if core.used + nbytes > _settings.core_bytes():
+        device, within = divmod(core.number, _settings.cores_per_device())
+        raise RuntimeError(_texts.out_of_memory(nbytes, device, within))
 
 
 def _unavailable(where: str, why: str) -> None:
