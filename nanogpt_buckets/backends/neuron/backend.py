@@ -58,7 +58,7 @@ class NeuronBackend(Backend):
     def __post_init__(self) -> None:
         if not self.inlines_weights:
             object.__setattr__(self, "steps", ("recompute", "chunk"))
-            object.__setattr__(self, "sources", (*self.sources, "backends/neuron/separate.py"))
+            object.__setattr__(self, "sources", (*self.sources, "steps/separate.py"))
         arguments.parse(self.compiler_args)  # refuse what is no flag before anything else is done
         if (whole_number(self.cores) or 0) < 1:
             raise UsageError(f"cores is {shown(self.cores)}; it must be a whole number, 1 or more")
@@ -134,7 +134,7 @@ class NeuronBackend(Backend):
         if request.weights_path is not None:
             graph, inputs = graph_with_weights(arch, bucket, request.lowering, request.weights_path)
         else:
-            from nanogpt_buckets.backends.neuron.separate import graph_without_weights
+            from nanogpt_buckets.steps.separate import graph_without_weights
 
             graph, inputs, weights = graph_without_weights(arch, bucket, request.lowering, request.dtype)
         words = flags.command(arguments.parse(request.compiler_args), request.target, compiler["neuronx-cc"])
