@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -167,32 +168,45 @@ class Choice:
         return step_named(bucket.step).macs(arch, bucket) + _READING * arch.n_params
 
     def check_memory(self, plan: Plan) -> None:
-        """Refuse a plan whose buckets, each with its own copy of the weights, do not fit the device.
+        """Refuse a plan that does not fit the device, with all weights and what is remembered.
 
         Raises:
             PlanError: with the largest part of the plan that does.
         """
         if self.fits(plan):
             return
-        capacity = self.compiler.capacity(self.build_target) or 0
-        needed, limit = len(plan) * self._bucket_bytes, capacity // self._bucket_bytes
+        capacity, kept = self.compiler.capacity(self.build_target) or 0, list[Bucket]()
         # the longest reach every prompt; those between save time only
-        kept = sorted(plan, key=lambda bucket: (bucket.seq_len, bucket.batch_size))[len(plan) - limit :]
+        for bucket in sorted(plan, key=lambda bucket: (bucket.seq_len, bucket.batch_size), reverse=True):
+            kept += [bucket] * self.fits([*kept, bucket])
+        what = f"{len(plan)} buckets of {self.model.name} hold {self._device_bytes(plan) / 1e9:.1f} GB of weights"
+        if not self.compiler.inlines_weights:
+            rows, weights = max(bucket.batch_size for bucket in plan), self._weights_bytes / 1e9
+            remembered = self._device_bytes(plan) / 1e9 - weights
+            what = (
+                f"the weights of {self.model.name} take {weights:.1f} GB, what {rows} rows remember {remembered:.1f} GB"
+            )
         raise PlanError(
-            f"{len(plan)} buckets of {self.model.name} hold {needed / 1e9:.1f} GB of weights, "
-            f"and a {self.build_target} core has room for {capacity / 1e9:.1f} GB",
+            f"{what}, and a {self.build_target} core has room for {capacity / 1e9:.1f} GB",
             hint=f"the largest part that fits: {self.build_command(kept)}" if kept else "try --dtype bfloat16",
         )
 
-    def fits(self, plan: Plan) -> bool:
+    def fits(self, plan: Collection[Bucket]) -> bool:
         """Whether the buckets of a plan fit into the memory of the device they are built for."""
-        backend = self.compiler
-        capacity = backend.capacity(self.build_target) if backend.inlines_weights else None
-        return capacity is None or len(plan) * self._bucket_bytes <= capacity
+        capacity = self.compiler.capacity(self.build_target)
+        return capacity is None or self._device_bytes(plan) <= capacity
 
     @property
-    def _bucket_bytes(self) -> int:
+    def _weights_bytes(self) -> int:
         return self.model.architecture.n_params * (4 if self.dtype == "float32" else 2)
+
+    def _device_bytes(self, plan: Collection[Bucket]) -> int:
+        """Return what buckets take on one core: the weights in each, or once and what the widest takes and returns."""
+        if self.compiler.inlines_weights:
+            return len(plan) * self._weights_bytes
+        arch, item = self.model.architecture, 4 if self.dtype == "float32" else 2
+        states = ((step_named(b.step).interface(arch, b, self.dtype).state) for b in plan)
+        return self._weights_bytes + 2 * item * max(sum(math.prod(view.shape) for view in state) for state in states)
 
     def strategy(self, wanted: str) -> str:
         """Return what a strategy plans, in `WAYS`; "auto" is to remember, where the backend does so unasked."""

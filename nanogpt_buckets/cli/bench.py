@@ -9,6 +9,10 @@ import click
 from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import PlanOptions, grid, model_options, output_options, plan_options, read_plan
+from nanogpt_buckets.errors import UsageError
+from nanogpt_buckets.model.checkpoint import open_model
+from nanogpt_buckets.plan.bucket import Plan
+from nanogpt_buckets.plan.ladder import default_ladder
 from nanogpt_buckets.selection import Selection, explain_miss
 
 if TYPE_CHECKING:
@@ -23,8 +27,13 @@ _RESTLESS = 3
 @plan_options
 @model_options
 @click.option("--runs", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps of each kind.")
+@click.option(
+    "--predict",
+    is_flag=True,
+    help="For a Neuron --target: what calls should take there, from published numbers. Nothing is built or run.",
+)
 @output_options
-def bench(wanted: PlanOptions, model: str, options: Options, runs: int, as_json: bool) -> None:
+def bench(wanted: PlanOptions, model: str, options: Options, runs: int, predict: bool, as_json: bool) -> None:
     """Time each built bucket and compare it with the eager model: speed-up and difference of what they return.
 
     Without --seq or --plan: what is built of the model's default plan. Compiled and eager steps take turns; figures are
@@ -32,8 +41,13 @@ def bench(wanted: PlanOptions, model: str, options: Options, runs: int, as_json:
     at hand. TOKENS/S counts steps alone, tokens chosen or scored. Differences are of logits, or log-probabilities,
     absolute; what a bucket must keep to is relative: 2e-5 of the largest in float32. Exit 3 if a bucket is not built.
 
+    With --predict: for a Neuron target, bytes moved and arithmetic of each call, and the time these take at the least.
+
     Example: nanogpt-buckets bench --model demo
     """
+    if predict:
+        _predict(wanted, model, options, as_json)
+        return
     plan = read_plan(wanted)
     options["strategy"] = wanted["strategy"]
     choice = choose(model, **options)
@@ -61,6 +75,37 @@ def bench(wanted: PlanOptions, model: str, options: Options, runs: int, as_json:
         output.say("note: some steps took several times the median: this machine does something else as well")
     for bucket in missing:
         output.say(f"bucket {bucket} is in the plan and not built")
+
+
+def _predict(wanted: PlanOptions, model: str, options: Options, as_json: bool) -> None:
+    from nanogpt_buckets.backends.neuron import predict
+
+    target, dtype = options.get("target"), options.get("dtype", "float32")
+    if target is None:
+        raise UsageError("--predict needs a target", hint="for example --target trn1")
+    arch = open_model(model).architecture
+    if (plan := read_plan(wanted)) is None:
+        lengths = wanted["seq"] or default_ladder(arch.block_size)
+        chosen = ["recompute", "kv"] if wanted["strategy"] == "auto" else [wanted["strategy"]]
+        ways = ["chunk" if way == "kv" else way for way in chosen]
+        plan = Plan(b for way in ways for b in Plan.grid(batch=wanted["batch"], seq=lengths, strategy=way))
+    found = predict.predict(arch, dtype, target, plan.check(arch.block_size))
+    said = predict.assumptions(dtype, target)
+    if as_json:
+        names = {"model": model, "target": target, "dtype": dtype, "assumptions": said}
+        output.document(names | {"buckets": [each.to_json() for each in found]})
+        return
+    rows = []
+    for each in found:
+        moved, arithmetic = output.size(each.moved_bytes), f"{2 * each.macs / 1e9:.2f}"
+        rows.append((each.bucket, moved, arithmetic, each.bound, _range(each.call_ms), _range(each.token_ms)))
+    output.table(("BUCKET", "MOVED", "GFLOP", "BOUND BY", "CALL", "TOKEN"), rows)
+    for line in said:
+        output.say(line)
+
+
+def _range(ms: tuple[float, float]) -> str:
+    return f"{ms[0]:.2f} to {ms[1]:.2f} ms"
 
 
 def _show(figures: list[Figures]) -> None:

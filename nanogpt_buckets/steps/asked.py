@@ -64,15 +64,21 @@ class Asked:
         return step_named(self.bucket.step).opened_by == self.bucket.step
 
     def __call__(
-        self, contexts: Sequence[Sequence[int]], tail: int | None = None, filler: Tensor | None = None
+        self,
+        contexts: Sequence[Sequence[int]],
+        tail: int | None = None,
+        filler: Tensor | None = None,
+        between: Callable[[], object] = lambda: None,
     ) -> Tensor:
         """Return the answers (n, ...) for each of n contexts, whose last `tail` tokens come one by one.
 
-        Unless said otherwise that is two at most: the second finds what the first has written.
+        Unless said otherwise that is two at most: the second finds what the first has written. `between` is done before
+        the last call.
         """
         tail, state = min(2, self.tails[-1]) if tail is None else tail, self.dirty(filler)
         for left in range(tail, 0, -1):
             self.call(state, contexts, tail, left, filler)
+        between()
         answers = self.call(state, contexts, tail, 0, filler)
         assert answers is not None  # a prompt is all that is kept of an eager step's
         return answers

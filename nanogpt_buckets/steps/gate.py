@@ -11,6 +11,7 @@ Knows nothing of compilers, of files or of any one step: how to feed one, it ask
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ FLOAT32_TOLERANCE = 2e-5
 BFLOAT16_FACTOR = 2.0
 # How far a bucket may be from the eager model, in float32's own noise, on weights that magnify rounding.
 NOISE_FACTOR = 4.0
+# What must move no bit; of requests where they share what a program returns, of neighbours where there are any.
+_BIT_TESTS = ["repeat", "padding", "future", "requests", "neighbours"]
 
 
 def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229) -> dict[str, Tensor]:
@@ -87,7 +90,7 @@ def check(
         "lengths": lengths,
         "relative_error_e9": math.ceil(error * 1e9),
         "tolerance_e9": math.ceil(tolerance * 1e9),
-        "bit_tests": ["repeat", "padding", "future", *(["neighbours"] if bucket.batch_size > 1 else [])],
+        "bit_tests": _BIT_TESTS[:3] + _BIT_TESTS[3:4] * step_named(bucket.step).pure + _BIT_TESTS[4:] * (len(rows) > 1),
     }
 
 
@@ -145,6 +148,9 @@ def _moved_by(ask: Asked, rows: Tensor, lengths: list[int]) -> str | None:
         return "other padding"
     if not torch.equal(before, ask(contexts, filler=others)):
         return "other future tokens"
+    elsewhere = functools.partial(ask, others.tolist())
+    if step_named(ask.bucket.step).pure and not torch.equal(before, ask(contexts, between=elsewhere)):
+        return "another request"
     # each further row gets that of the one before
     if len(rows) > 1 and not torch.equal(before[:1], ask([contexts[0], *rows[:-1].tolist()])[:1]):
         return "other neighbours"

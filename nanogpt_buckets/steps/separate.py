@@ -24,6 +24,13 @@ from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.steps.graph import Graph, canonical_name
 
+_ATEN = torch.ops.aten
+# What these make depends on no value of what they are given.
+_OF_SHAPE = {
+    _ATEN.zeros_like.default, _ATEN.ones_like.default, _ATEN.full_like.default, _ATEN.empty_like.default,
+    _ATEN.new_zeros.default, _ATEN.new_ones.default, _ATEN.new_full.default, _ATEN.new_empty.default,
+}  # fmt: skip
+
 
 class Separate(nn.Module):
     """A graph without parameters of its own.
@@ -71,6 +78,11 @@ def _unread(graph: nn.Module, given: Sequence[Contract]) -> list[str]:
     tensors = [torch.zeros(c.shape, dtype=getattr(torch, c.dtype), device="meta") for c in given]
     with torch.no_grad():
         traced = make_fx(graph, tracing_mode="fake")(*tensors)
-    traced.graph.eliminate_dead_code()
+    waiting, read = [node for node in traced.graph.nodes if node.op == "output"], set[object]()
+    while waiting:
+        node = waiting.pop()
+        if node not in read:
+            read.add(node)
+            waiting += () if node.target in _OF_SHAPE else node.all_input_nodes
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    return [c.name for c, node in zip(given, placeholders, strict=True) if not node.users]
+    return [c.name for c, node in zip(given, placeholders, strict=True) if node not in read]

@@ -31,13 +31,18 @@ def run_case(case: Case) -> Json:
     from nanogpt_buckets.model.architecture import Architecture
     from nanogpt_buckets.plan.bucket import Bucket
     from nanogpt_buckets.steps import gate, step_named
+    from nanogpt_buckets.steps.separate import Separate
 
     xla, device = torch_xla._XLAC, torch_xla.device()
     arch, bucket = Architecture(**case.arch), Bucket(case.batch_size, case.seq_len, case.step)
     weights = gate.seeded_weights(arch, getattr(torch, case.dtype))
     host, graph = (make_graph(case.fault, arch, bucket, weights) for _ in range(2))
-    graph = graph.to(device)
     interface = step_named(case.step).interface(arch, bucket, case.dtype)
+    # as the product compiles it: a function of its weights where it keeps state, else they are inside
+    separate = Separate(graph, len(interface.inputs)) if interface.state else None
+    if separate is None:
+        graph.to(device)
+    held = {name: weight.to(device) for name, weight in graph.named_parameters()}
     programs = set()
     result = nothing()
     problems = result["problems"]
@@ -49,13 +54,18 @@ def run_case(case: Case) -> Json:
         ids, *others = tensors
         return [(ids.long() if case.fault == "int64 ids" else ids).to(device), *(x.to(device) for x in others)]
 
+    def called(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Call the step with inputs and state."""
+        first = len(interface.inputs)
+        made = graph(*tensors) if separate is None else separate(*tensors[:first], *held.values(), *tensors[first:])
+        return [*made] if isinstance(made, tuple) else [made]
+
     def lower() -> None:
         tensors = given((*graph.step.pack([], bucket), *(view.blank() for view in interface.state)))
         torch_xla.sync()
         xla._set_allow_execution(False)
         try:
-            outputs = graph(*tensors)
-            outputs = [*outputs] if isinstance(outputs, tuple) else [outputs]
+            outputs = called(tensors)
             context = xla.lowering.LoweringContext("step")
             context.build(outputs)
         finally:
@@ -67,7 +77,7 @@ def run_case(case: Case) -> Json:
             (each.name, tensor) for each, tensor in zip((*interface.inputs, *interface.state), tensors, strict=True)
         ]
         wanted = {each.name: (each.dtype, each.shape) for each in (*interface.inputs, *interface.state)}
-        for name, weight in graph.named_parameters():
+        for name, weight in held.items():
             named.append((name, weight))
             wanted[name] = (case.dtype, tuple(weight.shape))
         inputs = {name: (context.tensor_parameter_id(tensor), shape_of(*wanted[name])) for name, tensor in named}
@@ -81,8 +91,7 @@ def run_case(case: Case) -> Json:
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
         # torch-xla cannot run under the gate's inference mode
         with torch.inference_mode(False), torch.no_grad():
-            made = graph(*given(tensor.clone() for tensor in tensors))
-            outputs = [*made] if isinstance(made, tuple) else [made]
+            outputs = called(given(tensor.clone() for tensor in tensors))
             programs.add(xla._get_graph_hash(outputs))
             problems["indices"] += out_of_range(host, tensors)
             return [output.cpu() for output in outputs]

@@ -164,8 +164,8 @@ WRONG = {
         code=2, said="seq_len is 0", hint="build --help",
     ),
     "plan with another step": wrong(
-        *BUILD, "--plan", a_plan(step="chunk"),
-        code=7, said="has a step 'chunk'", hint="update nanogpt-buckets",
+        *BUILD, "--plan", a_plan(step="verify"),
+        code=7, said="has a step 'verify'", hint="update nanogpt-buckets",
     ),
     "nothing to have a status": wrong(*STATUS, code=1, said="nothing is built or planned", hint="--seq"),
     "status of no buckets": wrong(*STATUS, "--backend=eager", code=2, said="compiles nothing", hint="--backend"),

@@ -229,7 +229,7 @@ def test_parts_of_another_kind_under_right_digests_are_corrupt(wrong):
         decode(encode(manifest))
 
 
-@pytest.mark.parametrize("bucket", [{"positions": 8}, {"batch_size": 1, "seq_len": 8, "step": "chunk"}])
+@pytest.mark.parametrize("bucket", [{"positions": 8}, {"batch_size": 1, "seq_len": 8, "step": "verify"}])
 def test_a_bucket_of_a_kind_unknown_here_is_no_damage_and_no_bucket(bucket):
     parts = example().parts | {"bucket": bucket, "further": [{"a": [1]}]}
     manifest = replace(example(), parts=parts, key=keys.digest(parts))

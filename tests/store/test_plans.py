@@ -27,7 +27,7 @@ NEWER = {
     "another shape": b'{"format":2,"wanted":{"' + FAMILY.encode() + b'":{}}}',
     "field": GOLDEN.replace(b'"model"', b'"ladder":[1],"model"'),
     "field of a bucket": GOLDEN.replace(b'"step"', b'"slots":4,"step"'),
-    "step": GOLDEN.replace(b"recompute", b"chunk"),
+    "step": GOLDEN.replace(b"recompute", b"verify"),
 }
 DAMAGED = {
     "empty": b"",

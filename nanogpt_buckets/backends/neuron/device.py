@@ -77,6 +77,11 @@ def is_neuron(target: str | None) -> bool:
     return re.match(r"(trn|inf)\d", target or "") is not None
 
 
+def canonical(target: str) -> str | None:
+    """Return the name under which a target's code is built and kept, or None if it is no target."""
+    return _CANONICAL.get(target)
+
+
 def core_bytes(target: str) -> int | None:
     """Return the memory that buckets can use on one core of a canonical target, or None if it is not documented."""
     total = _CORE_BYTES.get(target)
@@ -102,7 +107,7 @@ def choose_target(requested: str | None) -> str:
     if requested is None and not own:
         lack = "the Neuron device here is unknown" if device else "this machine has no Neuron device"
         raise BackendUnavailable(f"{lack}, so say what to build for", hint="for example --target trn1 or inf2")
-    target = own if requested is None else _CANONICAL.get(requested)
+    target = own if requested is None else canonical(requested)
     if target is None:
         said = f"target {requested!r} is not one that torch_neuronx.trace builds for"
         raise BackendUnavailable(said, hint=f"targets: {', '.join(TARGETS)}")

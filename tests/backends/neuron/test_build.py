@@ -136,6 +136,22 @@ def test_a_ladder_that_does_not_fit_the_cores_memory_is_refused_with_the_one_tha
     assert choose("gpt2-xl", backend="inductor").fits(ladder)
 
 
+def test_what_is_remembered_counts_twice_and_weights_once(host):
+    xl = choose("gpt2-xl", backend="neuron", target="trn1", strategy="kv")
+    row = 2 * 48 * 1600 * 1024 * 4  # k and v of every layer and position
+
+    room = (15_904_000_000 - 4 * xl.model.architecture.n_params) // (2 * row)
+    assert room == 7
+    ladder = Plan.grid(seq=[128, 256, 512, 1024], batch=[1, room], strategy="chunk")
+    xl.check_memory(ladder)
+    with pytest.raises(errors.PlanError) as caught:
+        xl.check_memory(Plan.grid(seq=[512, 1024], batch=[1, room + 1], strategy="chunk").completed(1024))
+    said = "the weights of gpt2-xl take 6.2 GB, what 8 rows remember 10.1 GB, and a trn1 core has room for 15.9 GB"
+    assert caught.value.message == said
+    assert "--seq 512,1024 --strategy kv --target trn1" in caught.value.hint
+    assert "--batch" not in caught.value.hint.split("&&")[0]
+
+
 @pytest.mark.parametrize(("strategy", "step"), [("kv", "decode"), ("score", "score")])
 def test_a_step_the_backend_has_not_is_refused(host, strategy, step):
     with pytest.raises(errors.UsageError, match=f"the neuron backend has no {step} step") as caught:

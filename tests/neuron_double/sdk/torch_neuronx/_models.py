@@ -38,6 +38,7 @@ class Model:
             self.program = _plain_load(io.BytesIO(program))
         self.nbytes = blob.numel()
         self.cores: list[Core] = []  # none: not loaded
+        self.returned: list[Tensor] = []  # by its last call, for faults
         self._guard = threading.RLock()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

@@ -27,7 +27,7 @@ NUMERIC_FAULTS = {
     "scale-logits",
     "row-mix",
 }
-RUNTIME_FAULTS = {"load-corrupt", "outputs-on-host"}
+RUNTIME_FAULTS = {"load-corrupt", "outputs-on-host", "stale-handles", "sticky-state", "one-core"}
 FAULTS = COMPILER_FAULTS | NUMERIC_FAULTS | RUNTIME_FAULTS
 
 _ARCHITECTURES = {"trn1": "v2", "trn1n": "v2", "inf2": "v2", "trn2": "v3", "trn3": "v4"}
