@@ -77,7 +77,8 @@ class Chunk(Step):
         real = token <= last_index.unsqueeze(1)  # (B, T)
         seen = (slot <= position.unsqueeze(2)).unsqueeze(1)  # (B, 1, T, S)
         into = (slot.unsqueeze(1) == position.unsqueeze(1)) & real.unsqueeze(1)  # (B, S, T)
-        written = into.any(2).view(B, 1, S, 1)  # (B, 1, S, 1)
+        last = (start + last_index).unsqueeze(1)  # (B, 1)
+        written = ((start.unsqueeze(1) <= slot) & (slot <= last)).view(B, 1, S, 1)  # (B, 1, S, 1)
         made: list[Tensor] = []
 
         def remember(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -75,6 +76,7 @@ def reset() -> None:
 def uninstall() -> None:
     """Undo the import, so that this process is again one without torch_neuronx."""
     reset()
+    gc.collect()  # while what its tensors are made of is still there
     _ops.uninstall()
     for name in [
         name for name in sys.modules if name.partition(".")[0] in ("torch_neuronx", "neuronxcc", "libneuronxla")
