@@ -82,16 +82,17 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     B, S = bucket.batch_size, bucket.seq_len
     ids = torch.randint(arch.vocab_size, (B, S), generator=generator)  # (B, S)
-    state = (view.blank() for view in executable.interface.state)
-    inputs = (*step_kind.pack(ids.tolist(), bucket), *state)
-    own, expected = (step_kind.answers(run(*inputs), B) for run in (executable, eager))  # 2 x (B, ...)
+    most = step_kind.positions(bucket) // B
+    inputs = step_kind.pack(ids[:, : S if most == 1 else most].tolist(), bucket)
+    given = {run: (*inputs, *run.blank()) for run in (executable, eager)}
+    own, expected = (step_kind.answers(run(*tensors), B) for run, tensors in given.items())  # 2 x (B, ...)
     difference = (own - expected).abs()  # (B, ...)
     step_ms: list[float] = []
     eager_ms: list[float] = []
     for _ in range(runs):
         for run, times in ((executable, step_ms), (eager, eager_ms)):
             start = time.perf_counter()
-            run(*inputs)
+            run(*given[run])
             times.append(1000 * (time.perf_counter() - start))
         on_run(1)
     executable.close()

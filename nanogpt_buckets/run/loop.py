@@ -64,9 +64,9 @@ class Loop:
                 way, buckets = self._buckets.cover(spans, together)
         most = len(spans) if together else 1
         places = max(1, min(most, self._dispatcher.places(way, buckets)))
-        if way != CHUNK:
+        longest = needed(spans, self._dispatcher.block_size, way).get(CHUNK)
+        if longest is None:  # nor is there anything to remember where every prompt is cropped
             return Batch(self._dispatcher, way, buckets, places)
-        longest = needed(spans, self._dispatcher.block_size, CHUNK).get(CHUNK, 0)
         racks = racked(buckets, most, longest)
         return Chunks(self._dispatcher, [*racks, *of_step(buckets, RECOMPUTE)], places)
 

@@ -10,6 +10,7 @@ import torch
 from nanogpt_buckets import Bucket, Engine, Plan, errors
 from nanogpt_buckets.backends.neuron import load
 from nanogpt_buckets.choice import choose
+from nanogpt_buckets.measure import measure
 from nanogpt_buckets.steps import step_named
 
 KV = Plan([Bucket(2, 16, "chunk"), Bucket(2, 256, "chunk"), Bucket(2, 256)])
@@ -61,6 +62,14 @@ def test_the_text_is_that_of_recomputing(built, cores):
 
     assert found == texts(backend="eager", strategy="recompute")
     assert len(built.double.executions()) == cores
+
+
+def test_prompts_that_are_all_cropped_remember_nothing(built):
+    made = []
+    for options in ({"strategy": "kv"}, {"backend": "eager", "strategy": "recompute"}):
+        with Engine.load("demo", cached_only=True, **options) as engine:
+            made += [[g.token_ids for g in engine.generate([[9] * 300, [8] * 257], max_new_tokens=3, seed=1)]]
+    assert made[0] == made[1]
 
 
 def test_all_buckets_share_one_copy_of_the_weights_and_let_go_of_it(built):
@@ -153,6 +162,13 @@ def test_what_is_built_without_a_device_is_checked_when_one_first_loads_it(host)
     assert all(m.unchecked for m in host.manifests(strategy="kv"))
     host("trn1.2xlarge")
     assert texts(strategy="kv") == texts(backend="eager", strategy="recompute")
+
+
+def test_bench_times_what_remembers_beside_the_eager_step(built):
+    selection = built.selection(target=None, strategy="kv")
+    weights = selection.choice.model.weights("float32").tensors
+    figures = [measure(selection, bucket, weights, runs=1) for bucket in KV]
+    assert [f.max_difference < 1e-3 for f in figures] == [True] * 3
 
 
 def test_bfloat16_is_remembered_as_such(host):
