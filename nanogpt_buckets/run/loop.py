@@ -64,7 +64,7 @@ class Loop:
                 way, buckets = self._buckets.cover(spans, together)
         most = len(spans) if together else 1
         places = max(1, min(most, self._dispatcher.places(way, buckets)))
-        longest = needed(spans, self._dispatcher.block_size, way).get(CHUNK)
+        longest = needed(spans, self._dispatcher.block_size, way).get(CHUNK) if way == CHUNK else None
         if longest is None:  # nor is there anything to remember where every prompt is cropped
             return Batch(self._dispatcher, way, buckets, places)
         racks = racked(buckets, most, longest)
