@@ -14,26 +14,28 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanogpt_buckets.errors import GateFailed, NonFiniteLogits
 from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.model.gpt import GPT, from_weights
+from nanogpt_buckets.model.gpt import GPT, Block, from_weights
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.steps import step_named
+from nanogpt_buckets.steps import slips, step_named
 from nanogpt_buckets.steps.asked import Asked, Run
 
 # Of what is checked and how strictly; kept in manifests. What an older gate let pass is checked again at first load.
-VERSION = 5
+VERSION = 6
 # Measured: float32 noise is 5e-7..1e-6 of the largest logit, the mildest planted fault (erf for tanh GELU) 2e-4.
 FLOAT32_TOLERANCE = 2e-5
-# bfloat16 is judged by its own noise: eager bfloat16 against float32.
+# bfloat16 is judged by its own noise, eager bfloat16 against float32, and by what it hides (`slips.py`).
 BFLOAT16_FACTOR = 2.0
 # How far a bucket may be from the eager model, in float32's own noise, on weights that magnify rounding.
 NOISE_FACTOR = 4.0
+# Over which the biases of activations go, and what is not made louder.
+_WALK, _QUIETEST = (-3.5, 12.0), 0.02
 # What must move no bit; of requests where they share what a program returns, of neighbours where there are any.
 _BIT_TESTS = ["repeat", "padding", "future", "requests", "neighbours"]
 
@@ -41,18 +43,25 @@ _BIT_TESTS = ["repeat", "padding", "future", "requests", "neighbours"]
 def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229) -> dict[str, Tensor]:
     """Return weights under which every part of the network matters: N(0, 0.05), LayerNorm gains around 1.
 
-    At the usual initialisation biases are 0 and gains 1, so a dropped bias or a swapped gain would not show.
+    At the usual initialisation biases are 0 and gains 1, so a dropped bias or a swapped gain would not show. Biases of
+    what is activated walk over where activations differ, and each is then about as loud as any.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(arch).named_parameters()}
+        gpt = GPT(arch)
+    shapes = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
     weights = {}
     for name, shape in sorted(shapes.items()):
         values = torch.empty(shape).normal_(0.0, 0.05, generator=generator)
         if name.split(".")[-2].startswith("ln_") and name.endswith("weight"):
             values += 1.0
-        weights[name] = values.to(dtype)
-    return weights
+        weights[name] = values
+    activation = cast(Block, cast(nn.ModuleList, gpt.transformer["h"])[0]).mlp.activation
+    walk = torch.linspace(*_WALK, arch.n_inner)
+    for name in (name for name in shapes if name.endswith("mlp.c_fc.bias")):
+        weights[name] = walk
+        weights[name.replace("c_fc.bias", "c_proj.weight")] /= activation(walk).abs().clamp(min=_QUIETEST)
+    return {name: values.to(dtype) for name, values in weights.items()}
 
 
 def check(
@@ -81,6 +90,7 @@ def check(
         error, tolerance = _worst_error(ask, rows, lengths, rounds)
         if not error <= tolerance:  # NaN fails too
             raise GateFailed(f"bucket {bucket} differs from the eager model by {error:.1e} of the largest value")
+        told = [] if _is_precise(ask, rounds) else _slips_told(ask, rows)
         if cause := _moved_by(ask, rows, lengths):
             raise GateFailed(f"bucket {bucket} returns something else after {cause}")
         if _writes_elsewhere(ask, rows):
@@ -90,6 +100,7 @@ def check(
         "lengths": lengths,
         "relative_error_e9": math.ceil(error * 1e9),
         "tolerance_e9": math.ceil(tolerance * 1e9),
+        "told_apart": told,
         "bit_tests": _BIT_TESTS[:3] + _BIT_TESTS[3:4] * step_named(bucket.step).pure + _BIT_TESTS[4:] * (len(rows) > 1),
     }
 
@@ -97,7 +108,7 @@ def check(
 def _worst_error(ask: Asked, rows: Tensor, lengths: list[int], rounds: bool) -> tuple[float, float]:
     """Return the largest error, relative to the largest value of the reference, and what is allowed."""
     exact = {name: w.float() for name, w in ask.weights.items()}
-    precise = not rounds and all(w.dtype == torch.float32 for w in ask.weights.values())
+    precise = _is_precise(ask, rounds)
     worst = noise = 0.0
     if ask.opens:  # the prompt fills the bucket, and what follows outgrows it
         rows = torch.cat([rows, rows.flip(1)], 1)[:, : min(rows.shape[1] + ask.tails[-1], ask.arch.block_size)]
@@ -120,6 +131,35 @@ def _worst_error(ask: Asked, rows: Tensor, lengths: list[int], rounds: bool) -> 
     if precise:
         return worst, max(FLOAT32_TOLERANCE, NOISE_FACTOR * noise)
     return worst, BFLOAT16_FACTOR * noise
+
+
+def _is_precise(ask: Asked, rounds: bool) -> bool:
+    return not rounds and all(w.dtype == torch.float32 for w in ask.weights.values())
+
+
+def _slips_told(ask: Asked, rows: Tensor) -> list[str]:
+    """Return the small mistakes that would have been seen; a GateFailed if the bucket makes one."""
+    exact, rounded = (
+        {name: w.to(dtype) for name, w in ask.weights.items()} for dtype in (torch.float32, torch.bfloat16)
+    )
+    lengths = list(range(1, rows.shape[1] + 1, max(1, rows.shape[1] // slips.contexts(ask.arch))))
+    answers: list[Tensor] = []
+    at: list[tuple[int, int]] = []
+    for shift in range(0, len(lengths), len(rows)):
+        own = [(shift + row) % len(lengths) for row in range(len(rows))]
+        answers.append(ask(_cut(rows, [lengths[n] for n in own]), ask.tails[0]))  # (B, ...)
+        at += enumerate(own)
+    where = tuple(torch.tensor(at).unbind(1))  # 2 x (N)
+    truth, eager = (_reference(weights, ask, rows, lengths)[where] for weights in (exact, rounded))  # 2 x (N, ...)
+    told = []
+    for name, arch, weights in slips.slips(ask.arch, exact):
+        gpt = from_weights(arch, weights)
+        wrong = step_named(ask.bucket.step).reference(gpt, ask.bucket, rows, lengths)[where]  # (N, ...)
+        weighed = slips.weigh(torch.cat(answers), truth, eager, wrong, arch.n_embd)
+        if weighed.made:
+            raise GateFailed(f"bucket {ask.bucket} returns what a model with {name} would")
+        told += [name] * weighed.visible
+    return told
 
 
 def _error(found: Tensor, expected: Tensor, scale: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nanogpt_buckets.errors import GateFailed, NonFiniteLogits
-from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.model.architecture import ACTIVATIONS, Architecture
 from nanogpt_buckets.model.gpt import Lowering, from_weights
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.steps import gate, step_named
@@ -150,6 +150,49 @@ def test_bfloat16_noise_hides_no_mask_fault():
 
     with pytest.raises(GateFailed):
         run_gate(step, Bucket(1, 32), weights)
+
+
+GELU, SCALED = "gelu for gelu_tanh", "logits x 1.001"
+
+
+@pytest.mark.parametrize("bucket", [Bucket(1, 64), Bucket(3, 64), Bucket(1, 64, "prefill"), Bucket(1, 64, "decode")])
+def test_bfloat16_noise_hides_no_mistake_that_is_small_everywhere(bucket):
+    weights = gate.seeded_weights(ARCH, torch.bfloat16)
+    right = step_named(bucket.step).eager(ARCH, bucket, weights)
+
+    record = gate.check(right, ARCH, bucket, weights)
+    assert record["told_apart"] == [SCALED, GELU]
+    gelu = dataclasses.replace(ARCH, activation="gelu")
+    with pytest.raises(GateFailed, match="what a model with"):
+        gate.check(step_named(bucket.step).eager(gelu, bucket, weights), ARCH, bucket, weights)
+    for factor in (gate.slips.SCALE, 2 - gate.slips.SCALE):
+        with pytest.raises(GateFailed, match=SCALED):
+            gate.check(scaled(right, factor), ARCH, bucket, weights)
+
+
+def scaled(run, factor):
+    def scaling(*tensors):
+        logits, *state = run(*tensors)
+        return logits * factor, *state
+
+    return scaling
+
+
+def test_a_slip_that_cannot_be_told_apart_is_not_claimed():
+    weights, bucket = gate.seeded_weights(ARCH, torch.bfloat16), Bucket(1, 2)
+
+    assert gate.check(step_named("recompute").eager(ARCH, bucket, weights), ARCH, bucket, weights)["told_apart"] == []
+    bucket = Bucket(1, 32)
+    assert run_gate(fresh(), bucket)["told_apart"] == [], "float32 tells by the largest error"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_passes_in_bfloat16(activation, bias):
+    arch = dataclasses.replace(ARCH, activation=activation, bias=bias)
+    weights, bucket = gate.seeded_weights(arch, torch.bfloat16), Bucket(2, 64)
+
+    gate.check(step_named("recompute").eager(arch, bucket, weights), arch, bucket, weights)
 
 
 @pytest.mark.parametrize(("seq_len", "lengths"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (64, [1, 32, 33, 63, 64])])
