@@ -27,7 +27,7 @@ _OTHER_GELU = {"gelu": "gelu_tanh", "gelu_tanh": "gelu", "gelu_10": "gelu_tanh"}
 SCALE = 1.001
 # Half the way to the mistake, in standard errors five, and twice what eager bfloat16 shows (as of its largest error).
 _HALF, _ERRORS, _FACTOR = 0.5, 5.0, 2.0
-_WANTED = 12288
+_WANTED = 18432
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def slips(arch: Architecture, weights: Mapping[str, Tensor]) -> Iterator[tuple[s
 
 def contexts(arch: Architecture) -> int:
     """Return how many contexts it takes to see one."""
-    return max(16, _WANTED // arch.n_embd)
+    return max(24, _WANTED // arch.n_embd)
 
 
 def weigh(found: Tensor, truth: Tensor, eager: Tensor, slip: Tensor, width: int) -> Weighed:
