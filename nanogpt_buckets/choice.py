@@ -266,7 +266,7 @@ def choose(
     """Resolve what the user asked for; see `Options` and, for what a build writes, `Written`.
 
     Raises:
-        UsageError: an unknown dtype or backend, or an argument it does not take.
+        UsageError: an unknown dtype or backend, or an argument it does not take, or not with this dtype.
         CacheError: the lock file cannot be used.
         BackendUnavailable: the backend cannot be used, or not for this target.
         ModelError: the model cannot be used.
@@ -283,6 +283,9 @@ def choose(
     else:
         chosen = backends.backend_for(backend, target, compiler_args=compiler_args, cores=cores, strategy=strategy)
         chosen.target(target)  # refuse an impossible target before anything else is done
+        if dtype == "float32" and chosen.rounds() and not chosen.inlines_weights:
+            said = "float32 weights that every call is given would be cast anew in every call"
+            raise UsageError(said, hint="--dtype bfloat16 moves them cast already; or leave --auto-cast out")
     store = open_store(**places)
     return Choice(open_model(model), chosen, dtype, store, target)
 

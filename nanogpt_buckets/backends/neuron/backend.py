@@ -66,7 +66,7 @@ class NeuronBackend(Backend):
 
     def runtime(self) -> dict[str, str]:
         """Return the versions of torch and torch-neuronx: the file that trace saves belongs to both."""
-        return {"torch": installed("torch") or "", "torch-neuronx": package.require()}
+        return {"torch": installed("torch") or "", "torch-neuronx": package.require(tensors=not self.inlines_weights)}
 
     def flags(self) -> list[str]:
         """Return what of the user's flags and environment can change what is compiled."""
@@ -74,7 +74,7 @@ class NeuronBackend(Backend):
 
     def target(self, requested: str | None) -> str:
         """Return the canonical target to build for."""
-        package.require()
+        package.require(tensors=not self.inlines_weights)
         found = device.find()
         if found is not None and not found.readable:
             raise BackendUnavailable(

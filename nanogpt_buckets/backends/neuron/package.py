@@ -25,6 +25,8 @@ INSTALL = f"pip install --extra-index-url {INDEX} 'torch-neuronx>=2.9,<2.10' neu
 _REINSTALL = INSTALL.replace("pip install", "pip install --force-reinstall")
 # The first release whose trace can compile without a device, and the first that no longer has trace.
 _OLDEST, _NATIVE = (2, 5), (2, 10)
+# After torch's three numbers: SDK 2.28's, the first whose documentation has tensors on cores.
+_TENSORS = (2, 12)
 # All that the runtime says of any cause, be it the driver or another process.
 UNAVAILABLE = "could not be initialized"
 # The compiler's own error, which at times is a passing one (aws-neuron-sdk issue 1369).
@@ -65,8 +67,15 @@ def pairing(torch_neuronx: str, neuronx_cc: str | None) -> Pairing | None:
     return next(iter(exact or known), None)
 
 
-def require() -> str:
-    """Return the version of torch-neuronx; a BackendUnavailable if it cannot work with what else is installed."""
+def require(*, tensors: bool = False) -> str:
+    """Return the version of torch-neuronx.
+
+    Args:
+        tensors: on cores, that is; they are needed, too.
+
+    Raises:
+        BackendUnavailable: it is not here, cannot work with what else is installed, or has no such tensors.
+    """
     version = installed("torch-neuronx")
     if version is None:
         raise BackendUnavailable("the Neuron backend needs torch-neuronx, which is not installed", hint=INSTALL)
@@ -79,6 +88,8 @@ def require() -> str:
         fault = f"{name} is older than this release supports"
     elif version_tuple(torch)[:2] != numbers[:2]:
         fault = f"torch {torch} does not go with {name}, which is for torch {numbers[0]}.{numbers[1]}"
+    elif tensors and numbers[3:5] < _TENSORS:
+        fault = f"{name} has no tensors on the device, which --strategy kv needs and SDK 2.28 brought"
     else:
         return version
     raise BackendUnavailable(fault, hint=_REINSTALL)

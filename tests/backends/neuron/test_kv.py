@@ -56,6 +56,21 @@ def test_what_is_built_holds_no_weights_and_serves_any(built):
     assert plain.plan_names != choose("demo", backend="neuron", target="trn1", strategy="kv").plan_names
 
 
+def test_float32_that_is_cast_in_every_call_is_refused(host):
+    options = {"backend": "neuron", "target": "trn1", "compiler_args": "--auto-cast matmult"}
+
+    with pytest.raises(errors.UsageError, match="cast anew in every call") as caught:
+        choose("demo", strategy="kv", **options)
+    assert "--dtype bfloat16" in caught.value.hint
+    choose("demo", strategy="kv", dtype="bfloat16", **options)
+    choose("demo", **options)
+
+
+def test_a_bucket_longer_than_what_is_remembered_is_refused(host):
+    with pytest.raises(errors.UsageError, match="block_size"):
+        host.build(Plan([Bucket(1, 512, "chunk")]), strategy="kv", target="trn1")
+
+
 @pytest.mark.parametrize("cores", [1, 2])
 def test_the_text_is_that_of_recomputing(built, cores):
     found = texts(strategy="kv", cores=cores)

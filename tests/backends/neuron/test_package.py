@@ -36,6 +36,26 @@ def test_packages_that_cannot_work_are_refused_with_the_command_that_mends_it(mo
     assert package.INDEX in caught.value.hint
 
 
+@pytest.mark.parametrize("version", ["2.9.0.2.11.19912", "2.7.0.2.8.6734", "2.5.1.2.6.0"])
+def test_remembering_needs_a_package_with_tensors_on_cores(monkeypatch, version):
+    torch = ".".join(version.split(".")[:3])
+    monkeypatch.setattr(package, "installed", {"torch": torch, "torch-neuronx": version}.get)
+    monkeypatch.setattr(backend, "installed", package.installed)
+
+    assert backend.NeuronBackend().runtime()["torch-neuronx"] == version
+    for needs in (backend.NeuronBackend(inlines_weights=False).runtime, lambda: package.require(tensors=True)):
+        with pytest.raises(errors.BackendUnavailable, match="has no tensors on the device, which --strategy kv needs"):
+            needs()
+
+
+@pytest.mark.parametrize("version", ["2.9.0.2.12.22436", "2.7.0.2.12.22436", "2.9.0.2.15.32035+abc"])
+def test_a_package_with_tensors_on_cores_will_do(monkeypatch, version):
+    torch = ".".join(version.split(".")[:3])
+    monkeypatch.setattr(package, "installed", {"torch": torch, "torch-neuronx": version}.get)
+
+    assert package.require(tensors=True) == version
+
+
 def test_the_pairing_of_installed_versions_is_found():
     assert package.pairing("2.9.0.2.15.32035", "2.26.6360.0").sdk == "2.31"
     assert package.pairing("2.9.0.2.15.32035+abc", "2.27.5334.0+def").sdk == "2.32"
