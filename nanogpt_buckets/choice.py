@@ -286,6 +286,8 @@ def choose(
         if dtype == "float32" and chosen.rounds() and not chosen.inlines_weights:
             said = "float32 weights that every call is given would be cast anew in every call"
             raise UsageError(said, hint="--dtype bfloat16 moves them cast already; or leave --auto-cast out")
+        if chosen.caveat:
+            log.warning("%s", chosen.caveat)
     store = open_store(**places)
     return Choice(open_model(model), chosen, dtype, store, target)
 

@@ -107,8 +107,8 @@ class Backend(ABC):
     generated code, relative to the package; `lowering` is how graphs are written for it. `inlines_weights` is True
     where weights are compiled in. `kv` is what `--strategy kv` plans here, in `WAYS`. `plans` names plans that are of
     no use to other backends. `needs` says what is lacking where `compiler` finds none, `install` how to get it.
-    `timeout_s` bounds one compilation. `compiler_args` are the user's compiler flags. `cores` is how many steps can run
-    at once.
+    `caveat` is what whoever chooses it should know. `timeout_s` bounds one compilation. `compiler_args` are
+    the user's compiler flags. `cores` is how many steps can run at once.
     """
 
     name: str
@@ -120,6 +120,7 @@ class Backend(ABC):
     plans: ClassVar[str] = ""
     needs = "compiler"
     install = ""
+    caveat: str = ""
     timeout_s = 3600.0
     compiler_args: tuple[str, ...] = ()
     cores: int = 1

@@ -36,6 +36,7 @@ _CHILD_BYTES = 16_000_000_000
 _CHILD_WEIGHT_COPIES = 6
 _CORE = "neuron_core"
 _PROOF = "N1: passes a test double of torch_neuronx, --strategy kv too; neither strategy has ever run on a device"
+_CAVEAT = "--strategy kv on Neuron has proof level N1: it passes a test double, and has never run on a device"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class NeuronBackend(Backend):
         if not self.inlines_weights:
             object.__setattr__(self, "steps", ("recompute", "chunk"))
             object.__setattr__(self, "sources", (*self.sources, "steps/separate.py"))
+            object.__setattr__(self, "caveat", _CAVEAT)
         arguments.parse(self.compiler_args)  # refuse what is no flag before anything else is done
         if (whole_number(self.cores) or 0) < 1:
             raise UsageError(f"cores is {shown(self.cores)}; it must be a whole number, 1 or more")

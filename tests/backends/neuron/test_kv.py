@@ -56,6 +56,13 @@ def test_what_is_built_holds_no_weights_and_serves_any(built):
     assert plain.plan_names != choose("demo", backend="neuron", target="trn1", strategy="kv").plan_names
 
 
+def test_whoever_chooses_to_remember_is_told_how_far_that_is_proved(host, caplog):
+    choose("demo", backend="neuron", target="trn1")
+    assert not caplog.messages
+    choose("demo", backend="neuron", target="trn1", strategy="kv")
+    assert ["has never run on a device" in message for message in caplog.messages] == [True]
+
+
 def test_float32_that_is_cast_in_every_call_is_refused(host):
     options = {"backend": "neuron", "target": "trn1", "compiler_args": "--auto-cast matmult"}
 

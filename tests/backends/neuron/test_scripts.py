@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,16 +43,26 @@ def test_check_neuron_compile_says_what_failed(host):
     assert row["log"]
 
 
-def test_check_on_device_gates_times_and_generates(host):
+def test_check_on_device_tries_both_strategies_beside_what_was_predicted(host):
     host("inf2.xlarge")
     run = script("check-on-device", "--seq", "8,16", "--runs", "2")
 
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
-    assert (document["proof"], document["passed"], document["device"]["instance"]) == ("N4", 2, "inf2.xlarge")
-    assert document["gate"]["1x16"]["bit_tests"]
-    assert all(row["step_ms"]["median"] > 0 and row["max_difference"] < 1e-3 for row in document["buckets"])
-    assert document["text"].startswith("ROMEO:")
+    assert (document["proof"], document["passed"], document["device"]["instance"]) == ("N4", 4, "inf2.xlarge")
+    assert any("core reads" in line for line in document["assumptions"])
+    for strategy, step in (("recompute", "recompute"), ("kv", "chunk")):
+        rows = document["strategies"][strategy]["buckets"]
+        assert [(row["bucket"]["seq_len"], row["bucket"]["step"]) for row in rows] == [(8, step), (16, step)]
+        for row in rows:
+            least, most = row["predicted"]["call_ms"]
+            assert row["gate"]["bit_tests"]
+            assert row["as_predicted"] == (least <= row["step_ms"]["median"] <= most)
+            assert row["max_difference"] < 1e-3
+        assert len(document["token_ms"][strategy]) == 5
+    assert document["texts"]["kv"] == document["texts"]["recompute"] != ""
+    assert document["default"]["strategy"] in ("recompute", "kv")
+    assert "ms a token" in document["default"]["why"]
 
 
 def test_check_on_device_passes_nothing_that_the_gate_does_not(host):
@@ -60,8 +71,29 @@ def test_check_on_device_passes_nothing_that_the_gate_does_not(host):
 
     assert run.returncode == 1
     document = json.loads(run.stdout)
-    assert (document["passed"], document["buckets"]) == (0, [])
-    assert "eager model" in document["failed"][0]["why"]
+    assert document["passed"] == 0
+    assert all("eager model" in tried["failed"][0]["why"] for tried in document["strategies"].values())
+    assert document["default"] == {"strategy": "", "why": "nothing else passed the gate and ran"}
+
+
+def test_check_on_device_says_when_only_one_strategy_runs(host):
+    host("inf2.xlarge", NEURON_DOUBLE_FAULT="outputs-on-host")
+    run = script("check-on-device", "--seq", "8", "--runs", "1")
+
+    assert run.returncode == 1
+    document = json.loads(run.stdout)
+    assert document["default"]["strategy"] == "recompute"
+    (failed,) = document["strategies"]["kv"]["failed"]
+    assert "returned its results to the host" in failed["why"]
+
+
+def test_the_default_is_what_is_faster_beyond_doubt():
+    judged = runpy.run_path(str(SCRIPTS / "check-on-device"))["judged"]
+
+    assert judged({"recompute": [3.0, 4.0], "kv": [1.0, 2.0]})["strategy"] == "kv"
+    assert judged({"recompute": [1.0, 2.0], "kv": [3.0, 4.0]})["strategy"] == "recompute"
+    assert "overlap" in judged({"recompute": [3.0, 4.0], "kv": [1.0, 3.5]})["why"]
+    assert judged({"recompute": [3.0, 4.0], "kv": [1.0, 3.5]})["strategy"] == "recompute"
 
 
 @pytest.mark.parametrize("name", ["check-neuron-compile", "check-on-device"])
