@@ -171,7 +171,7 @@ def test_what_is_no_hlo_is_refused(xla, text):
 def test_the_step_that_is_lowered_is_the_products_and_its_faults_are_faults(fault):
     """Without torch_xla, which takes it from there."""
     arch, bucket = Architecture(**OPENAI), Bucket(2, 9)
-    weights = gate.seeded_weights(arch, torch.float32)
+    weights = gate.seeded_weights(arch, torch.float32, fused=False)
     graph = lowered.make_graph(fault, arch, bucket, weights)
 
     if fault in ("", "sort"):
@@ -184,7 +184,7 @@ def test_the_step_that_is_lowered_is_the_products_and_its_faults_are_faults(faul
 @pytest.mark.parametrize("fault", ["", *(case.fault for case in CONTROLS if case.step == "chunk")])
 def test_a_chunk_that_is_lowered_is_the_products_and_its_faults_are_faults(fault):
     arch, bucket = Architecture(**OPENAI), Bucket(2, 100, "chunk")
-    weights = gate.seeded_weights(arch, torch.float32)
+    weights = gate.seeded_weights(arch, torch.float32, fused=False)
     graph = lowered.make_graph(fault, arch, bucket, weights)
 
     if not fault:
@@ -196,7 +196,7 @@ def test_a_chunk_that_is_lowered_is_the_products_and_its_faults_are_faults(fault
 
 def test_what_is_looked_up_where_nothing_is_is_said():
     arch, bucket = Architecture(**OPENAI), Bucket(2, 100, "chunk")
-    weights = gate.seeded_weights(arch, torch.float32)
+    weights = gate.seeded_weights(arch, torch.float32, fused=False)
     step = step_named("chunk")
     state = [view.blank() for view in step.interface(arch, bucket, "float32").state]
     inputs = step.pack_after([90, 0], [[1] * 95, [2]], bucket)

@@ -23,6 +23,8 @@ from nanogpt_buckets.steps import step_named
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Of calls that README's benchmarks timed: GPT-2 124M, prompts and decode, and the host's work beside each.
+_GFLOP_PER_S, _GB_PER_S, _CALL_MS = 126.0, 29.0, 0.4
 DTYPES = ("float32", "bfloat16")
 # Whether kernels are the ones that are usually best, or timed first.
 TUNINGS = ("off", "fast")
@@ -107,8 +109,9 @@ class Backend(ABC):
     generated code, relative to the package; `lowering` is how graphs are written for it. `inlines_weights` is True
     where weights are compiled in. `kv` is what `--strategy kv` plans here, in `WAYS`. `plans` names plans that are of
     no use to other backends. `needs` says what is lacking where `compiler` finds none, `install` how to get it.
-    `caveat` is what whoever chooses it should know. `timeout_s` bounds one compilation. `compiler_args` are
-    the user's compiler flags. `cores` is how many steps can run at once.
+    `fuses` is False where bfloat16 is rounded within activations. `caveat` is what whoever chooses it should know.
+    `timeout_s` bounds one compilation; `compile_s` and `module_bytes` are what a bucket usually takes. `compiler_args`
+    are the user's compiler flags. `cores` is how many steps can run at once.
     """
 
     name: str
@@ -121,7 +124,10 @@ class Backend(ABC):
     needs = "compiler"
     install = ""
     caveat: str = ""
+    fuses: ClassVar[bool] = True
     timeout_s = 3600.0
+    compile_s: ClassVar[float] = 15.0
+    module_bytes: ClassVar[int] = 600_000
     compiler_args: tuple[str, ...] = ()
     cores: int = 1
 
@@ -196,6 +202,25 @@ class Backend(ABC):
         state = sum(4 * math.prod(view.shape) for view in step.interface(arch, whole, "float32").state)
         forward = 4 * 3 * arch.n_inner * rows.batch_size * rows.seq_len
         return 1_000_000_000 + 2 * 4 * arch.n_params + 2 * state + forward
+
+    def call_ms(self, arch: Architecture, dtype: str, target: str | None, bucket: Bucket) -> float:
+        """Return what a call should take, in ms: to plan by, until it is measured."""
+        item, step = 4 if dtype == "float32" else 2, step_named(bucket.step)
+        state = sum(math.prod(view.shape) for view in step.interface(arch, bucket, dtype).state)
+        moved = item * (arch.n_params + state)
+        return _CALL_MS + 2 * step.macs(arch, bucket) / _GFLOP_PER_S / 1e6 + moved / _GB_PER_S / 1e6
+
+    def assumptions(self, dtype: str, target: str | None) -> list[str]:
+        """Say, a line each, what `call_ms` rests on."""
+        return [
+            f"a call computes {_GFLOP_PER_S:.0f} GFLOP/s, reads {_GB_PER_S:.0f} GB/s and costs {_CALL_MS} ms besides, "
+            "as README's steps of GPT-2 do on two cores with AVX-512; a ladder depends on their ratios only"
+        ]
+
+    def rungs(self, block_size: int) -> list[int]:
+        """Return the lengths that are worth considering for buckets, rising, block_size the last."""
+        apart = max(1, min(8, block_size // 16), block_size // 128)
+        return [*range(apart, block_size, apart), block_size]
 
     def findings(self) -> Iterator[Finding]:
         """Say, for `doctor`, what is here of this backend and what is wrong with it."""

@@ -104,7 +104,7 @@ def _gate(backend: Backend, build: BuildRequest, artifact: Artifact) -> dict[str
         return {DEFERRED: "no device where it was built"}
     arch, bucket = build.architecture, build.bucket
     if build.weights_path is None:
-        weights = gate.seeded_weights(arch, getattr(torch, build.dtype))
+        weights = gate.seeded_weights(arch, getattr(torch, build.dtype), fused=backend.fuses)
     else:
         weights = safetensors.torch.load_file(build.weights_path)
     try:
@@ -112,7 +112,8 @@ def _gate(backend: Backend, build: BuildRequest, artifact: Artifact) -> dict[str
     except BackendUnavailable as error:
         return {DEFERRED: error.message}
     with closing(executable):
-        return gate.check(executable, arch, bucket, weights, rounds=backend.rounds(), place=executable.placed)
+        how = {"rounds": backend.rounds(), "fused": backend.fuses}
+        return gate.check(executable, arch, bucket, weights, **how, place=executable.placed)
 
 
 if __name__ == "__main__":

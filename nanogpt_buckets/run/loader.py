@@ -184,8 +184,9 @@ class Compiled(Loader):
             log.warning("bucket %s was built unchecked (%s); checking it now", bucket, manifest.unchecked)
         old = manifest.gate.get("version") != gate.VERSION
         check = gate.check if manifest.unchecked or old else gate.canary
-        arch, rounds = self.choice.model.architecture, self.choice.compiler.rounds()
-        check(executable, arch, bucket, self.weights.tensors, rounds=rounds, place=executable.placed)
+        arch, compiler = self.choice.model.architecture, self.choice.compiler
+        how = {"rounds": compiler.rounds(), "fused": compiler.fuses}
+        check(executable, arch, bucket, self.weights.tensors, **how, place=executable.placed)
 
 
 def artifact_of(entry: Verified) -> Artifact:

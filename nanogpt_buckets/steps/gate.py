@@ -34,17 +34,20 @@ FLOAT32_TOLERANCE = 2e-5
 BFLOAT16_FACTOR = 2.0
 # How far a bucket may be from the eager model, in float32's own noise, on weights that magnify rounding.
 NOISE_FACTOR = 4.0
-# Over which the biases of activations go, and what is not made louder.
-_WALK, _QUIETEST = (-3.5, 12.0), 0.02
+# Over which the biases of activations go, and how quiet one may be to be made as loud as the others.
+_WALK, _QUIETEST, _ROUNDED = (-3.5, 12.0), 0.02, 0.3
 # What must move no bit; of requests where they share what a program returns, of neighbours where there are any.
 _BIT_TESTS = ["repeat", "padding", "future", "requests", "neighbours"]
 
 
-def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229) -> dict[str, Tensor]:
+def seeded_weights(
+    arch: Architecture, dtype: torch.dtype, *, fused: bool = True, seed: int = 20240229
+) -> dict[str, Tensor]:
     """Return weights under which every part of the network matters: N(0, 0.05), LayerNorm gains around 1.
 
     At the usual initialisation biases are 0 and gains 1, so a dropped bias or a swapped gain would not show. Biases of
-    what is activated walk over where activations differ, and each is then about as loud as any.
+    what is activated walk over where activations differ, and each is then about as loud as any; but where activations
+    are not `fused`, and so rounded within, the quiet ones are left as they are, for they would be mostly rounding.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -60,7 +63,9 @@ def seeded_weights(arch: Architecture, dtype: torch.dtype, seed: int = 20240229)
     walk = torch.linspace(*_WALK, arch.n_inner)
     for name in (name for name in shapes if name.endswith("mlp.c_fc.bias")):
         weights[name] = walk
-        weights[name.replace("c_fc.bias", "c_proj.weight")] /= activation(walk).abs().clamp(min=_QUIETEST)
+        weights[name.replace("c_fc.bias", "c_proj.weight")] /= (
+            activation(walk).abs().clamp(min=_QUIETEST if fused else _ROUNDED)
+        )
     return {name: values.to(dtype) for name, values in weights.items()}
 
 
@@ -71,13 +76,14 @@ def check(
     weights: Mapping[str, Tensor],
     *,
     rounds: bool = False,
+    fused: bool = True,
     place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> dict[str, Any]:
     """Compare a loaded bucket with the eager model and return what was measured, in whole numbers.
 
     `run` was loaded with `weights`: canonical tensors, all of one dtype, whose rounding the reference shares. If it
-    `rounds`, float32 is computed in less precision, as asked for, and so judged as bfloat16 is. `place` puts
-    state where it wants that.
+    `rounds`, float32 is computed in less precision, as asked for, and so judged as bfloat16 is. Activations that
+    are not `fused` round bfloat16 within, as XLA's do. `place` puts state where the bucket wants that.
 
     Raises:
         GateFailed: answers differ by more than the tolerance, or a bit moved that must not.
@@ -90,7 +96,7 @@ def check(
         error, tolerance = _worst_error(ask, rows, lengths, rounds)
         if not error <= tolerance:  # NaN fails too
             raise GateFailed(f"bucket {bucket} differs from the eager model by {error:.1e} of the largest value")
-        told = [] if _is_precise(ask, rounds) else _slips_told(ask, rows)
+        told = [] if _is_precise(ask, rounds) else _slips_told(ask, rows, fused)
         if cause := _moved_by(ask, rows, lengths):
             raise GateFailed(f"bucket {bucket} returns something else after {cause}")
         if _writes_elsewhere(ask, rows):
@@ -137,7 +143,7 @@ def _is_precise(ask: Asked, rounds: bool) -> bool:
     return not rounds and all(w.dtype == torch.float32 for w in ask.weights.values())
 
 
-def _slips_told(ask: Asked, rows: Tensor) -> list[str]:
+def _slips_told(ask: Asked, rows: Tensor, fused: bool) -> list[str]:
     """Return the small mistakes that would have been seen; a GateFailed if the bucket makes one."""
     exact, rounded = (
         {name: w.to(dtype) for name, w in ask.weights.items()} for dtype in (torch.float32, torch.bfloat16)
@@ -152,7 +158,7 @@ def _slips_told(ask: Asked, rows: Tensor) -> list[str]:
     where = tuple(torch.tensor(at).unbind(1))  # 2 x (N)
     truth, eager = (_reference(weights, ask, rows, lengths)[where] for weights in (exact, rounded))  # 2 x (N, ...)
     told = []
-    for name, arch, weights in slips.slips(ask.arch, exact):
+    for name, arch, weights in slips.slips(ask.arch, exact, fused):
         gpt = from_weights(arch, weights)
         wrong = step_named(ask.bucket.step).reference(gpt, ask.bucket, rows, lengths)[where]  # (N, ...)
         weighed = slips.weigh(torch.cat(answers), truth, eager, wrong, arch.n_embd)
@@ -220,6 +226,7 @@ def canary(
     weights: Mapping[str, Tensor],
     *,
     rounds: bool = False,
+    fused: bool = True,
     place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
     """Run one short row on a user's weights and compare it with the eager model: the pair fits together.

@@ -170,6 +170,27 @@ def test_bfloat16_noise_hides_no_mistake_that_is_small_everywhere(bucket):
             gate.check(scaled(right, factor), ARCH, bucket, weights)
 
 
+def test_a_gelu_that_rounds_within_is_no_mistake_where_that_is_known(monkeypatch):
+    """As torch-xla writes it out; and its scale is told all the same."""
+    weights, bucket = gate.seeded_weights(ARCH, torch.bfloat16, fused=False), Bucket(3, 64)
+    step = step_named("recompute").eager(ARCH, bucket, weights)
+    fused = torch.nn.functional.gelu
+
+    def rounding(x, approximate="none"):
+        if x.dtype != torch.bfloat16:
+            return fused(x, approximate=approximate)
+        return x * 0.5 * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x * x * x)))
+
+    def run(*tensors):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "gelu", rounding)
+            return step(*tensors)
+
+    assert gate.check(run, ARCH, bucket, weights, fused=False)["told_apart"] == [SCALED]
+    with pytest.raises(GateFailed, match=SCALED):
+        gate.check(scaled(run, gate.slips.SCALE), ARCH, bucket, weights, fused=False)
+
+
 def scaled(run, factor):
     def scaling(*tensors):
         logits, *state = run(*tensors)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nanogpt_buckets.backends import host
 from nanogpt_buckets.backends.base import Artifact, Backend, BuildRequest, Opened
-from nanogpt_buckets.backends.neuron import arguments, device, flags, package
+from nanogpt_buckets.backends.neuron import arguments, device, flags, package, predict
 from nanogpt_buckets.contract import Contract
 from nanogpt_buckets.errors import BackendUnavailable, BucketsError, UsageError
 from nanogpt_buckets.findings import Finding, Verdict
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _CHILD_BYTES = 16_000_000_000
 _CHILD_WEIGHT_COPIES = 6
 _CORE = "neuron_core"
+# Planned for where nothing is said.
+_USUAL = "trn1"
 _PROOF = "N1: passes a test double of torch_neuronx, --strategy kv too; neither strategy has ever run on a device"
 _CAVEAT = "--strategy kv on Neuron has proof level N1: it passes a test double, and has never run on a device"
 
@@ -52,10 +54,13 @@ class NeuronBackend(Backend):
     steps = ("recompute",)
     kv = "chunk"
     plans = "neuron"
+    fuses = False  # as torch-xla writes out GELU
     lowering: ClassVar = {"attention": "explicit"}  # with a finite mask: -inf rows have become NaN on these devices
     needs = "neuronx-cc"
     install = package.INSTALL
     timeout_s = 4 * 3600.0
+    compile_s = 40.0  # of one GPT-2 graph, as users of NxD Inference report
+    module_bytes = 1_000_000
 
     def __post_init__(self) -> None:
         if not self.inlines_weights:
@@ -97,6 +102,19 @@ class NeuronBackend(Backend):
     def child_bytes(self, arch: Architecture, bucket: Bucket) -> int:
         """Return the host memory one compilation may need."""
         return _CHILD_BYTES + _CHILD_WEIGHT_COPIES * 4 * arch.n_params
+
+    def call_ms(self, arch: Architecture, dtype: str, target: str | None, bucket: Bucket) -> float:
+        """Return what published numbers make of a call, in ms, its fixed cost at the least."""
+        (found,) = predict.predict(arch, dtype, target or _USUAL, [bucket])
+        return found.call_ms[0]
+
+    def assumptions(self, dtype: str, target: str | None) -> list[str]:
+        """Say, a line each, what `call_ms` rests on."""
+        return predict.assumptions(dtype, target or _USUAL)
+
+    def rungs(self, block_size: int) -> list[int]:
+        """Return the lengths that kernels are tiled by: 64, and multiples of 128."""
+        return [*(n for n in (64, *range(128, block_size, 128)) if n < block_size), block_size]
 
     def findings(self) -> Iterator[Finding]:
         """Say what is here of Neuron; without a device a lack is a fact, with one it is a problem."""
