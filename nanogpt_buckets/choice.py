@@ -179,10 +179,10 @@ class Choice:
         # the longest reach every prompt; those between save time only
         for bucket in sorted(plan, key=lambda bucket: (bucket.seq_len, bucket.batch_size), reverse=True):
             kept += [bucket] * self.fits([*kept, bucket])
-        what = f"{len(plan)} buckets of {self.model.name} hold {self._device_bytes(plan) / 1e9:.1f} GB of weights"
+        what = f"{len(plan)} buckets of {self.model.name} hold {self.device_bytes(plan) / 1e9:.1f} GB of weights"
         if not self.compiler.inlines_weights:
-            rows, weights = max(bucket.batch_size for bucket in plan), self._weights_bytes / 1e9
-            remembered = self._device_bytes(plan) / 1e9 - weights
+            rows, weights = max(bucket.batch_size for bucket in plan), self.weights_bytes / 1e9
+            remembered = self.device_bytes(plan) / 1e9 - weights
             what = (
                 f"the weights of {self.model.name} take {weights:.1f} GB, what {rows} rows remember {remembered:.1f} GB"
             )
@@ -194,19 +194,20 @@ class Choice:
     def fits(self, plan: Collection[Bucket]) -> bool:
         """Whether the buckets of a plan fit into the memory of the device they are built for."""
         capacity = self.compiler.capacity(self.build_target)
-        return capacity is None or self._device_bytes(plan) <= capacity
+        return capacity is None or self.device_bytes(plan) <= capacity
 
     @property
-    def _weights_bytes(self) -> int:
+    def weights_bytes(self) -> int:
+        """What the weights take, in this dtype."""
         return self.model.architecture.n_params * (4 if self.dtype == "float32" else 2)
 
-    def _device_bytes(self, plan: Collection[Bucket]) -> int:
+    def device_bytes(self, plan: Collection[Bucket]) -> int:
         """Return what buckets take on one core: the weights in each, or once and what the widest takes and returns."""
         if self.compiler.inlines_weights:
-            return len(plan) * self._weights_bytes
+            return len(plan) * self.weights_bytes
         arch, item = self.model.architecture, 4 if self.dtype == "float32" else 2
         states = ((step_named(b.step).interface(arch, b, self.dtype).state) for b in plan)
-        return self._weights_bytes + 2 * item * max(sum(math.prod(view.shape) for view in state) for state in states)
+        return self.weights_bytes + 2 * item * max(sum(math.prod(view.shape) for view in state) for state in states)
 
     def strategy(self, wanted: str) -> str:
         """Return what a strategy plans, in `WAYS`; "auto" is to remember, where the backend does so unasked."""
@@ -261,9 +262,12 @@ def choose(
     compiler_args: str | Sequence[str] = (),
     cores: int = 1,
     strategy: str = "auto",
+    able: bool = True,
     **places: Unpack[Written],
 ) -> Choice:
     """Resolve what the user asked for; see `Options` and, for what a build writes, `Written`.
+
+    To plan only, this machine need not be `able` to build it.
 
     Raises:
         UsageError: an unknown dtype or backend, or an argument it does not take, or not with this dtype.
@@ -282,7 +286,8 @@ def choose(
             raise UsageError("the eager backend loads nothing that could be locked", hint="leave --locked out")
     else:
         chosen = backends.backend_for(backend, target, compiler_args=compiler_args, cores=cores, strategy=strategy)
-        chosen.target(target)  # refuse an impossible target before anything else is done
+        if able:
+            chosen.target(target)  # refuse an impossible target before anything else is done
         if dtype == "float32" and chosen.rounds() and not chosen.inlines_weights:
             said = "float32 weights that every call is given would be cast anew in every call"
             raise UsageError(said, hint="--dtype bfloat16 moves them cast already; or leave --auto-cast out")

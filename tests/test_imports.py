@@ -15,7 +15,7 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 ORDER = [
     "errors", "values", "findings", "versions", "mounts", "files", "owners", "settings", "node", "child", "key",
     "contract", "model", "plan", "steps", "backends", "store", "choice", "selection", "built", "builder",
-    "run", "measure", "doctor", "cli", "__main__",
+    "run", "planning", "measure", "doctor", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
     "errors",
@@ -36,6 +36,7 @@ NO_TORCH = (
     "cli",
     "choice",
     "selection",
+    "planning",
     "built",
     "builder",
     "backends",

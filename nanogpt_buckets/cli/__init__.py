@@ -18,6 +18,7 @@ from nanogpt_buckets.errors import BucketsError, UsageError
 _DEBUG_VARIABLE = "NANOGPT_BUCKETS_DEBUG"
 
 _COMMANDS = {
+    "plan": "Choose the buckets that cost given traffic the least.",
     "build": "Compile the buckets of a plan that are not built yet.",
     "generate": "Continue a prompt.",
     "score": "Say how likely texts are: log-probabilities and perplexity.",

@@ -8,7 +8,15 @@ import click
 
 from nanogpt_buckets.choice import Options, choose, default_plan
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import PlanOptions, grid, model_options, output_options, plan_options, read_plan
+from nanogpt_buckets.cli.options import (
+    PlanOptions,
+    fitted,
+    grid,
+    model_options,
+    output_options,
+    plan_options,
+    read_plan,
+)
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.plan.bucket import Plan
@@ -51,7 +59,7 @@ def bench(wanted: PlanOptions, model: str, options: Options, runs: int, predict:
     plan = read_plan(wanted)
     options["strategy"] = wanted["strategy"]
     choice = choose(model, **options)
-    plan = plan or grid(wanted, choice)
+    plan = fitted(plan, choice) or grid(wanted, choice)
     selection = Selection(choice)
     usable = selection.usable
     asked = plan or default_plan(choice) or sorted(usable)

@@ -17,6 +17,7 @@ from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import (
     PlanOptions,
     Shard,
+    fitted,
     grid,
     model_options,
     output_options,
@@ -73,7 +74,7 @@ def build(
     plan = read_plan(wanted)
     options["strategy"] = wanted["strategy"]
     choice = choose(model, lock=lock, sign_key=sign_key, sign_command=sign_command, **options)
-    plan = plan or grid(wanted, choice)
+    plan = fitted(plan, choice) or grid(wanted, choice)
     if plan is None:
         # what is saved here may not be what is saved where the other shards are built
         saved = default_plan(choice) if shard is None else None

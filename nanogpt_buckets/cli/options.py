@@ -71,7 +71,7 @@ class Amount(click.ParamType[float]):
         """Return the amount in the smallest unit."""
         if not isinstance(value, str):
             return float(value)
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z%]*)", value.strip(), re.ASCII)
         unit = self._units.get(match[2].lower()) if match else None
         if match is None or unit is None:
             self.fail(f"{shown(value)} is no amount; write for example {self._example}", param, ctx)
@@ -255,6 +255,15 @@ def grid(wanted: PlanOptions, choice: Choice) -> Plan | None:
     if wanted["seq"] is None:
         return None
     return Plan.grid(batch=wanted["batch"], seq=wanted["seq"], strategy=choice.strategy(wanted["strategy"]))
+
+
+def fitted(plan: Plan | None, choice: Choice) -> Plan | None:
+    """Return a plan, made perhaps for a model of more positions, for this one: what is longer becomes as long."""
+    M = choice.model.architecture.block_size
+    if plan is None or max(bucket.seq_len for bucket in plan) <= M:
+        return plan
+    output.say(f"the plan has buckets longer than {choice.model.name}'s {M} positions; {M} takes their place")
+    return plan.within(M)
 
 
 def read_plan(wanted: PlanOptions) -> Plan | None:

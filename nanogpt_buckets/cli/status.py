@@ -11,6 +11,7 @@ from nanogpt_buckets.choice import Choice, Options, choose, default_plan
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import (
     PlanOptions,
+    fitted,
     grid,
     locked_option,
     model_options,
@@ -44,7 +45,7 @@ def status(wanted: PlanOptions, model: str, options: Options, why: bool, as_json
     plan = read_plan(wanted)
     options["strategy"] = wanted["strategy"]
     choice = choose(model, **options)
-    plan = plan or grid(wanted, choice)
+    plan = fitted(plan, choice) or grid(wanted, choice)
     selection = Selection(choice)
     plan = plan or default_plan(choice) or (Plan(selection.usable) if selection.usable else None)
     if plan is None:

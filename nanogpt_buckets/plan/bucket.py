@@ -108,6 +108,10 @@ class Plan(Sequence[Bucket]):
         ends = {b.batch_size for b in self.buckets if b.step in ("decode", "chunk") and b.seq_len == block_size}
         return self | [Bucket(batch_size, block_size) for batch_size in ends]
 
+    def within(self, block_size: int) -> Plan:
+        """Return the plan for a model whose positions end at block_size: a longer bucket becomes one of that length."""
+        return Plan(Bucket(b.batch_size, min(b.seq_len, block_size), b.step) for b in self.buckets)
+
     def check(self, block_size: int) -> Plan:
         """Return self; a PlanError if a bucket is longer than the positions of a model with this block_size reach."""
         longest = max(bucket.seq_len for bucket in self.buckets)
