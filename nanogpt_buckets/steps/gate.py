@@ -35,7 +35,7 @@ BFLOAT16_FACTOR = 2.0
 # How far a bucket may be from the eager model, in float32's own noise, on weights that magnify rounding.
 NOISE_FACTOR = 4.0
 # Over which the biases of activations go, and how quiet one may be to be made as loud as the others.
-_WALK, _QUIETEST, _ROUNDED = (-3.5, 12.0), 0.02, 0.3
+_WALK, _QUIETEST = (-3.5, 12.0), 0.02
 # What must move no bit; of requests where they share what a program returns, of neighbours where there are any.
 _BIT_TESTS = ["repeat", "padding", "future", "requests", "neighbours"]
 
@@ -46,8 +46,8 @@ def seeded_weights(
     """Return weights under which every part of the network matters: N(0, 0.05), LayerNorm gains around 1.
 
     At the usual initialisation biases are 0 and gains 1, so a dropped bias or a swapped gain would not show. Biases of
-    what is activated walk over where activations differ, and each is then about as loud as any; but where activations
-    are not `fused`, and so rounded within, the quiet ones are left as they are, for they would be mostly rounding.
+    what is activated walk over where activations differ, and each is then about as loud as any; but not where
+    activations are not `fused`, and so rounded within, for what is quiet is mostly rounding there.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -61,11 +61,9 @@ def seeded_weights(
         weights[name] = values
     activation = cast(Block, cast(nn.ModuleList, gpt.transformer["h"])[0]).mlp.activation
     walk = torch.linspace(*_WALK, arch.n_inner)
-    for name in (name for name in shapes if name.endswith("mlp.c_fc.bias")):
+    for name in (name for name in shapes if fused and name.endswith("mlp.c_fc.bias")):
         weights[name] = walk
-        weights[name.replace("c_fc.bias", "c_proj.weight")] /= (
-            activation(walk).abs().clamp(min=_QUIETEST if fused else _ROUNDED)
-        )
+        weights[name.replace("c_fc.bias", "c_proj.weight")] /= activation(walk).abs().clamp(min=_QUIETEST)
     return {name: values.to(dtype) for name, values in weights.items()}
 
 
