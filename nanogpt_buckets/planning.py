@@ -35,14 +35,14 @@ class Limits:
     max_buckets: int | None = None
     max_waste: float | None = None
     max_compile_seconds: float | None = None
-    max_device_bytes: float | None = None
+    max_device_gb: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_buckets is not None and self.max_buckets < 1:
             raise PlanError(f"a plan of {self.max_buckets} buckets runs nothing", hint="--max-buckets 1 or more")
         if self.max_waste is not None and not 0 <= self.max_waste < 1:
             raise PlanError(f"waste is a share from 0 to 1, not {self.max_waste:g}", hint="for example --max-waste 20%")
-        for name in ("max_compile_seconds", "max_device_bytes"):
+        for name in ("max_compile_seconds", "max_device_gb"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise PlanError(f"{name} is {value:g}; it must be more than nothing")
 
@@ -194,7 +194,7 @@ def _within(sizes: Sequence[Size], limits: Limits) -> tuple[Size, str]:
     hard: list[tuple[str, float | None, list[float], str]] = [
         ("max-buckets", limits.max_buckets, [len(size.plan) for size in sizes], "{:.0f} buckets"),
         ("max-compile-seconds", limits.max_compile_seconds, [size.estimate.compile_s for size in sizes], "{:.0f} s"),
-        ("max-device-gb", limits.max_device_bytes, [size.estimate.device_bytes for size in sizes], "{:.3g} bytes"),
+        ("max-device-gb", limits.max_device_gb, [size.estimate.device_bytes / 1e9 for size in sizes], "{:.3g} GB"),
     ]
     allowed, bound = len(sizes), "no further bucket saves anything"
     for name, most, takes, words in hard:

@@ -23,6 +23,7 @@ REMOTE_MODE_VARIABLE = "NANOGPT_BUCKETS_REMOTE_MODE"
 TRUSTED_VARIABLE = "NANOGPT_BUCKETS_TRUSTED"
 POLICY_VARIABLE = "NANOGPT_BUCKETS_POLICY"
 LOCAL_DIR_VARIABLE = "NANOGPT_BUCKETS_LOCAL_DIR"
+RECORD_VARIABLE = "NANOGPT_BUCKETS_RECORD"
 
 
 def cache_dir(argument: str | os.PathLike[str] | None = None) -> Path:
@@ -114,3 +115,8 @@ def user_cache() -> Path:
         return Path(platformdirs.user_cache_dir(_APP, appauthor=False))
     except RuntimeError:
         return Path("~/.cache", _APP)
+
+
+def records_runs() -> bool:
+    """Whether runs are counted on this node, for `report` and `plan`: unless NANOGPT_BUCKETS_RECORD is off."""
+    return os.environ.get(RECORD_VARIABLE, "").lower() not in ("off", "0", "no", "false")

@@ -15,7 +15,7 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 ORDER = [
     "errors", "values", "findings", "versions", "mounts", "files", "owners", "settings", "node", "child", "key",
     "contract", "model", "plan", "steps", "backends", "store", "choice", "selection", "built", "builder",
-    "run", "planning", "measure", "doctor", "cli", "__main__",
+    "run", "planning", "regret", "measure", "doctor", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
     "errors",
@@ -37,6 +37,7 @@ NO_TORCH = (
     "choice",
     "selection",
     "planning",
+    "regret",
     "built",
     "builder",
     "backends",

@@ -91,6 +91,8 @@ class _Directory(click.Path):
         return super().convert(value, param, ctx)
 
 
+_SHARE = Amount("W", "0.2 or 20%", {"": 1, "%": 0.01})
+
 # A directory, which need not exist nor be readable; an empty name, as of an unset variable, is a mistake.
 DIRECTORY = _Directory(path_type=Path, readable=False)
 
@@ -224,6 +226,26 @@ plan_options: Callable[[Command], Command] = _together(
     ),
     click.option("--score", "strategy", flag_value="score", help="Buckets that score texts instead."),
     click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="A plan.json instead."),
+)
+
+
+class LimitOptions(TypedDict):
+    """What --max-buckets, --max-waste, --max-compile-seconds and --max-device-gb say."""
+
+    max_buckets: int | None
+    max_waste: float | None
+    max_compile_seconds: float | None
+    max_device_gb: float | None
+
+
+# The fields of `LimitOptions` as one argument, `limits`.
+limit_options: Callable[[Command], Command] = _together(
+    "limits",
+    LimitOptions.__annotations__,
+    click.option("--max-buckets", type=int, metavar="K", help="Plan K buckets at most, of all steps together."),
+    click.option("--max-waste", type=_SHARE, help="Plan as few buckets as pad so little."),
+    click.option("--max-compile-seconds", type=float, metavar="T", help="Plan what compiles in T seconds, one by one."),
+    click.option("--max-device-gb", type=float, metavar="G", help="Plan what takes G GB of a device's memory at most."),
 )
 
 

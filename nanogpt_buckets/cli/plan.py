@@ -11,7 +11,7 @@ import click
 
 from nanogpt_buckets.choice import Choice, Options, choose, default_plan
 from nanogpt_buckets.cli import output
-from nanogpt_buckets.cli.options import Amount, WholeNumbers, model_options, output_options
+from nanogpt_buckets.cli.options import LimitOptions, WholeNumbers, limit_options, model_options, output_options
 from nanogpt_buckets.errors import BucketsError, UsageError
 from nanogpt_buckets.files import replacing
 from nanogpt_buckets.plan.bucket import STRATEGIES, Plan
@@ -19,16 +19,16 @@ from nanogpt_buckets.plan.ladder import default_ladder
 from nanogpt_buckets.plan.requests import read_requests
 from nanogpt_buckets.plan.traffic import WORKLOADS, Request, workload
 from nanogpt_buckets.planning import Limits, Proposal, demand_of, explain, propose
+from nanogpt_buckets.run.traffic import demand_recorded, traffic_of
 
 if TYPE_CHECKING:
     from nanogpt_buckets.model.tokenization.base import Tokenizer
-
-_SHARE = Amount("W", "0.2 or 20%", {"": 1, "%": 0.01})
 
 
 @click.command()
 @click.option("--lengths", type=click.Path(path_type=Path), metavar="FILE", help="Requests, as JSON lines or .csv.")
 @click.option("--workload", type=click.Choice(list(WORKLOADS)), help="Requests of a usual kind instead.")
+@click.option("--from-report", is_flag=True, help="What runs on this machine asked for, as `report` has counted it.")
 @click.option(
     "--strategy",
     type=click.Choice(["auto", *STRATEGIES]),
@@ -37,10 +37,7 @@ _SHARE = Amount("W", "0.2 or 20%", {"": 1, "%": 0.01})
     help="Whether prompts are run once and remembered, or the whole context for each token.",
 )
 @click.option("--batch", type=WholeNumbers(), default="1", show_default=True, help="Batch sizes of every length.")
-@click.option("--max-buckets", type=int, metavar="K", help="Plan K buckets at most, of all steps together.")
-@click.option("--max-waste", type=_SHARE, help="Plan as few buckets as pad so little.")
-@click.option("--max-compile-seconds", type=float, metavar="T", help="Plan what compiles in T seconds, one by one.")
-@click.option("--max-device-gb", type=float, metavar="G", help="Plan what takes G GB of a device's memory at most.")
+@limit_options
 @click.option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw costs and lengths, as .png or .svg."
 )
@@ -51,11 +48,9 @@ _SHARE = Amount("W", "0.2 or 20%", {"": 1, "%": 0.01})
 def plan(
     lengths: Path | None,
     workload: str | None,
+    from_report: bool,
     batch: tuple[int, ...],
-    max_buckets: int | None,
-    max_waste: float | None,
-    max_compile_seconds: float | None,
-    max_device_gb: float | None,
+    limits: LimitOptions,
     plot: Path | None,
     save: Path | None,
     explain: int | None,
@@ -76,16 +71,21 @@ def plan(
     if explain is not None:
         _explain(choice, strategy, explain, max(batch), as_json)
         return
-    if (lengths is None) == (workload is None):
-        raise UsageError("say which requests come", hint="--lengths FILE, or --workload chat")
-    gigabytes = None if max_device_gb is None else max_device_gb * 1e9
-    limits = Limits(max_buckets, max_waste, max_compile_seconds, gigabytes)
-    requests, source = _requests(choice, lengths, workload)
-    asked = demand_of(choice, requests, strategy)
-    halves = None
+    if (lengths is not None) + (workload is not None) + from_report != 1:
+        raise UsageError("say which requests come", hint="--lengths FILE, --workload chat, or --from-report")
+    most = Limits(**limits)
+    requests, halves = list[Request](), None
+    if from_report:
+        record = traffic_of(choice)
+        asked, source = demand_recorded(record), output.count(record["runs"], "recorded run", "recorded runs")
+        steps = set(asked.weights)
+        strategy = next((way for way in ("score", "recompute") if steps == {way}), "kv")
+    else:
+        requests, source = _requests(choice, lengths, workload)
+        asked = demand_of(choice, requests, strategy)
     if len(requests) > 1:
         halves = demand_of(choice, requests[::2], strategy), demand_of(choice, requests[1::2], strategy)
-    found = propose(choice, asked, limits, strategy=strategy, batch=batch, halves=halves)
+    found = propose(choice, asked, most, strategy=strategy, batch=batch, halves=halves)
     document = found.chosen.plan.to_json(model=choice.model.name, source=f"plan {source}")
     if save is not None:
         _write(save, document)
@@ -97,8 +97,8 @@ def plan(
         output.document(document | found.to_json() | {"requests": len(requests)})
     else:
         _show(choice, found, source, len(requests))
-    if max_buckets is not None and max_buckets > len(found.sizes[-1].plan):
-        output.say(f"of {max_buckets} buckets only {len(found.sizes[-1].plan)} are of use")
+    if most.max_buckets is not None and most.max_buckets > len(found.sizes[-1].plan):
+        output.say(f"of {most.max_buckets} buckets only {len(found.sizes[-1].plan)} are of use")
     for path, what in ((save, "the plan"), (plot, "the plot")):
         if path is not None:
             output.say(f"{what} is in {path}")
@@ -129,6 +129,7 @@ def _write(path: Path, document: Any) -> None:
 
 def _show(choice: Choice, found: Proposal, source: str, requests: int) -> None:
     planned, estimate = found.chosen.planned, found.chosen.estimate
+    asked = f"{requests} of {source}" if requests else source
     rows = [(step, len(ladder), " ".join(map(str, ladder))) for step, ladder in planned.ladders.items()]
     output.table(("STEP", "RUNGS", "LADDER"), rows)
     output.data("")
@@ -139,7 +140,7 @@ def _show(choice: Choice, found: Proposal, source: str, requests: int) -> None:
         ("FIELD", "VALUE"),
         [
             ("model", f"{choice.model.name} on {choice.backend_name}, {choice.dtype}"),
-            ("requests", f"{requests} of {source}: {found.demand.steps:,.0f} steps, {found.demand.crops:,.0f} cropped"),
+            ("requests", f"{asked}: {found.demand.steps:,.0f} steps, {found.demand.crops:,.0f} cropped"),
             ("buckets", f"{len(found.chosen.plan)}, for {found.bound}"),
             ("cost", f"{planned.ratio:.2f} of unpadded{held_out}"),
             ("others' cost", others),

@@ -1,11 +1,18 @@
-"""Plots of plans, as files. Needs matplotlib, which the extra "plot" brings. Knows nothing of how plans are made."""
+"""Plots of plans and of what was asked, as files. Needs matplotlib, which the extra "plot" brings.
+
+Knows nothing of how plans are made.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.planning import Proposal
+from nanogpt_buckets.regret import Regret
+from nanogpt_buckets.run.traffic import calls_of
 
 _INSTALL = "pip install 'nanogpt-buckets[plot]'"
 _BINS = 128
@@ -17,13 +24,8 @@ def draw_plan(found: Proposal, title: str, path: Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("a plot needs matplotlib, which is not installed", hint=_INSTALL) from error
     steps = [step for step, weights in found.demand.weights.items() if sum(map(bool, weights)) > 1]
-    figure = Figure(figsize=(8, 3 + 2.5 * len(steps)), layout="constrained")
-    figure.suptitle(title)
+    figure = _figure(3 + 2.5 * len(steps), title)
     costs, *lengths = figure.subplots(1 + len(steps), 1, squeeze=False)[:, 0]
     counts = [len(size.plan) for size in found.sizes]
     costs.plot(counts, [size.planned.ratio for size in found.sizes], "o-", ms=4, label="best ladder")
@@ -35,13 +37,54 @@ def draw_plan(found: Proposal, title: str, path: Path) -> None:
     costs.set(xlabel="buckets", ylabel="cost / unpadded", ylim=(1, None))
     costs.legend(frameon=False)
     for axes, step in zip(lengths, steps, strict=True):
-        weights = found.demand.weights[step]
-        width = max(1, len(weights) // _BINS)
-        bars = [sum(weights[n : n + width]) for n in range(0, len(weights), width)]
-        axes.bar(range(0, len(weights), width), bars, width=width, align="edge", color="tab:blue", alpha=0.6)
+        _histogram(axes, step, found.demand.weights[step])
         for rung in found.chosen.planned.ladders[step]:
             axes.axvline(rung, color="tab:red", lw=1)
-        axes.set(xlabel=f"{step}: tokens of a row; the ladder in red", ylabel="steps", xlim=(0, len(weights)))
+        axes.set(xlabel=f"{step}: tokens of a row; the ladder in red")
+    _save(figure, path)
+
+
+def draw_report(record: Mapping[str, Any], regret: Regret, path: Path) -> None:
+    """Draw for each step what lengths were asked for, the buckets that ran, and the best ladder of as many.
+
+    Raises:
+        UsageError: matplotlib is not installed, or the file cannot be written.
+    """
+    shapes = {f"{step} {B}": weights for (step, B), weights in calls_of(record).items()}
+    figure = _figure(3 * len(shapes), f"{record['model']}: {record['runs']} runs, regret {regret.ratio:.2f}")
+    for axes, (shape, weights) in zip(
+        figure.subplots(len(shapes), 1, squeeze=False)[:, 0], shapes.items(), strict=True
+    ):
+        _histogram(axes, shape, weights)
+        own = sorted(int(name.split()[2]) for name in record["ran"] if name.rsplit(" ", 1)[0] == shape)
+        for rungs, color, style in ((own, "black", "-"), (regret.best[shape], "tab:red", "--")):
+            for rung in rungs:
+                axes.axvline(rung, color=color, ls=style, lw=1)
+        step, B = shape.split()
+        axes.set(
+            xlabel=f"{step}, {B} rows: longest context of a call; buckets that ran in black, the best ladder in red"
+        )
+    _save(figure, path)
+
+
+def _figure(height: float, title: str) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("a plot needs matplotlib, which is not installed", hint=_INSTALL) from error
+    figure = Figure(figsize=(8, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
+
+
+def _histogram(axes: Any, step: str, weights: Sequence[float]) -> None:
+    width = max(1, len(weights) // _BINS)
+    bars = [sum(weights[n : n + width]) for n in range(0, len(weights), width)]
+    axes.bar(range(0, len(weights), width), bars, width=width, align="edge", color="tab:blue", alpha=0.6)
+    axes.set(ylabel="calls", xlim=(0, len(weights)))
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from nanogpt_buckets import node
 from nanogpt_buckets.files import Doomed, doom
 from nanogpt_buckets.node import crumbs, failures, sources
-from nanogpt_buckets.node.records import FAILURES, MARK_HEAD, MARKS, SOURCES, VERIFIED
+from nanogpt_buckets.node.records import FAILURES, MARK_HEAD, MARKS, SOURCES, TRAFFIC, VERIFIED
 
 LIBRARIES = "libraries"
 
@@ -42,6 +42,11 @@ def _useless() -> Iterator[tuple[Path, str]]:
             yield path, "a failure of long ago"
     for path in filter(crumbs.expired, node.listed(crumbs.FOLDER, "*.json")):
         yield path, "a load of long ago"
-    for name in ("", *(kind.folder for kind in (SOURCES, VERIFIED, MARKS, FAILURES)), sources.WEIGHTS, LIBRARIES):
+    for name in (
+        "",
+        *(kind.folder for kind in (SOURCES, VERIFIED, MARKS, FAILURES, TRAFFIC)),
+        sources.WEIGHTS,
+        LIBRARIES,
+    ):
         for path in filter(node.is_stale, node.listed(name, "tmp-*") + node.listed(name, "*.so")):
             yield path, "left by a process that ended"

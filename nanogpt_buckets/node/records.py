@@ -112,4 +112,5 @@ MARKS = Kind("canary", 1)
 MARK_HEAD = 32  # how much of the weights' digest a mark's name begins with
 REVOKED = Kind("revoked", 1)
 SOURCES = Kind("sources", 2)
+TRAFFIC = Kind("traffic", 1)
 VERIFIED = Kind("verified", 1)

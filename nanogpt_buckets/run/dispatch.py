@@ -248,10 +248,12 @@ class Dispatcher:
         self._report.count_overlap(span for _, span in done)
         found: dict[C, Tensor] = {}
         for call, (answers, (start, end)) in zip(calls, done, strict=True):
-            lengths = [end - start for start, end in call.pieces] or [len(row.ids) for row in call.members]
+            contexts = [end for _, end in call.pieces] or [len(row.ids) for row in call.members]
+            lengths = [end - start for start, end in call.pieces] or contexts
             self._report.crops += sum(length > self.block_size for length in lengths)
             most = step_named(call.bucket.step).positions(call.bucket) // call.bucket.batch_size
-            self._report.count_step(call.bucket, [min(length, most) for length in lengths], end - start)
+            longest = min(max(contexts), self.block_size)
+            self._report.count_step(call.bucket, [min(length, most) for length in lengths], end - start, longest)
             found.update(zip(call.members, answers.unbind(), strict=True))
         return found
 

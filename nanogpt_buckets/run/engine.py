@@ -39,6 +39,7 @@ from nanogpt_buckets.run.misses import Buckets
 from nanogpt_buckets.run.options import SamplingOptions
 from nanogpt_buckets.run.report import Report, save_last_run
 from nanogpt_buckets.run.score import Score, check_stride, join, windows
+from nanogpt_buckets.run.traffic import keep_traffic
 from nanogpt_buckets.steps import step_named
 
 
@@ -49,6 +50,7 @@ class Engine:
     """
 
     def __init__(self, choice: Choice, buckets: Buckets, report: Report, tokenizer: TokenizerChoice = None) -> None:
+        self._choice = choice
         self._arch = choice.model.architecture
         self._end_tokens = choice.model.end_tokens
         self._buckets = buckets
@@ -237,6 +239,7 @@ class Engine:
         with self._loop.lock:
             if self._report.steps and not self._loop.closed:
                 save_last_run(self._report)
+                keep_traffic(self._choice, self._report)
             self._loop.closed = True
             self._buckets.close()
 

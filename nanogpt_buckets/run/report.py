@@ -18,6 +18,7 @@ from nanogpt_buckets import node
 from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.node.records import LAST_RUN
 from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.settings import records_runs
 from nanogpt_buckets.steps import step_named
 
 _NAME = "last-run"
@@ -54,6 +55,7 @@ class Report:
         overlap_s: time by which steps on several cores overlapped: the buckets' own seconds count it more than once.
         kv_bytes: most memory that keys and values of one batch took.
         seed: seed of the last call, chosen here if the caller gave none.
+        asked: by step and batch size of the bucket: how many executions had a longest context of each length.
     """
 
     backend: str
@@ -73,10 +75,14 @@ class Report:
     overlap_s: float = 0.0
     kv_bytes: int = 0
     seed: int | None = None
+    asked: dict[tuple[str, int], dict[int, int]] = field(default_factory=dict, repr=False)
     _last: Bucket | None = field(default=None, repr=False)
 
-    def count_step(self, bucket: Bucket, lengths: list[int], seconds: float) -> None:
-        """Count one execution with these real row lengths and the time it took."""
+    def count_step(self, bucket: Bucket, lengths: list[int], seconds: float, context: int | None = None) -> None:
+        """Count one execution with these real row lengths, the time it took, and the longest `context` of its rows."""
+        asked = self.asked.setdefault((bucket.step, bucket.batch_size), {})
+        longest = max(lengths) if context is None else context
+        asked[longest] = asked.get(longest, 0) + 1
         count = self.buckets.setdefault(bucket, BucketCount())
         count.steps += 1
         count.rows += len(lengths)
@@ -148,7 +154,9 @@ class Report:
 
 
 def save_last_run(report: Report) -> None:
-    """Keep a report in place of the one before, and add it to the sums, if that can be written; never fails."""
+    """Keep a report in place of the one before, and add it to the sums, if it can and may be written; never fails."""
+    if not records_runs():
+        return
     run = {**report.to_json(), "ended": int(time.time())}
     with _alone():
         before: dict[str, Any] = {}

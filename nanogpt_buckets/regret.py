@@ -1,0 +1,80 @@
+"""Regret: what recorded runs cost, over what the best ladder of as many buckets would have cost them.
+
+Imports no torch. Knows nothing of terminals, nor of where records are.
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt_buckets.backends import backend_for
+from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.plan.bucket import Bucket
+from nanogpt_buckets.plan.planner import Planner
+from nanogpt_buckets.plan.traffic import Demand
+from nanogpt_buckets.run.traffic import calls_of
+
+
+@dataclass(frozen=True)
+class Regret:
+    """What recorded runs cost, over what the best ladder of as many buckets would have cost for the same lengths.
+
+    Args:
+        ratio: 1 if nothing was to be gained.
+        waste: which share of positions was padding, 0 to 1.
+        best: that ladder, by step and batch size.
+        command: what plans and builds it.
+    """
+
+    ratio: float
+    waste: float
+    best: dict[str, tuple[int, ...]]
+    command: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON; `saves` is the share of the cost that the command saves."""
+        best = {name: list(ladder) for name, ladder in self.best.items()}
+        saves = 1 - 1 / self.ratio
+        return {"ratio": self.ratio, "saves": saves, "waste": self.waste, "best": best, "command": self.command}
+
+
+def regret_of(record: Mapping[str, Any]) -> Regret:
+    """Return the regret of a model's recorded runs; a CacheError if the record makes no sense."""
+    calls = {f"{step} {B}": ((step, B), asked) for (step, B), asked in calls_of(record).items()}
+    arch, backend = (
+        Architecture.from_json(dict(record["architecture"])),
+        backend_for(record["backend"], record["target"]),
+    )
+    M = arch.block_size
+
+    @functools.cache
+    def cost(shape: str, length: int) -> float:
+        step, B = calls[shape][0]
+        return backend.call_ms(arch, record["dtype"], record["target"], Bucket(B, length, step))
+
+    ran: dict[str, dict[int, int]] = {}
+    for name, times in record["ran"].items():
+        step, B, length = name.split()
+        ran.setdefault(f"{step} {B}", {})[int(length)] = times
+    spent = sum(times * cost(shape, length) for shape, own in ran.items() for length, times in own.items())
+    given = sum(times * length for own in ran.values() for length, times in own.items())
+    asked = Demand({shape: weights for shape, (_, weights) in calls.items()})
+    real = sum(n * weight for weights in asked.weights.values() for n, weight in enumerate(weights))
+    count = sum(map(len, ran.values()))
+    planner = Planner(asked, cost, backend.rungs(M))
+    plans = [planned for planned in planner.plans(smooth=False) if planned.buckets <= max(count, len(calls))]
+    best = min(plans, key=lambda planned: planned.cost)
+    sizes = sorted({B for (_, B), _ in calls.values()})
+    batch = "" if sizes == [1] else f" --batch {','.join(map(str, sizes))}"
+    options = f"--model {shlex.quote(record['model'])}" + (
+        f" --dtype {record['dtype']}" if record["dtype"] != "float32" else ""
+    )
+    command = (
+        f"nanogpt-buckets plan --from-report {options}{batch} --max-buckets {count} --save plan.json && "
+        f"nanogpt-buckets build {options} --plan plan.json"
+    )
+    return Regret(max(1.0, spent / best.cost), 1 - real / given, dict(best.ladders), command)
