@@ -15,13 +15,10 @@ from typing import Any
 from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.errors import BucketsError, PlanError
 from nanogpt_buckets.plan.bucket import WAYS, Bucket, Plan
-from nanogpt_buckets.plan.planner import Ladders, Planned, Planner, percentiles, powers_of_two
+from nanogpt_buckets.plan.planner import WORTH, Ladders, Planned, Planner, knee, percentiles, powers_of_two
 from nanogpt_buckets.plan.traffic import Demand, Request, demand
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.store.entry import manifest_of
-
-# Without a limit a bucket is added while it saves so much of the cost.
-_WORTH = 0.02
 
 
 @dataclass(frozen=True)
@@ -215,9 +212,7 @@ def _within(sizes: Sequence[Size], limits: Limits) -> tuple[Size, str]:
             raise PlanError(f"no plan wastes {limits.max_waste:.1%} or less: the least is {least:.1%}")
         return (sizes[enough], "max-waste") if enough < allowed else (sizes[allowed - 1], bound)
     if all(most is None for _, most, _, _ in hard):
-        costs = [size.planned.cost for size in sizes]
-        knee = next((n for n in range(len(costs) - 1) if costs[n] - costs[n + 1] < _WORTH * costs[n]), len(costs) - 1)
-        return sizes[knee], f"a further bucket saves less than {_WORTH:.0%}"
+        return sizes[knee([size.planned for size in sizes])], f"a further bucket saves less than {WORTH:.0%}"
     return sizes[allowed - 1], bound
 
 

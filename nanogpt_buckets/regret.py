@@ -1,4 +1,4 @@
-"""Regret: what recorded runs cost, over what the best ladder of as many buckets would have cost them.
+"""Regret: what recorded runs cost, over what the ladder would have cost that `plan` proposes for just such runs.
 
 Imports no torch. Knows nothing of terminals, nor of where records are.
 """
@@ -14,17 +14,17 @@ from typing import Any
 from nanogpt_buckets.backends import backend_for
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.plan.planner import Planner
+from nanogpt_buckets.plan.planner import Planner, knee
 from nanogpt_buckets.plan.traffic import Demand
 from nanogpt_buckets.run.traffic import calls_of
 
 
 @dataclass(frozen=True)
 class Regret:
-    """What recorded runs cost, over what the best ladder of as many buckets would have cost for the same lengths.
+    """What recorded runs cost, over what the ladder would have cost that is proposed for the same lengths.
 
     Args:
-        ratio: 1 if nothing was to be gained.
+        ratio: 1 where nothing is to be gained; below, where more buckets than are proposed have run.
         waste: which share of positions was padding, 0 to 1.
         best: that ladder, by step and batch size.
         command: what plans and builds it.
@@ -64,17 +64,15 @@ def regret_of(record: Mapping[str, Any]) -> Regret:
     given = sum(times * length for own in ran.values() for length, times in own.items())
     asked = Demand({shape: weights for shape, (_, weights) in calls.items()})
     real = sum(n * weight for weights in asked.weights.values() for n, weight in enumerate(weights))
-    count = sum(map(len, ran.values()))
-    planner = Planner(asked, cost, backend.rungs(M))
-    plans = [planned for planned in planner.plans(smooth=False) if planned.buckets <= max(count, len(calls))]
-    best = min(plans, key=lambda planned: planned.cost)
+    plans = list(Planner(asked, cost, backend.rungs(M)).plans(smooth=False))
+    best = plans[knee(plans)]
     sizes = sorted({B for (_, B), _ in calls.values()})
     batch = "" if sizes == [1] else f" --batch {','.join(map(str, sizes))}"
     options = f"--model {shlex.quote(record['model'])}" + (
         f" --dtype {record['dtype']}" if record["dtype"] != "float32" else ""
     )
     command = (
-        f"nanogpt-buckets plan --from-report {options}{batch} --max-buckets {count} --save plan.json && "
+        f"nanogpt-buckets plan --from-report {options}{batch} --save plan.json && "
         f"nanogpt-buckets build {options} --plan plan.json"
     )
-    return Regret(max(1.0, spent / best.cost), 1 - real / given, dict(best.ladders), command)
+    return Regret(spent / best.cost, 1 - real / given, dict(best.ladders), command)

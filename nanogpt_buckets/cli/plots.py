@@ -61,9 +61,7 @@ def draw_report(record: Mapping[str, Any], regret: Regret, path: Path) -> None:
             for rung in rungs:
                 axes.axvline(rung, color=color, ls=style, lw=1)
         step, B = shape.split()
-        axes.set(
-            xlabel=f"{step}, {B} rows: longest context of a call; buckets that ran in black, the best ladder in red"
-        )
+        axes.set(xlabel=f"{step}, {B} rows: longest context of a call; black: what ran, red: what to build")
     _save(figure, path)
 
 

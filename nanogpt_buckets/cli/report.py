@@ -29,7 +29,7 @@ def report(plot: Path | None, prometheus: bool, as_json: bool) -> None:
     """Say what the last run on this machine did: buckets, padding, switches, speed; and what all runs did together.
 
     A run is one generate or score command, or one Engine from load to close. Regret is what all runs of the model cost,
-    over what the best ladder of as many buckets would have cost for the same lengths. Counts are kept, never text;
+    over what the ladder would have cost that `plan --from-report` proposes. Counts are kept, never text;
     NANOGPT_BUCKETS_RECORD=off keeps none.
 
     Example: nanogpt-buckets report
@@ -69,7 +69,12 @@ def _show(run: Mapping[str, Any], regret: Regret | None) -> None:
         ("steps", f"{run['steps']}, each with {1000 * run['overhead_s']:.2f} ms outside its bucket (sampling, text)"),
         ("real tokens", run["real_tokens"]),
         ("padded tokens", f"{run['padded_tokens']} ({100 * run['waste']:.0f} % waste)"),
-        ("regret", f"{regret.ratio:.2f} times the best ladder's cost, over all runs" if regret else "not recorded"),
+        (
+            "regret",
+            f"{regret.ratio:.2f} times what the ladder costs that plan would propose, over all runs"
+            if regret
+            else "not recorded",
+        ),
         ("switches", f"{run['switches']} (steps in another bucket than the step before)"),
         ("crops", f"{run['crops']} (contexts cut to block_size)"),
         ("promotions", f"{run['promotions']} (calls that ran longer buckets, for want of the right one)"),

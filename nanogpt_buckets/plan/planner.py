@@ -16,12 +16,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nanogpt_buckets.plan.traffic import Demand, smoothed
 
 # What a row of some length costs in a step, at exactly that length: ms.
 Cost = Callable[[str, int], float]
 Ladders = Mapping[str, tuple[int, ...]]
+# Without a limit a rung is added while it saves so much of the cost.
+WORTH = 0.02
 # More rungs than these save next to nothing.
 MOST_RUNGS = 24
 
@@ -143,6 +146,12 @@ class Planner:
             if not left or sum(at.values()) + len(at) >= MOST_RUNGS:
                 return
             at[max(left, key=lambda step: prices[step][at[step]] - prices[step][at[step] + 1])] += 1
+
+
+def knee(plans: Sequence[Planned]) -> int:
+    """Return the index of the first plan to which one more rung adds less than it is worth."""
+    saved = ((a.cost - b.cost) / a.cost for a, b in pairwise(plans))
+    return next((n for n, share in enumerate(saved) if share < WORTH), len(plans) - 1)
 
 
 def powers_of_two(block_size: int, rungs: int) -> tuple[int, ...]:
