@@ -6,6 +6,7 @@ buckets that are built already say, or as is usual where none is. Imports no tor
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -227,10 +228,10 @@ class _History:
     @classmethod
     def of(cls, choice: Choice) -> _History:
         backend, found = choice.compiler, dict[str, list[tuple[float, float]]]()
-        try:
-            manifests = [m for m in map(manifest_of, choice.store.family(choice.family)) if m is not None]
-        except BucketsError:  # nothing can be looked up where nothing could be built
-            manifests = []
+        manifests = []
+        if not backend.inlines_weights:  # else the family is named by weights, which no plan should fetch
+            with contextlib.suppress(BucketsError):  # nothing can be looked up where nothing could be built
+                manifests = [m for m in map(manifest_of, choice.store.family(choice.family)) if m is not None]
         for manifest in manifests:
             seconds = manifest.stats.get("compile_ms", 1000 * backend.compile_s) / 1000
             found.setdefault(manifest.bucket.step if manifest.bucket else "", []).append((seconds, manifest.size))

@@ -71,6 +71,7 @@ def regret_of(record: Mapping[str, Any]) -> Regret:
     options = f"--model {shlex.quote(record['model'])}" + (
         f" --dtype {record['dtype']}" if record["dtype"] != "float32" else ""
     )
+    options += "" if record["target"] is None else f" --target {record['target']}"
     command = (
         f"nanogpt-buckets plan --from-report {options}{batch} --save plan.json && "
         f"nanogpt-buckets build {options} --plan plan.json"

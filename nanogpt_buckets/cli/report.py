@@ -91,7 +91,8 @@ def _show(run: Mapping[str, Any], regret: Regret | None) -> None:
             f"{r['real_tokens'] / r['rows']:.0f} of {r['positions'] // r['batch_size']}",
             r["real_tokens"],
             r["steps"] * r["positions"] - r["real_tokens"],
-            f"{1000 * r['seconds'] / r['steps']:.2f} ms",
+            f"{r['p50_ms']:.2f} ms",
+            f"{r['p95_ms']:.2f} ms",
         )
         for r in run["buckets"]
     ]
@@ -102,7 +103,7 @@ def _show(run: Mapping[str, Any], regret: Regret | None) -> None:
         f"{every['compiled']} compiled, not loaded: {_counts(every['misses']) or 'none'}; "
         f"{every['saved_s']:.0f} s of compiling saved"
     )
-    output.table(("BUCKET", "STEPS", "TOKENS PER ROW", "REAL TOKENS", "PADDED TOKENS", "TIME PER STEP"), rows)
+    output.table(("BUCKET", "STEPS", "TOKENS PER ROW", "REAL TOKENS", "PADDED TOKENS", "P50", "P95"), rows)
     if regret is not None and regret.ratio >= _WORTH_A_WORD:
         output.say(f"hint: {1 - 1 / regret.ratio:.0%} of the cost would be saved by: {regret.command}")
 

@@ -107,7 +107,7 @@ class Kind:
 
 
 FAILURES = Kind("failures", 1)
-LAST_RUN = Kind("", 3)
+LAST_RUN = Kind("", 4)
 MARKS = Kind("canary", 1)
 MARK_HEAD = 32  # how much of the weights' digest a mark's name begins with
 REVOKED = Kind("revoked", 1)

@@ -26,16 +26,31 @@ _NAME = "last-run"
 _SUMMED = ("hits", "compiled", "saved_s", "new_tokens", "scored_tokens", "seconds")
 _COUNTED = ("tiers", "misses")
 _PATIENCE_S = 2.0
+# Of a doubling, by which times are told apart.
+_PARTS = 12
 
 
 @dataclass
 class BucketCount:
-    """How often one bucket ran, the real rows and tokens in it, and the time inside it, its input checks included."""
+    """How often one bucket ran, the real rows and tokens in it, and the time inside it, its input checks included.
+
+    `times` are how many executions took how long, in twelfths of a doubling of a microsecond: 6 % apart.
+    """
 
     steps: int = 0
     rows: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    times: dict[int, int] = field(default_factory=dict, repr=False)
+
+    def percentile_ms(self, share: float) -> float:
+        """Return within how many ms that share of executions ended, 0 to 1."""
+        wanted = share * self.steps
+        for twelfths, count in sorted(self.times.items()):
+            wanted -= count
+            if wanted <= 0:
+                return 2 ** (twelfths / _PARTS) / 1000
+        return 0.0
 
 
 @dataclass
@@ -88,6 +103,8 @@ class Report:
         count.rows += len(lengths)
         count.tokens += sum(lengths)
         count.seconds += seconds
+        took = round(_PARTS * math.log2(max(seconds * 1e6, 1)))
+        count.times[took] = count.times.get(took, 0) + 1
         self.switches += self._last not in (None, bucket)
         self._last = bucket
 
@@ -145,6 +162,7 @@ class Report:
         rows = [
             {**bucket.to_json(), "positions": step_named(bucket.step).positions(bucket), "steps": c.steps}
             | {"rows": c.rows, "real_tokens": c.tokens, "seconds": c.seconds}
+            | {"p50_ms": c.percentile_ms(0.5), "p95_ms": c.percentile_ms(0.95)}
             for bucket, c in sorted(self.buckets.items())
         ]
         names = ["backend", "model", "hits", "tiers", "misses", "saved_s", "compiled", "new_tokens", "scored_tokens"]

@@ -94,6 +94,12 @@ def test_device_memory_bounds_plans_whose_buckets_hold_weights(run):
     assert any("nothing here was measured" in line for line in found["assumptions"])
 
 
+def test_planning_fetches_no_weights(run, monkeypatch):
+    monkeypatch.setattr("nanogpt_buckets.model.checkpoint.Model.weights", None)
+    for target in ((), ("--target", "trn1")):
+        assert planned(run, *CHAT, "--strategy", "recompute", *target)["buckets"]
+
+
 def test_requests_of_a_file(run, place):
     (place / "r.jsonl").write_text(
         '{"prompt": "ROMEO:", "generated_tokens": 3}\n{"prompt_tokens": 300, "generated_tokens": 2}\n'

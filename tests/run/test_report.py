@@ -65,6 +65,19 @@ def test_json_holds_every_bucket_and_is_plain():
             "rows": 1,
             "real_tokens": 4,
             "seconds": 0.25,
+            "p50_ms": pytest.approx(250, rel=0.06),
+            "p95_ms": pytest.approx(250, rel=0.06),
         }
     ]
     assert document["seed"] == 7
+
+
+def test_times_are_told_by_percentiles():
+    report = Report("eager", "demo")
+    for ms in [*range(1, 96), *[1000] * 5]:
+        report.count_step(Bucket(1, 4), [4], ms / 1000)
+
+    (row,) = report.to_json()["buckets"]
+    assert row["p50_ms"] == pytest.approx(50, rel=0.06)
+    assert row["p95_ms"] == pytest.approx(95, rel=0.06)
+    assert report.buckets[Bucket(1, 4)].percentile_ms(1) == pytest.approx(1000, rel=0.06)

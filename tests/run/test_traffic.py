@@ -131,3 +131,5 @@ def test_regret_says_what_another_ladder_would_have_saved(demo):
     assert found.ratio == pytest.approx(spent / least)
     assert found.to_json()["saves"] == pytest.approx(1 - least / spent)
     assert "plan --from-report --model demo --save plan.json" in found.command
+    elsewhere = regret_of(traffic_of(demo) | {"dtype": "bfloat16", "target": "x86-64-v3"})
+    assert "build --model demo --dtype bfloat16 --target x86-64-v3 --plan plan.json" in elsewhere.command
