@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanogpt_buckets.choice import Choice
+from nanogpt_buckets.costs import costs_of
 from nanogpt_buckets.errors import BucketsError, PlanError
 from nanogpt_buckets.plan.bucket import WAYS, Bucket, Plan
 from nanogpt_buckets.plan.planner import WORTH, Ladders, Planned, Planner, knee, percentiles, powers_of_two
@@ -140,12 +141,12 @@ def propose(
     Raises:
         PlanError: not even the smallest plan is within the limits, or none has so little waste.
     """
-    arch, backend = choice.model.architecture, choice.compiler
+    arch, backend, costs = choice.model.architecture, choice.compiler, costs_of(choice)
     way, sizes_of_batch = choice.strategy(strategy), sorted(set(batch))
 
     @functools.cache
     def cost(step: str, length: int) -> float:
-        return backend.call_ms(arch, choice.dtype, choice.target, Bucket(1, length, step))
+        return costs(Bucket(1, length, step))
 
     lengths = backend.rungs(arch.block_size)
     planner = Planner(asked, cost, lengths)
@@ -172,7 +173,7 @@ def propose(
         fitted = [p for p in Planner(halves[0], cost, lengths).plans() if p.buckets <= chosen.planned.buckets]
         if fitted and set(halves[1].weights) <= set(fitted[-1].ladders):
             held_out = Planner(halves[1], cost, lengths).of(fitted[-1].ladders).ratio
-    assumptions = [*backend.assumptions(choice.dtype, choice.target), history.said]
+    assumptions = [*costs.said, history.said]
     return Proposal(chosen, bound, _baselines(planner, chosen.planned), held_out, sizes, break_even, asked, assumptions)
 
 
@@ -273,7 +274,7 @@ def explain(choice: Choice, buckets: Sequence[Bucket], length: int, rows: int) -
     """
     from nanogpt_buckets.run.dispatch import cheapest, group
 
-    arch, backend = choice.model.architecture, choice.compiler
+    arch, costs = choice.model.architecture, costs_of(choice)
     length = min(length, arch.block_size)
     for step in sorted({bucket.step for bucket in buckets}):
         mine = [bucket for bucket in buckets if bucket.step == step]
@@ -282,6 +283,6 @@ def explain(choice: Choice, buckets: Sequence[Bucket], length: int, rows: int) -
         calls = [(bucket, len(members)) for bucket, members in group([length] * rows, mine, choice.cost)]
         others = [bucket for bucket in mine if bucket not in {bucket for bucket, _ in calls}]
         second = cheapest(others, min(rows, max((b.batch_size for b in others), default=1)), length, choice.cost)
-        cost = {b: backend.call_ms(arch, choice.dtype, choice.target, b) for b in mine}
+        cost = {bucket: costs(bucket) for bucket in mine}
         padded = sum(bucket.batch_size * bucket.seq_len for bucket, _ in calls) - rows * length
         yield Explained(step, calls, padded, sum(cost[b] for b, _ in calls), second, cost[second] if second else None)

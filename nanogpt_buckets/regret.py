@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanogpt_buckets.backends import backend_for
+from nanogpt_buckets.costs import costs_for
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.plan.planner import Planner, knee
@@ -45,16 +46,14 @@ class Regret:
 def regret_of(record: Mapping[str, Any]) -> Regret:
     """Return the regret of a model's recorded runs; a CacheError if the record makes no sense."""
     calls = {f"{step} {B}": ((step, B), asked) for (step, B), asked in calls_of(record).items()}
-    arch, backend = (
-        Architecture.from_json(dict(record["architecture"])),
-        backend_for(record["backend"], record["target"]),
-    )
-    M = arch.block_size
+    arch = Architecture.from_json(dict(record["architecture"]))
+    M, backend = arch.block_size, backend_for(record["backend"], record["target"])
+    costs = costs_for(backend, arch, record["dtype"], record["target"])
 
     @functools.cache
     def cost(shape: str, length: int) -> float:
         step, B = calls[shape][0]
-        return backend.call_ms(arch, record["dtype"], record["target"], Bucket(B, length, step))
+        return costs(Bucket(B, length, step))
 
     ran: dict[str, dict[int, int]] = {}
     for name, times in record["ran"].items():

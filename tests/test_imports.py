@@ -14,7 +14,7 @@ ROOT = Path(nanogpt_buckets.__file__).parent
 # A module may import from its own place and from those before it. key.py imports nothing, and model/ hashes with it.
 ORDER = [
     "errors", "values", "findings", "versions", "mounts", "files", "owners", "settings", "node", "child", "key",
-    "contract", "model", "plan", "steps", "backends", "store", "choice", "selection", "built", "builder",
+    "contract", "model", "plan", "steps", "backends", "store", "choice", "costs", "selection", "built", "builder",
     "run", "planning", "regret", "measure", "doctor", "cli", "__main__",
 ]  # fmt: skip
 NO_TORCH = (
@@ -35,6 +35,7 @@ NO_TORCH = (
     "doctor",
     "cli",
     "choice",
+    "costs",
     "selection",
     "planning",
     "regret",

@@ -17,6 +17,7 @@ from nanogpt_buckets.cli.options import (
     plan_options,
     read_plan,
 )
+from nanogpt_buckets.costs import save_costs
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.plan.bucket import Plan
@@ -40,14 +41,19 @@ _RESTLESS = 3
     is_flag=True,
     help="For a Neuron --target: what calls should take there, from published numbers. Nothing is built or run.",
 )
+@click.option("--save", is_flag=True, help="Keep the times on this machine: plan then goes by them.")
 @output_options
-def bench(wanted: PlanOptions, model: str, options: Options, runs: int, predict: bool, as_json: bool) -> None:
+def bench(
+    wanted: PlanOptions, model: str, options: Options, runs: int, predict: bool, save: bool, as_json: bool
+) -> None:
     """Time each built bucket and compare it with the eager model: speed-up and difference of what they return.
 
     Without --seq or --plan: what is built of the model's default plan. Compiled and eager steps take turns; figures are
     medians, with the smallest and largest in brackets. LOAD is reading, verifying and opening the library, its weights
     at hand. TOKENS/S counts steps alone, tokens chosen or scored. Differences are of logits, or log-probabilities,
     absolute; what a bucket must keep to is relative: 2e-5 of the largest in float32. Exit 3 if a bucket is not built.
+
+    With --save: plan, report and plan --explain go by these times, where three buckets of a step or more were timed.
 
     With --predict: for a Neuron target, bytes moved and arithmetic of each call, and the time these take at the least.
 
@@ -74,6 +80,10 @@ def bench(wanted: PlanOptions, model: str, options: Options, runs: int, predict:
     weights = choice.model.weights(choice.dtype).tensors
     with output.progress("measuring", runs * len(built)) as advance:
         figures = [measure(selection, b, weights, runs=runs, on_run=advance) for b in built]
+    if save:
+        costs = save_costs(choice, [(figure.bucket, figure.step_ms.median) for figure in figures])
+        for line in costs.said[:1]:
+            output.say(f"kept; {line}")
     if as_json:
         names = {"model": choice.model.name, "backend": choice.backend_name, "dtype": choice.dtype, "runs": runs}
         output.document(names | {"buckets": [figure.to_json() for figure in figures]})

@@ -12,6 +12,7 @@ import click
 from nanogpt_buckets.choice import Choice, Options, choose, default_plan
 from nanogpt_buckets.cli import output
 from nanogpt_buckets.cli.options import LimitOptions, WholeNumbers, limit_options, model_options, output_options
+from nanogpt_buckets.costs import costs_of
 from nanogpt_buckets.errors import BucketsError, UsageError
 from nanogpt_buckets.files import replacing
 from nanogpt_buckets.plan.bucket import STRATEGIES, Plan
@@ -197,5 +198,5 @@ def _explain(choice: Choice, strategy: str, length: int, rows: int, as_json: boo
         cells.append((each.step, where, each.padded_tokens, f"{each.cost:.2f} ms", second))
     output.table(("STEP", "ROWS IN BUCKETS", "PADDED TOKENS", "COST", "NEXT BEST"), cells)
     output.say("of the saved plan" if saved else "nothing is planned yet: of the ladder that build would take")
-    for line in choice.compiler.assumptions(choice.dtype, choice.target):
+    for line in costs_of(choice).said:
         output.say(line)

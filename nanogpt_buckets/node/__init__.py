@@ -10,6 +10,7 @@ Its only layout:
     failures/<key>.json              what failed to compile within the last hour (failures.py)
     revoked/<name>.json              that a manifest or a signer's key counts for nothing (store/signers.py)
     libraries/<sha256>.so            private copies of libraries, where there are no sealed anonymous files
+    costs/<sha256>.json              what calls of a model's buckets take here (costs.py)
     traffic/<sha256>.json            what runs asked of a model (run/traffic.py)
     traffic/.lock                    held while that is written
     last-run.json                    counters of the last run, and of all (run/report.py)

@@ -11,7 +11,7 @@ from pathlib import Path
 from nanogpt_buckets import node
 from nanogpt_buckets.files import Doomed, doom
 from nanogpt_buckets.node import crumbs, failures, sources
-from nanogpt_buckets.node.records import FAILURES, MARK_HEAD, MARKS, SOURCES, TRAFFIC, VERIFIED
+from nanogpt_buckets.node.records import COSTS, FAILURES, MARK_HEAD, MARKS, SOURCES, TRAFFIC, VERIFIED
 
 LIBRARIES = "libraries"
 
@@ -44,7 +44,7 @@ def _useless() -> Iterator[tuple[Path, str]]:
         yield path, "a load of long ago"
     for name in (
         "",
-        *(kind.folder for kind in (SOURCES, VERIFIED, MARKS, FAILURES, TRAFFIC)),
+        *(kind.folder for kind in (SOURCES, VERIFIED, MARKS, FAILURES, TRAFFIC, COSTS)),
         sources.WEIGHTS,
         LIBRARIES,
     ):

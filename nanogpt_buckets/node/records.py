@@ -106,6 +106,7 @@ class Kind:
         return {"format": self.format, "sha256": hashlib.sha256(text.encode("ascii")).hexdigest(), "record": record}
 
 
+COSTS = Kind("costs", 1)
 FAILURES = Kind("failures", 1)
 LAST_RUN = Kind("", 4)
 MARKS = Kind("canary", 1)

@@ -23,7 +23,7 @@ from nanogpt_buckets import key as keys
 from nanogpt_buckets import node
 from nanogpt_buckets.errors import BucketsError, IncompatibleEntry
 from nanogpt_buckets.node import prune as node_prune
-from nanogpt_buckets.node.records import FAILURES, LAST_RUN, MARKS, SOURCES, TRAFFIC, VERIFIED, Kind
+from nanogpt_buckets.node.records import COSTS, FAILURES, LAST_RUN, MARKS, SOURCES, TRAFFIC, VERIFIED, Kind
 from nanogpt_buckets.store import lockfile, manifest
 from nanogpt_buckets.store.entry import Miss, Status, Verified
 from nanogpt_buckets.store.lockfile import read_lock, write_lock
@@ -35,7 +35,7 @@ from nanogpt_buckets.store.verify import verify
 
 MINE, OTHER, LATER, THEIRS = build("mine"), build("other", 16), build("later", 32), build("theirs")
 KINDS = {"failures": FAILURES, "last run": LAST_RUN, "checks": MARKS, "sources": SOURCES, "verified": VERIFIED}
-KINDS["traffic"] = TRAFFIC
+KINDS |= {"traffic": TRAFFIC, "costs": COSTS}
 Change = Callable[[dict[str, Any]], object]
 # How a newer release's file differs.
 NEWER: dict[str, Change] = {

@@ -22,7 +22,7 @@ from nanogpt_buckets.errors import (
 from nanogpt_buckets.files import remove
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.node import failures, prune, records, sources
-from nanogpt_buckets.node.records import FAILURES, LAST_RUN, MARKS, REVOKED, SOURCES, TRAFFIC, VERIFIED, Kind
+from nanogpt_buckets.node.records import COSTS, FAILURES, LAST_RUN, MARKS, REVOKED, SOURCES, TRAFFIC, VERIFIED, Kind
 from nanogpt_buckets.run.report import load_last_run, save_last_run
 from nanogpt_buckets.steps import gate
 
@@ -164,8 +164,8 @@ KINDS = [value for value in vars(records).values() if isinstance(value, Kind)]
 
 def test_each_kind_has_a_folder_of_its_own_and_is_of_the_format_that_its_content_had(root):
     """Whoever changes what is in a record raises its format: an older release must not read it, nor this an older."""
-    assert KINDS == [FAILURES, LAST_RUN, MARKS, REVOKED, SOURCES, TRAFFIC, VERIFIED]
-    assert len({kind.folder for kind in KINDS}) == 7
+    assert KINDS == [COSTS, FAILURES, LAST_RUN, MARKS, REVOKED, SOURCES, TRAFFIC, VERIFIED]
+    assert len({kind.folder for kind in KINDS}) == 8
     report = """backend buckets compiled crops hits kv_bytes misses model new_tokens overhead_s padded_tokens promotions
         real_tokens saved_s scored_tokens seconds seed steps switches tiers tokens_per_s waste"""
     arch = """n_layer n_head n_embd n_inner block_size vocab_size bias activation layer_norm_epsilon tied

@@ -1,0 +1,123 @@
+"""What calls of buckets cost on this machine: as `bench --save` measured them, else as a backend assumes.
+
+Of each step three buckets or more are measured; others follow from the backend's own estimate, scaled and shifted to go
+through those, since what a machine reaches of its peak depends on the machine and hardly on the length. Kept in this
+node's directory, for one architecture, backend, dtype and target each. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt_buckets import key
+from nanogpt_buckets.backends.base import Backend
+from nanogpt_buckets.choice import Choice
+from nanogpt_buckets.errors import BucketsError
+from nanogpt_buckets.model.architecture import Architecture
+from nanogpt_buckets.node.records import COSTS
+from nanogpt_buckets.plan.bucket import Bucket
+
+# A line needs two points, and one more to be worth anything.
+_LEAST = 3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of calls, in ms; `lines` are (shift, scale) of the backend's estimate, by step."""
+
+    backend: Backend
+    architecture: Architecture
+    dtype: str
+    target: str | None
+    measured: dict[Bucket, float]
+    lines: dict[str, tuple[float, float]]
+
+    def __call__(self, bucket: Bucket) -> float:
+        """Return what a call of a bucket takes, in ms."""
+        if bucket in self.measured:
+            return self.measured[bucket]
+        shift, scale = self.lines.get(bucket.step, (0.0, 1.0))
+        return shift + scale * self._assumed(bucket)
+
+    @property
+    def said(self) -> list[str]:
+        """What costs rest on, a line each."""
+        if not self.lines:
+            return self.backend.assumptions(self.dtype, self.target)
+        steps = ", ".join(sorted(self.lines))
+        count = sum(bucket.step in self.lines for bucket in self.measured)
+        said = (
+            f"calls of {steps}: {count} buckets as bench --save measured them here, others along a line through these"
+        )
+        rest = self.backend.assumptions(self.dtype, self.target)
+        return [said, *(f"of other steps: {line}" for line in rest)]
+
+    def _assumed(self, bucket: Bucket) -> float:
+        return self.backend.call_ms(self.architecture, self.dtype, self.target, bucket)
+
+    def fitted(self) -> Costs:
+        """Return the same with lines through what was measured of each step."""
+        lines = {}
+        for step in {bucket.step for bucket in self.measured}:
+            points = [(self._assumed(b), ms) for b, ms in self.measured.items() if b.step == step]
+            if len(points) >= _LEAST:
+                lines[step] = _line(points)
+        measured = {bucket: ms for bucket, ms in self.measured.items() if bucket.step in lines}
+        return Costs(self.backend, self.architecture, self.dtype, self.target, measured, lines)
+
+
+def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return shift and scale, neither negative, of the least squared relative error."""
+    weights = [1 / y**2 for _, y in points]
+    total = sum(weights)
+    x_mean = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
+    y_mean = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
+    spread = sum(w * (x - x_mean) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+    along = sum(w * (x - x_mean) * (y - y_mean) for w, (x, y) in zip(weights, points, strict=True))
+    scale = along / spread if spread else 0.0
+    if scale <= 0:
+        return y_mean, 0.0
+    if (shift := y_mean - scale * x_mean) >= 0:
+        return shift, scale
+    through = sum(w * x * y for w, (x, y) in zip(weights, points, strict=True))
+    return 0.0, through / sum(w * x * x for w, (x, _) in zip(weights, points, strict=True))
+
+
+def costs_for(backend: Backend, architecture: Architecture, dtype: str, target: str | None) -> Costs:
+    """Return costs as far as they were measured on this node, and nothing was wrong with what was kept of that."""
+    measured: dict[Bucket, float] = {}
+    try:
+        found = COSTS.find(_name(backend, architecture, dtype, target)) or {"calls": []}
+        for step, batch_size, seq_len, ms in found["calls"]:
+            if 0 < ms < float("inf"):
+                measured[Bucket(batch_size, seq_len, step)] = float(ms)
+    except (BucketsError, ValueError, TypeError, KeyError):
+        measured = {}
+    return Costs(backend, architecture, dtype, target, measured, {}).fitted()
+
+
+def costs_of(choice: Choice) -> Costs:
+    """Return costs of a choice's buckets; see `costs_for`."""
+    return costs_for(choice.compiler, choice.model.architecture, choice.dtype, choice.target)
+
+
+def save_costs(choice: Choice, measured: Iterable[tuple[Bucket, float]]) -> Costs:
+    """Keep what was measured, in ms, beside what was before, and return the costs that follow.
+
+    Raises:
+        CacheError: it cannot be written.
+    """
+    backend, arch = choice.compiler, choice.model.architecture
+    name = _name(backend, arch, choice.dtype, choice.target)
+    before = COSTS.find(name) or {"calls": []}
+    calls: dict[tuple[Any, ...], float] = {tuple(shape): ms for *shape, ms in before["calls"]}
+    calls |= {(bucket.step, bucket.batch_size, bucket.seq_len): ms for bucket, ms in measured}
+    COSTS.write(name, {"calls": [[*shape, ms] for shape, ms in sorted(calls.items())]})
+    return costs_of(choice)
+
+
+def _name(backend: Backend, architecture: Architecture, dtype: str, target: str | None) -> str:
+    of = {"architecture": architecture.to_json(), "backend": backend.name, "dtype": dtype, "target": target}
+    return key.digest({**of, "inlines_weights": backend.inlines_weights})
