@@ -7,7 +7,7 @@ node's directory, for one architecture, backend, dtype and target each. Imports 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,17 @@ def costs_for(backend: Backend, architecture: Architecture, dtype: str, target: 
 def costs_of(choice: Choice) -> Costs:
     """Return costs of a choice's buckets; see `costs_for`."""
     return costs_for(choice.compiler, choice.model.architecture, choice.dtype, choice.target)
+
+
+def dispatch_cost(choice: Choice) -> Callable[[Bucket], float]:
+    """Return what steps go to the cheapest bucket by: what was measured of a step, else its arithmetic and reading.
+
+    Only costs of one step are ever compared.
+    """
+    if choice.backend is None:
+        return choice.cost
+    costs = costs_of(choice)
+    return lambda bucket: costs(bucket) if bucket.step in costs.lines else choice.cost(bucket)
 
 
 def save_costs(choice: Choice, measured: Iterable[tuple[Bucket, float]]) -> Costs:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanogpt_buckets.choice import Choice
-from nanogpt_buckets.costs import costs_of
+from nanogpt_buckets.costs import costs_of, dispatch_cost
 from nanogpt_buckets.errors import BucketsError, PlanError
 from nanogpt_buckets.plan.bucket import WAYS, Bucket, Plan
 from nanogpt_buckets.plan.planner import WORTH, Ladders, Planned, Planner, knee, percentiles, powers_of_two
@@ -274,15 +274,15 @@ def explain(choice: Choice, buckets: Sequence[Bucket], length: int, rows: int) -
     """
     from nanogpt_buckets.run.dispatch import cheapest, group
 
-    arch, costs = choice.model.architecture, costs_of(choice)
+    arch, costs, by = choice.model.architecture, costs_of(choice), dispatch_cost(choice)
     length = min(length, arch.block_size)
     for step in sorted({bucket.step for bucket in buckets}):
         mine = [bucket for bucket in buckets if bucket.step == step]
         if max(bucket.seq_len for bucket in mine) < length:
             raise PlanError(f"no {step} bucket holds {length} tokens", hint=choice.build_command())
-        calls = [(bucket, len(members)) for bucket, members in group([length] * rows, mine, choice.cost)]
+        calls = [(bucket, len(members)) for bucket, members in group([length] * rows, mine, by)]
         others = [bucket for bucket in mine if bucket not in {bucket for bucket, _ in calls}]
-        second = cheapest(others, min(rows, max((b.batch_size for b in others), default=1)), length, choice.cost)
+        second = cheapest(others, min(rows, max((b.batch_size for b in others), default=1)), length, by)
         cost = {bucket: costs(bucket) for bucket in mine}
         padded = sum(bucket.batch_size * bucket.seq_len for bucket, _ in calls) - rows * length
         yield Explained(step, calls, padded, sum(cost[b] for b, _ in calls), second, cost[second] if second else None)

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from nanogpt_buckets import Bucket, node
+from nanogpt_buckets import Bucket, Engine, node
 from nanogpt_buckets.choice import choose
 from nanogpt_buckets.costs import costs_of, save_costs
 from nanogpt_buckets.plan.traffic import demand, workload
-from nanogpt_buckets.planning import Limits, propose
+from nanogpt_buckets.planning import Limits, explain, propose
 
 LENGTHS = (32, 64, 128, 256)
 
@@ -96,3 +96,18 @@ def test_bench_keeps_its_times(demo_cache, capfd):
     assert {(row["bucket"]["step"], row["bucket"]["seq_len"]): row["step_ms"]["median"] for row in rows} == {
         (step, n): ms for step, _, n, ms in kept
     }
+
+
+def test_steps_go_where_it_was_measured_to_be_cheapest_and_the_text_is_the_same(odd_cache, odd_folder):
+    """Three short rows, in one wide bucket or each alone."""
+    options = {"cache_dir": odd_cache, "cached_only": True, "strategy": "recompute"}
+    shapes, texts = [Bucket(1, 16), Bucket(1, 33), Bucket(1, 100), Bucket(3, 33)], []
+    for times, ran in (([5.0, 6.0, 9.0, 6.0], Bucket(3, 33)), ([1.0, 2.0, 9.0, 60.0], Bucket(1, 16))):
+        save_costs(choose(odd_folder, cache_dir=odd_cache), zip(shapes, times, strict=True))
+        with Engine.load(odd_folder, **options) as engine:
+            made = engine.generate([[1, 2], [3, 4, 5], [6]], max_new_tokens=3, seed=1)
+            assert set(engine.report().buckets) == {ran}
+        texts.append([each.token_ids for each in made])
+        (calls,) = [e for e in explain(choose(odd_folder, cache_dir=odd_cache), shapes, 3, 3) if e.step == "recompute"]
+        assert {bucket for bucket, _ in calls.calls} == {ran}
+    assert texts[0] == texts[1]

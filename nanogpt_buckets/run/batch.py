@@ -140,7 +140,7 @@ class Batch(Generic[C]):
                 self._prompts[slot] = self._prompts[self._slots[row]]
                 self._slots[row] = slot
 
-    def _cost(self, rows: Sequence[C], slots: Sequence[int]) -> int:
+    def _cost(self, rows: Sequence[C], slots: Sequence[int]) -> float:
         """Return what a step of rows costs in these slots."""
         decode, cost = of_step(self._buckets, "decode"), self._dispatcher.cost
         return sum(cost(bucket) for bucket, _ in group([len(row.ids) for row in rows], decode, cost, slots))

@@ -24,7 +24,7 @@ from nanogpt_buckets.run.kvcache import KVCache, most_rows
 from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.steps import step_named
 
-Cost = Callable[[Bucket], int]
+Cost = Callable[[Bucket], float]
 RECOMPUTE, KV, CHUNK, SCORE = "recompute", "kv", "chunk", "score"
 # How long a row is at its first step and at its last.
 Span = tuple[int, int]

@@ -45,7 +45,7 @@ class Loop:
         self._n_vocab = n_vocab
         cores = 1 if choice.backend is None else choice.backend.cores
         arch = choice.model.architecture
-        self._dispatcher = Dispatcher(buckets.executable, choice.cost, arch, choice.dtype, report, cores)
+        self._dispatcher = Dispatcher(buckets.executable, buckets.cost, arch, choice.dtype, report, cores)
         self.lock = threading.RLock()
         self.closed = False
 

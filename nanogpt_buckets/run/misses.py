@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from nanogpt_buckets.builder import Listener, build_missing
 from nanogpt_buckets.choice import default_plan, remember_plan
 from nanogpt_buckets.contract import Executable
+from nanogpt_buckets.costs import dispatch_cost
 from nanogpt_buckets.errors import (
     BackendUnavailable,
     BucketsError,
@@ -65,6 +66,7 @@ class Buckets:
                 raise UsageError(f"{name} {shown(value)} is unknown", hint=f"choices: {', '.join(choices)}")
         self._strategy = strategy
         self._choice = loader.choice
+        self.cost = dispatch_cost(loader.choice)
         self._block_size = loader.choice.model.architecture.block_size
         self._report = report
         self._loader = loader
@@ -113,7 +115,7 @@ class Buckets:
             CompileFailed: it had to be compiled and could not be.
         """
         self._loader.forgive()
-        cost, block_size, most = self._choice.cost, self._block_size, len(spans) if together else 1
+        cost, block_size, most = self.cost, self._block_size, len(spans) if together else 1
         needs = {way: needed(spans, block_size, way) for way in ways or self._ways()}
 
         def call(way: str) -> _Call:
