@@ -269,8 +269,7 @@ class Explained:
 def explain(choice: Choice, buckets: Sequence[Bucket], length: int, rows: int) -> Iterator[Explained]:
     """Say for each step that the buckets have where rows of a length would run, and which bucket comes next.
 
-    Raises:
-        PlanError: no bucket of a step holds so many tokens.
+    Of a step that has no bucket so long there are no calls.
     """
     from nanogpt_buckets.run.dispatch import cheapest, group
 
@@ -279,7 +278,8 @@ def explain(choice: Choice, buckets: Sequence[Bucket], length: int, rows: int) -
     for step in sorted({bucket.step for bucket in buckets}):
         mine = [bucket for bucket in buckets if bucket.step == step]
         if max(bucket.seq_len for bucket in mine) < length:
-            raise PlanError(f"no {step} bucket holds {length} tokens", hint=choice.build_command())
+            yield Explained(step, [], 0, 0.0, None, None)
+            continue
         calls = [(bucket, len(members)) for bucket, members in group([length] * rows, mine, by)]
         others = [bucket for bucket in mine if bucket not in {bucket for bucket, _ in calls}]
         second = cheapest(others, min(rows, max((b.batch_size for b in others), default=1)), length, by)

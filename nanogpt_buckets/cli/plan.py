@@ -195,7 +195,10 @@ def _explain(choice: Choice, strategy: str, length: int, rows: int, as_json: boo
         if each.runner_up is not None and each.runner_up_cost is not None:
             second = f"{each.runner_up}, {each.runner_up_cost / each.cost:.2f} times that"
         where = ", ".join(f"{count} in {bucket}" for bucket, count in each.calls)
-        cells.append((each.step, where, each.padded_tokens, f"{each.cost:.2f} ms", second))
+        if each.calls:
+            cells.append((each.step, where, each.padded_tokens, f"{each.cost:.2f} ms", second))
+        else:
+            output.say(f"no {each.step} bucket holds {min(length, M)} tokens: {choice.build_command()} --seq {M}")
     output.table(("STEP", "ROWS IN BUCKETS", "PADDED TOKENS", "COST", "NEXT BEST"), cells)
     output.say("of the saved plan" if saved else "nothing is planned yet: of the ladder that build would take")
     for line in costs_of(choice).said:

@@ -140,6 +140,15 @@ def test_a_step_is_explained(run):
     assert "nothing is planned yet" in err
 
 
+def test_a_step_that_no_bucket_holds_is_said_to_have_none(run, cache):
+    code, out, err = run("plan", "--model", "demo", "--explain", "129")
+    assert code == 0, err
+    assert "no recompute bucket holds 129 tokens: nanogpt-buckets build --model demo" in err
+    assert "ms" not in out
+    (row,) = json.loads(run("plan", "--model", "demo", "--explain", "129", "--json")[1])
+    assert row["calls"] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
