@@ -233,11 +233,11 @@ SHAPES_NOTHING = {
     "model/__init__", "model/architecture",  # sizes and switches, which are in the key as data
     "plan/__init__", "plan/bucket",  # the shape, which is in the key as data
     "steps/__init__", "steps/step",  # what is asked of a step
-    "steps/gate", "steps/asked",  # the check of what was compiled
+    "steps/gate", "steps/asked", "steps/slips",  # the check of what was compiled
     "backends/__init__", "backends/base", "backends/host", "backends/worker", "backends/memfile",
     "backends/inductor/__init__", "backends/inductor/backend",
     "backends/neuron/__init__", "backends/neuron/arguments", "backends/neuron/backend", "backends/neuron/device",
-    "backends/neuron/flags", "backends/neuron/package",  # asked whether a device is here
+    "backends/neuron/flags", "backends/neuron/package", "backends/neuron/predict",  # asked whether a device is here
 }  # fmt: skip
 
 COMPILE = """
