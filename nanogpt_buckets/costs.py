@@ -7,9 +7,10 @@ node's directory, for one architecture, backend, dtype and target each. Imports 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nanogpt_buckets import key
 from nanogpt_buckets.backends.base import Backend
@@ -87,15 +88,17 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def costs_for(backend: Backend, architecture: Architecture, dtype: str, target: str | None) -> Costs:
     """Return costs as far as they were measured on this node, and nothing was wrong with what was kept of that."""
-    measured: dict[Bucket, float] = {}
-    try:
-        found = COSTS.find(_name(backend, architecture, dtype, target)) or {"calls": []}
-        for step, batch_size, seq_len, ms in found["calls"]:
-            if 0 < ms < float("inf"):
-                measured[Bucket(batch_size, seq_len, step)] = float(ms)
-    except (BucketsError, ValueError, TypeError, KeyError):
-        measured = {}
+    measured = _measured(_name(backend, architecture, dtype, target))
     return Costs(backend, architecture, dtype, target, measured, {}).fitted()
+
+
+def _measured(name: str) -> dict[Bucket, float]:
+    """Return what was measured, in ms; nothing if that cannot be understood."""
+    try:
+        calls = (COSTS.find(name) or {"calls": []})["calls"]
+        return {Bucket(B, S, step): float(ms) for step, B, S, ms in calls if 0 < ms < math.inf}
+    except (BucketsError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def costs_of(choice: Choice) -> Costs:
@@ -111,7 +114,8 @@ def dispatch_cost(choice: Choice) -> Callable[[Bucket], float]:
     if choice.backend is None:
         return choice.cost
     costs = costs_of(choice)
-    return lambda bucket: costs(bucket) if bucket.step in costs.lines else choice.cost(bucket)
+    # asked for every bucket at every step
+    return functools.cache(lambda bucket: costs(bucket) if bucket.step in costs.lines else choice.cost(bucket))
 
 
 def save_costs(choice: Choice, measured: Iterable[tuple[Bucket, float]]) -> Costs:
@@ -122,10 +126,8 @@ def save_costs(choice: Choice, measured: Iterable[tuple[Bucket, float]]) -> Cost
     """
     backend, arch = choice.compiler, choice.model.architecture
     name = _name(backend, arch, choice.dtype, choice.target)
-    before = COSTS.find(name) or {"calls": []}
-    calls: dict[tuple[Any, ...], float] = {tuple(shape): ms for *shape, ms in before["calls"]}
-    calls |= {(bucket.step, bucket.batch_size, bucket.seq_len): ms for bucket, ms in measured}
-    COSTS.write(name, {"calls": [[*shape, ms] for shape, ms in sorted(calls.items())]})
+    calls = _measured(name) | dict(measured)
+    COSTS.write(name, {"calls": [[b.step, b.batch_size, b.seq_len, ms] for b, ms in sorted(calls.items())]})
     return costs_of(choice)
 
 

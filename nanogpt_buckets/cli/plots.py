@@ -45,7 +45,7 @@ def draw_plan(found: Proposal, title: str, path: Path) -> None:
 
 
 def draw_report(record: Mapping[str, Any], regret: Regret, path: Path) -> None:
-    """Draw for each step what lengths were asked for, the buckets that ran, and the best ladder of as many.
+    """Draw for each step what lengths were asked for, the buckets that ran, and the ladder that is proposed.
 
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.

@@ -6,6 +6,7 @@ A record of a newer format is somebody else's and stays as it is. Knows nothing 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from nanogpt_buckets import node
 from nanogpt_buckets.errors import BucketsError, CorruptEntry, IncompatibleEntry
@@ -22,6 +25,7 @@ from nanogpt_buckets.owners import others
 log = logging.getLogger(__name__)
 
 _MAX_BYTES = 1 << 20
+_PATIENCE_S = 2.0
 Record = dict[str, Any]
 
 
@@ -104,6 +108,16 @@ class Kind:
     def _document(self, record: Mapping[str, Any]) -> Record:
         text = json.dumps(record, sort_keys=True)
         return {"format": self.format, "sha256": hashlib.sha256(text.encode("ascii")).hexdigest(), "record": record}
+
+
+@contextlib.contextmanager
+def alone(folder: str, name: str) -> Iterator[None]:
+    """Keep other runs that end just now from what is being added up, if locks work here; they only count."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, BucketsError, NotImplementedError):  # filelock's, where there is no flock
+            path = node.folder(folder, make=True) / name
+            stack.enter_context(filelock.FileLock(path, timeout=_PATIENCE_S, mode=0o600))
+        yield
 
 
 COSTS = Kind("costs", 1)

@@ -3,8 +3,6 @@
 A request of p tokens that gains g is g steps at p, p+1, ..., p+g-1 tokens where each recomputes the context; where
 keys and values are kept it is one prefill at p and g-1 decodes at p+1, ...; chunk does both, up to so many tokens a
 call. Planning on prompts alone would be badly wrong. Knows nothing of costs, ladders, or files.
-
-Source: workloads as `../README.md` describes them are our own, of the kind that serving benchmarks use.
 """
 
 from __future__ import annotations

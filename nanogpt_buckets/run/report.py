@@ -8,15 +8,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import filelock
-
 from nanogpt_buckets import node
 from nanogpt_buckets.errors import BucketsError
-from nanogpt_buckets.node.records import LAST_RUN
+from nanogpt_buckets.node.records import LAST_RUN, alone
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.settings import records_runs
 from nanogpt_buckets.steps import step_named
@@ -25,7 +23,6 @@ _NAME = "last-run"
 # What is added up over runs: numbers, and counts by name.
 _SUMMED = ("hits", "compiled", "saved_s", "new_tokens", "scored_tokens", "seconds")
 _COUNTED = ("tiers", "misses")
-_PATIENCE_S = 2.0
 # Of a doubling, by which times are told apart.
 _PARTS = 12
 
@@ -176,25 +173,11 @@ def save_last_run(report: Report) -> None:
     if not records_runs():
         return
     run = {**report.to_json(), "ended": int(time.time())}
-    with _alone():
+    with alone("", f".{_NAME}.lock"):
         before: dict[str, Any] = {}
         with contextlib.suppress(BucketsError, FileNotFoundError):
             before = LAST_RUN.read(_NAME)["all"]
         LAST_RUN.keep(_NAME, run | {"all": _added(before, run)})
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Keep other runs that end just now from the sums, if locks work here; they only count."""
-    lock = None
-    with contextlib.suppress(OSError, BucketsError, NotImplementedError):
-        lock = filelock.FileLock(node.folder(make=True) / f".{_NAME}.lock", timeout=_PATIENCE_S, mode=0o600)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 def _added(sums: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import filelock
-
-from nanogpt_buckets import key, node
+from nanogpt_buckets import key
 from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.errors import BucketsError, CorruptEntry
 from nanogpt_buckets.model.architecture import Architecture
-from nanogpt_buckets.node.records import TRAFFIC, Record
+from nanogpt_buckets.node.records import TRAFFIC, Record, alone
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.plan.traffic import Demand
 from nanogpt_buckets.run.report import Report
 from nanogpt_buckets.settings import records_runs
 
-_PATIENCE_S = 2.0
 # Lengths that are told apart; of longer models they are rounded up, so that a record stays small.
 _MOST_LENGTHS = 1024
 
@@ -40,22 +37,12 @@ def keep_traffic(choice: Choice, report: Report) -> None:
         "target": choice.target,
     }
     name = key.digest(what)
-    with _alone():
+    with alone(TRAFFIC.folder, ".lock"):
         before: Record | None = None
         with contextlib.suppress(BucketsError):  # nor can it be written then
             before = TRAFFIC.find(name)
         before = before or what | {"runs": 0, "since": int(time.time()), "crops": 0, "calls": {}, "ran": {}}
         TRAFFIC.keep(name, _added(before, report, choice.model.architecture.block_size))
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Keep other runs that end just now from the sums, if locks work here; they only count."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, BucketsError, NotImplementedError):
-            path = node.folder(TRAFFIC.folder, make=True) / ".lock"
-            stack.enter_context(filelock.FileLock(path, timeout=_PATIENCE_S, mode=0o600))
-        yield
 
 
 def _added(before: Record, report: Report, block_size: int) -> Record:
