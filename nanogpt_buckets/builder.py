@@ -1,6 +1,6 @@
 """Plan -> what is missing -> children -> gate -> publish.
 
-Largest bucket first, so that an interrupted build can already serve everything. One failed bucket stops no other.
+The longest bucket first, then what saves most, so an interrupted build is of use. One failed bucket stops no other.
 Knows nothing of how a bucket is compiled or checked (children do), nor of the terminal. Imports no torch.
 """
 
@@ -19,10 +19,12 @@ from nanogpt_buckets.backends import host, worker
 from nanogpt_buckets.backends.base import TUNINGS, Artifact, Backend, BuildRequest
 from nanogpt_buckets.built import BuildReport, BuildRow
 from nanogpt_buckets.choice import Choice, Options, choose, remember_plan
+from nanogpt_buckets.costs import costs_of
 from nanogpt_buckets.errors import BackendUnavailable, BucketsError, CacheError, ChildFailed, CompileFailed, UsageError
 from nanogpt_buckets.model.architecture import Architecture
 from nanogpt_buckets.node import failures
 from nanogpt_buckets.plan.bucket import Bucket, Plan
+from nanogpt_buckets.plan.order import build_order
 from nanogpt_buckets.plan.shard import part
 from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.store.entry import Miss, Status, Verified
@@ -196,7 +198,7 @@ class _Builder:
         rows = {bucket: row for bucket in plan if (row := self._hit(bucket))}
         if len(rows) < len(plan) and self._store.ask():
             rows |= {bucket: row for bucket in plan if bucket not in rows and (row := self._hit(bucket))}
-        missing = sorted((b for b in plan if b not in rows), key=lambda b: -b.batch_size * b.seq_len)
+        missing = build_order(plan, rows, costs_of(self._choice))
         if missing and self._choice.key_parts(missing[0]) is None:
             backend = self._choice.compiler
             raise BackendUnavailable(

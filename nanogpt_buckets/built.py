@@ -53,6 +53,16 @@ class BuildReport:
         """Buckets compiled, checked and published by this build."""
         return sum(row.state == "compiled" for row in self.rows)
 
+    def instead(self, row: BuildRow) -> Bucket | None:
+        """Return the shortest bucket of this build that runs what a failed one would have run, or None."""
+        fits = (
+            each.bucket
+            for each in self.rows
+            if each.state != "failed" and each.bucket.step == row.bucket.step
+            if each.bucket.holds(row.bucket.batch_size, row.bucket.seq_len)
+        )
+        return min(fits, key=lambda bucket: (bucket.seq_len, bucket.batch_size), default=None)
+
     @property
     def failed(self) -> int:
         """Buckets that could not be compiled or failed the gate."""
@@ -61,6 +71,9 @@ class BuildReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON."""
         rows = [asdict(row) | {"bucket": row.bucket.to_json()} for row in self.rows]
+        for written, row in zip(rows, self.rows, strict=True):
+            instead = self.instead(row) if row.state == "failed" else None
+            written["instead"] = None if instead is None else instead.to_json()
         counts = {"hits": self.hits, "compiled": self.compiled, "failed": self.failed}
         names = {"model": self.model, "backend": self.backend, "target": self.target, "cache_dir": str(self.cache_dir)}
         return {**counts, **names, "buckets": rows}

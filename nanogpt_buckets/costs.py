@@ -1,15 +1,17 @@
 """What calls of buckets cost on this machine: as `bench --save` measured them, else as a backend assumes.
 
 Of each step three buckets or more are measured; others follow from the backend's own estimate, scaled and shifted to go
-through those, since what a machine reaches of its peak depends on the machine and hardly on the length. Kept in this
-node's directory, for one architecture, backend, dtype and target each. Imports no torch.
+through those, since what a machine reaches of its peak depends on the machine and hardly on the length. A bucket within
+5 % of a longer one is taken to cost what that one does, as is all between: so near, a shorter bucket saves nothing that
+could be measured again. Kept in this node's directory, for one architecture, backend, dtype and target each. Imports no
+torch.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nanogpt_buckets import key
@@ -21,12 +23,21 @@ from nanogpt_buckets.node.records import COSTS
 from nanogpt_buckets.plan.bucket import Bucket
 
 # A line needs two points, and one more to be worth anything.
-_LEAST = 3
+LEAST = 3
+# Costs that are so near are one.
+_SAME = 0.05
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of calls, in ms; `lines` are (shift, scale) of the backend's estimate, by step."""
+    """Costs of calls, in ms.
+
+    Args:
+        measured: of buckets, as they were measured.
+        lines: (shift, scale) of the backend's estimate, by step.
+        merged: measured buckets, and what stands for each: a longer one that costs the same.
+        too_few: how many buckets are measured of a step, where that is too few to go by.
+    """
 
     backend: Backend
     architecture: Architecture
@@ -34,9 +45,15 @@ class Costs:
     target: str | None
     measured: dict[Bucket, float]
     lines: dict[str, tuple[float, float]]
+    merged: dict[Bucket, Bucket]
+    too_few: dict[str, int]
 
     def __call__(self, bucket: Bucket) -> float:
         """Return what a call of a bucket takes, in ms."""
+        kind = (bucket.step, bucket.batch_size)
+        for short, stands in self.merged.items():
+            if kind == (stands.step, stands.batch_size) and short.seq_len <= bucket.seq_len <= stands.seq_len:
+                return self.measured[stands]
         if bucket in self.measured:
             return self.measured[bucket]
         shift, scale = self.lines.get(bucket.step, (0.0, 1.0))
@@ -60,13 +77,29 @@ class Costs:
 
     def fitted(self) -> Costs:
         """Return the same with lines through what was measured of each step."""
-        lines = {}
+        lines, too_few = dict[str, tuple[float, float]](), dict[str, int]()
         for step in {bucket.step for bucket in self.measured}:
             points = [(self._assumed(b), ms) for b, ms in self.measured.items() if b.step == step]
-            if len(points) >= _LEAST:
+            if len(points) >= LEAST:
                 lines[step] = _line(points)
+            else:
+                too_few[step] = len(points)
         measured = {bucket: ms for bucket, ms in self.measured.items() if bucket.step in lines}
-        return Costs(self.backend, self.architecture, self.dtype, self.target, measured, lines)
+        merged = _merged(measured)
+        return Costs(self.backend, self.architecture, self.dtype, self.target, measured, lines, merged, too_few)
+
+
+def _merged(measured: Mapping[Bucket, float]) -> dict[Bucket, Bucket]:
+    """Return of measured buckets those that cost what a longer one does, and the longest such."""
+    found: dict[Bucket, Bucket] = {}
+    stands: dict[tuple[str, int], Bucket] = {}
+    for bucket in sorted(measured, key=lambda each: -each.seq_len):
+        longer = stands.setdefault((bucket.step, bucket.batch_size), bucket)
+        if bucket != longer and abs(measured[bucket] / measured[longer] - 1) <= _SAME:
+            found[bucket] = longer
+        elif measured[bucket] < measured[longer]:
+            stands[bucket.step, bucket.batch_size] = bucket
+    return found
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -89,7 +122,7 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def costs_for(backend: Backend, architecture: Architecture, dtype: str, target: str | None) -> Costs:
     """Return costs as far as they were measured on this node, and nothing was wrong with what was kept of that."""
     measured = _measured(_name(backend, architecture, dtype, target))
-    return Costs(backend, architecture, dtype, target, measured, {}).fitted()
+    return Costs(backend, architecture, dtype, target, measured, {}, {}, {}).fitted()
 
 
 def _measured(name: str) -> dict[Bucket, float]:

@@ -17,7 +17,7 @@ from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.costs import costs_of, dispatch_cost
 from nanogpt_buckets.errors import BucketsError, PlanError
 from nanogpt_buckets.plan.bucket import WAYS, Bucket, Plan
-from nanogpt_buckets.plan.planner import WORTH, Ladders, Planned, Planner, knee, percentiles, powers_of_two
+from nanogpt_buckets.plan.planner import WORTH, Planned, Planner, knee, usual_ladders
 from nanogpt_buckets.plan.traffic import Demand, Request, demand
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.store.entry import manifest_of
@@ -71,7 +71,7 @@ class Proposal:
     Args:
         chosen: what is proposed.
         bound: which limit, or what else, decided its size.
-        baselines: cost of other ladders by name, against no padding at all.
+        baselines: other ladders by name.
         held_out: its cost on the half of the requests that it was not fitted to; None without requests.
         sizes: the best plan of each size.
         break_even: steps after which one more bucket has saved what compiling it takes; None if none is left.
@@ -81,7 +81,7 @@ class Proposal:
 
     chosen: Size
     bound: str
-    baselines: dict[str, float]
+    baselines: dict[str, Planned]
     held_out: float | None
     sizes: Sequence[Size]
     break_even: float | None
@@ -96,7 +96,10 @@ class Proposal:
             "bound": self.bound,
             "cost": planned.ratio,
             "waste": planned.waste,
-            "baselines": self.baselines,
+            "baselines": {
+                name: {"rungs": other.buckets, "cost": other.ratio, "waste": other.waste}
+                for name, other in self.baselines.items()
+            },
             "held_out": self.held_out,
             "compile_s": estimate.compile_s,
             "disk_bytes": estimate.disk_bytes,
@@ -174,18 +177,9 @@ def propose(
         if fitted and set(halves[1].weights) <= set(fitted[-1].ladders):
             held_out = Planner(halves[1], cost, lengths).of(fitted[-1].ladders).ratio
     assumptions = [*costs.said, history.said]
-    return Proposal(chosen, bound, _baselines(planner, chosen.planned), held_out, sizes, break_even, asked, assumptions)
-
-
-def _baselines(planner: Planner, chosen: Planned) -> dict[str, float]:
-    """Return what usual ladders of as many rungs cost, the same kind for every step."""
-    M = planner.block_size
-    kinds: dict[str, Ladders] = {
-        "max only": {step: (M,) for step in chosen.ladders},
-        "powers of two": {step: powers_of_two(M, len(ladder)) for step, ladder in chosen.ladders.items()},
-        "percentiles 25, 50, 75, 95": {step: percentiles(planner.demand.weights[step], M) for step in chosen.ladders},
-    }
-    return {name: planner.of(ladders).ratio for name, ladders in kinds.items()}
+    usual = usual_ladders(asked, arch.block_size, chosen.planned.ladders)
+    baselines = {name: planner.of(ladders) for name, ladders in usual.items()}
+    return Proposal(chosen, bound, baselines, held_out, sizes, break_even, asked, assumptions)
 
 
 def _within(sizes: Sequence[Size], limits: Limits) -> tuple[Size, str]:

@@ -72,6 +72,23 @@ def test_the_largest_bucket_comes_first_and_rows_keep_the_plans_order():
     assert [row.bucket.seq_len for row in report.rows] == [16, 64, 128]
 
 
+def test_what_saves_most_comes_next():
+    executor = Pretend()
+
+    pretend_build([4, 8, 16, 120, 128], executor)
+
+    assert [bucket.seq_len for bucket in executor.asked] == [128, 16, 8, 120, 4], "128 does nearly as well as 120"
+
+
+def test_what_runs_in_place_of_a_failed_bucket_is_named():
+    report = pretend_build([16, 32, 64], Pretend(failing={32}))
+
+    assert report.instead(report.rows[1]) == Bucket(1, 64)
+    assert [row["instead"] for row in report.to_json()["buckets"]] == [None, Bucket(1, 64).to_json(), None]
+    (none,) = pretend_build([128], Pretend(failing={128})).rows
+    assert report.instead(none) is None
+
+
 def test_one_failed_bucket_stops_no_other():
     report = pretend_build([16, 32, 64], Pretend(failing={32}))
 

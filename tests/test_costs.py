@@ -46,8 +46,25 @@ def test_what_was_measured_is_kept_and_others_lie_on_a_line_through_it(demo):
 def test_two_buckets_say_too_little(demo):
     save_costs(demo, [(Bucket(1, 32), 7.0), (Bucket(1, 64), 9.0)])
     assert costs_of(demo)(Bucket(1, 32)) == assumed(demo, Bucket(1, 32))
+    assert costs_of(demo).too_few == {"recompute": 2}
     save_costs(demo, [(Bucket(1, 128), 11.0)])
     assert costs_of(demo)(Bucket(1, 32)) == 7.0, "they are added to what was measured before"
+
+
+def test_buckets_within_5_percent_of_a_longer_one_are_one_with_it(demo):
+    times = {16: 3.0, 32: 4.79, 64: 4.9, 128: 5.0, 256: 9.0}
+    kept = save_costs(demo, [(Bucket(1, n, "decode"), ms) for n, ms in times.items()])
+
+    assert kept.merged == {Bucket(1, n, "decode"): Bucket(1, 128, "decode") for n in (32, 64)}
+    assert [kept(Bucket(1, n, "decode")) for n in (16, 32, 48, 64, 100, 128, 256)] == [3, 5, 5, 5, 5, 5, 9]
+    assert kept(Bucket(2, 64, "decode")) != 5, "of another batch size nothing was measured"
+
+
+def test_a_bucket_that_takes_longer_than_a_longer_one_stays_what_it_is(demo):
+    """So that steps go to the longer one, which is cheaper."""
+    kept = save_costs(demo, [(Bucket(1, n), ms) for n, ms in {32: 9.0, 64: 5.1, 128: 5.0}.items()])
+    assert kept.merged == {Bucket(1, 64): Bucket(1, 128)}
+    assert kept(Bucket(1, 32)) == 9
 
 
 @pytest.mark.parametrize("times", [(9.0, 8.0, 7.0), (1.0, 1.0, 1.0), (1e-3, 5.0, 900.0)])

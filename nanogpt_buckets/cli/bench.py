@@ -17,7 +17,7 @@ from nanogpt_buckets.cli.options import (
     plan_options,
     read_plan,
 )
-from nanogpt_buckets.costs import save_costs
+from nanogpt_buckets.costs import LEAST, Costs, save_costs
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.model.checkpoint import open_model
 from nanogpt_buckets.plan.bucket import Plan
@@ -53,7 +53,8 @@ def bench(
     at hand. TOKENS/S counts steps alone, tokens chosen or scored. Differences are of logits, or log-probabilities,
     absolute; what a bucket must keep to is relative: 2e-5 of the largest in float32. Exit 3 if a bucket is not built.
 
-    With --save: plan, report and plan --explain go by these times, where three buckets of a step or more were timed.
+    With --save: plan, report, dispatch and plan --explain go by these times, where three buckets of a step or more were
+    timed; those within 5 % of a longer one count as one with it.
 
     With --predict: for a Neuron target, bytes moved and arithmetic of each call, and the time these take at the least.
 
@@ -81,9 +82,7 @@ def bench(
     with output.progress("measuring", runs * len(built)) as advance:
         figures = [measure(selection, b, weights, runs=runs, on_run=advance) for b in built]
     if save:
-        costs = save_costs(choice, [(figure.bucket, figure.step_ms.median) for figure in figures])
-        for line in costs.said[:1]:
-            output.say(f"kept; {line}")
+        _say_costs(save_costs(choice, [(figure.bucket, figure.step_ms.median) for figure in figures]))
     if as_json:
         names = {"model": choice.model.name, "backend": choice.backend_name, "dtype": choice.dtype, "runs": runs}
         output.document(names | {"buckets": [figure.to_json() for figure in figures]})
@@ -93,6 +92,17 @@ def bench(
         output.say("note: some steps took several times the median: this machine does something else as well")
     for bucket in missing:
         output.say(f"bucket {bucket} is in the plan and not built")
+
+
+def _say_costs(costs: Costs) -> None:
+    """Say what follows from the times that are kept."""
+    output.say(f"kept; {costs.said[0]}")
+    for bucket, stands in sorted(costs.merged.items()):
+        output.say(f"{bucket} costs what {stands} does, within 5 %: plans see one in both")
+    for step, count in sorted(costs.too_few.items()):
+        output.say(
+            f"of {step} {output.count(count, 'bucket is', 'buckets are')} measured; plan goes by {LEAST} or more"
+        )
 
 
 def _predict(wanted: PlanOptions, model: str, options: Options, as_json: bool) -> None:

@@ -101,12 +101,18 @@ def build(
         output.document(report.to_json())
     else:
         _show(report)
+    _say_failures(report)
+    return CompileFailed.exit_code if report.failed else 0
+
+
+def _say_failures(report: BuildReport) -> None:
     for row in report.rows:
         if row.state == "failed":
             output.error(CompileFailed(f"bucket {row.bucket} was not built: {row.why}", hint=row.hint))
+            if (instead := report.instead(row)) is not None:
+                output.say(f"steps that would run in {row.bucket} run in {instead} until it is")
         if row.log:
             output.say(f"bucket {row.bucket}: end of the compiler's log:\n{row.log.rstrip()}", output.VERBOSE)
-    return CompileFailed.exit_code if report.failed else 0
 
 
 @contextlib.contextmanager

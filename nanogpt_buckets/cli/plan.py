@@ -17,6 +17,7 @@ from nanogpt_buckets.errors import BucketsError, UsageError
 from nanogpt_buckets.files import replacing
 from nanogpt_buckets.plan.bucket import STRATEGIES, Plan
 from nanogpt_buckets.plan.ladder import default_ladder
+from nanogpt_buckets.plan.planner import Planned
 from nanogpt_buckets.plan.requests import read_requests
 from nanogpt_buckets.plan.traffic import WORKLOADS, Request, workload
 from nanogpt_buckets.planning import Limits, Proposal, demand_of, explain, propose
@@ -134,16 +135,16 @@ def _show(choice: Choice, found: Proposal, source: str, requests: int) -> None:
     rows = [(step, len(ladder), " ".join(map(str, ladder))) for step, ladder in planned.ladders.items()]
     output.table(("STEP", "RUNGS", "LADDER"), rows)
     output.data("")
-    others = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found.baselines.items())
+    others = ", ".join(f"{name} {other.ratio:.2f} ({_rungs(other)})" for name, other in found.baselines.items())
     more = "none left" if found.break_even is None else f"pays after {found.break_even:,.0f} steps"
-    held_out = "" if found.held_out is None else f" (held-out requests {found.held_out:.2f})"
+    held_out = "" if found.held_out is None else f"; held-out requests {found.held_out:.2f}"
     output.table(
         ("FIELD", "VALUE"),
         [
             ("model", f"{choice.model.name} on {choice.backend_name}, {choice.dtype}"),
             ("requests", f"{asked}: {found.demand.steps:,.0f} steps, {found.demand.crops:,.0f} cropped"),
             ("buckets", f"{len(found.chosen.plan)}, for {found.bound}"),
-            ("cost", f"{planned.ratio:.2f} of unpadded{held_out}"),
+            ("cost", f"{planned.ratio:.2f} of unpadded ({_rungs(planned)}{held_out})"),
             ("others' cost", others),
             ("waste", f"{planned.waste:.1%} of positions"),
             ("compiling", f"{estimate.compile_s:.0f} s, one by one"),
@@ -160,6 +161,10 @@ def _show(choice: Choice, found: Proposal, source: str, requests: int) -> None:
     output.table(("BUCKETS", "COST", "WASTE", ""), cells)
     for line in found.assumptions:
         output.say(line)
+
+
+def _rungs(planned: Planned) -> str:
+    return output.count(planned.buckets, "rung", "rungs")
 
 
 def _explain(choice: Choice, strategy: str, length: int, rows: int, as_json: bool) -> None:

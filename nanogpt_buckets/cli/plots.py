@@ -27,18 +27,17 @@ def draw_plan(found: Proposal, title: str, path: Path) -> None:
     steps = [step for step, weights in found.demand.weights.items() if sum(map(bool, weights)) > 1]
     figure = _figure(3 + 2.5 * len(steps), title)
     costs, *lengths = figure.subplots(1 + len(steps), 1, squeeze=False)[:, 0]
-    counts = [len(size.plan) for size in found.sizes]
+    counts = [size.planned.buckets for size in found.sizes]
     costs.plot(counts, [size.planned.ratio for size in found.sizes], "o-", ms=4, label="best ladder")
-    chosen = len(found.chosen.plan)
-    costs.plot([chosen], [found.chosen.planned.ratio], "o", ms=10, mfc="none", label="proposed")
-    for style, (name, ratio) in zip((":", "--", "-."), found.baselines.items(), strict=False):
-        if ratio < 2 * found.sizes[0].planned.ratio:
-            costs.axhline(ratio, ls=style, lw=1, color="grey", label=f"{name}: {ratio:.2f}")
-    costs.set(xlabel="buckets", ylabel="cost / unpadded", ylim=(1, None))
+    chosen = found.chosen.planned
+    costs.plot([chosen.buckets], [chosen.ratio], "o", ms=10, mfc="none", label="proposed")
+    for marker, (name, other) in zip("xs^", found.baselines.items(), strict=False):
+        costs.plot([other.buckets], [other.ratio], marker, color="grey", label=f"{name}: {other.ratio:.2f}")
+    costs.set(xlabel="rungs", ylabel="cost / unpadded", ylim=(1, None))
     costs.legend(frameon=False)
     for axes, step in zip(lengths, steps, strict=True):
         _histogram(axes, step, found.demand.weights[step])
-        for rung in found.chosen.planned.ladders[step]:
+        for rung in chosen.ladders[step]:
             axes.axvline(rung, color="tab:red", lw=1)
         axes.set(xlabel=f"{step}: tokens of a row; the ladder in red")
     _save(figure, path)

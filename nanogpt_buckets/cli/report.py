@@ -14,7 +14,7 @@ from nanogpt_buckets.cli.options import output_options
 from nanogpt_buckets.errors import BucketsError
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.regret import Regret, regret_of
-from nanogpt_buckets.run.report import load_last_run
+from nanogpt_buckets.run.report import SUMMED, load_last_run
 from nanogpt_buckets.run.traffic import recorded
 
 # A regret below this is not worth compiling for.
@@ -96,34 +96,49 @@ def _show(run: Mapping[str, Any], regret: Regret | None) -> None:
         )
         for r in run["buckets"]
     ]
-    every = run["all"]
+    output.table(("BUCKET", "STEPS", "TOKENS PER ROW", "REAL TOKENS", "PADDED TOKENS", "P50", "P95"), rows)
+    for each in run["replaced"]:
+        bucket = Bucket(each["batch_size"], each["seq_len"], each["step"])
+        output.say(f"a longer bucket ran in place of {bucket}, which is {each['why']}")
+    _sums(run["all"])
+    if regret is not None and regret.ratio >= _WORTH_A_WORD:
+        output.say(f"hint: {1 - 1 / regret.ratio:.0%} of the cost would be saved by: {regret.command}")
+
+
+def _sums(every: Mapping[str, Any]) -> None:
+    """Say what all runs did together."""
+    positions = every["real_tokens"] + every["padded_tokens"]
     output.say(
         f"{output.count(every['runs'], 'run', 'runs')} in {output.age(time.time() - every['since'])}: "
         f"{output.count(every['hits'], 'hit', 'hits')} ({_counts(every['tiers']) or 'none'}), "
         f"{every['compiled']} compiled, not loaded: {_counts(every['misses']) or 'none'}; "
         f"{every['saved_s']:.0f} s of compiling saved"
     )
-    output.table(("BUCKET", "STEPS", "TOKENS PER ROW", "REAL TOKENS", "PADDED TOKENS", "P50", "P95"), rows)
-    if regret is not None and regret.ratio >= _WORTH_A_WORD:
-        output.say(f"hint: {1 - 1 / regret.ratio:.0%} of the cost would be saved by: {regret.command}")
+    output.say(
+        f"in all {output.count(every['steps'], 'step', 'steps')}, "
+        f"{100 * every['padded_tokens'] / max(positions, 1):.0f} % of {positions} positions padding, "
+        f"{every['switches']} switches, {every['crops']} crops, {every['promotions']} promotions"
+    )
 
 
 def _metrics(every: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Yield Prometheus's text format: counters over all runs, and calls of each bucket by model."""
-    for name in ("runs", "hits", "compiled", "new_tokens", "scored_tokens", "seconds", "saved_s"):
+    for name in ("runs", *SUMMED):
         metric = f"nanogpt_buckets_{name.removesuffix('_s') + '_seconds' if name.endswith('_s') else name}_total"
         yield f"# TYPE {metric} counter"
         yield f"{metric} {every[name]:g}"
+    labelled = [
+        (f'model="{_label(record["model"])}",backend="{record["backend"]}",dtype="{record["dtype"]}"', record)
+        for record in records
+    ]
     yield "# TYPE nanogpt_buckets_calls_total counter"
-    for record in records:
-        labels = f'model="{_label(record["model"])}",backend="{record["backend"]}",dtype="{record["dtype"]}"'
+    for labels, record in labelled:
         for bucket, times in sorted(record["ran"].items()):
             step, batch_size, seq_len = bucket.split()
             own = f'step="{step}",batch_size="{batch_size}",seq_len="{seq_len}"'
             yield f"nanogpt_buckets_calls_total{{{labels},{own}}} {times}"
     yield "# TYPE nanogpt_buckets_regret_ratio gauge"
-    for record in records:
-        labels = f'model="{_label(record["model"])}",backend="{record["backend"]}",dtype="{record["dtype"]}"'
+    for labels, record in labelled:
         yield f"nanogpt_buckets_regret_ratio{{{labels}}} {regret_of(record).ratio:g}"
 
 

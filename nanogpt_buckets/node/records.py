@@ -122,7 +122,7 @@ def alone(folder: str, name: str) -> Iterator[None]:
 
 COSTS = Kind("costs", 1)
 FAILURES = Kind("failures", 1)
-LAST_RUN = Kind("", 4)
+LAST_RUN = Kind("", 5)
 MARKS = Kind("canary", 1)
 MARK_HEAD = 32  # how much of the weights' digest a mark's name begins with
 REVOKED = Kind("revoked", 1)

@@ -154,6 +154,15 @@ def knee(plans: Sequence[Planned]) -> int:
     return next((n for n, share in enumerate(saved) if share < WORTH), len(plans) - 1)
 
 
+def usual_ladders(demand: Demand, block_size: int, ladders: Ladders) -> dict[str, Ladders]:
+    """Return what others take, by name, with as many rungs for each step as `ladders` have; percentiles are five."""
+    return {
+        "max only": dict.fromkeys(ladders, (block_size,)),
+        "powers of two": {step: powers_of_two(block_size, len(ladder)) for step, ladder in ladders.items()},
+        "percentiles 25, 50, 75, 95": {step: percentiles(demand.weights[step], block_size) for step in ladders},
+    }
+
+
 def powers_of_two(block_size: int, rungs: int) -> tuple[int, ...]:
     """Return the usual ladder of so many rungs: halves of block_size."""
     return tuple(sorted({max(1, block_size >> k) for k in range(rungs)}))

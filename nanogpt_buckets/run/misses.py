@@ -27,7 +27,7 @@ from nanogpt_buckets.plan.ladder import default_ladder, rung_for
 from nanogpt_buckets.run.dispatch import CHUNK, KV, RECOMPUTE, Span, buckets_used, needed, reach
 from nanogpt_buckets.run.loader import Compiled, Loader
 from nanogpt_buckets.run.report import Report
-from nanogpt_buckets.selection import Selection, explain_miss
+from nanogpt_buckets.selection import NOT_BUILT, Selection, explain_miss
 from nanogpt_buckets.store.entry import Verified
 from nanogpt_buckets.values import shown
 
@@ -74,7 +74,6 @@ class Buckets:
         locked = self._choice.store.trust.locked is not None
         self._builds = on_miss == "build" and self._compiled is not None and not locked
         self._on_progress = on_progress
-        self._said: set[Bucket] = set()
         self._missed: set[Bucket] = set()
         self._built_here: set[Bucket] = set()
         self._chosen = plan is not None
@@ -276,11 +275,11 @@ class Buckets:
         missed = lacking & call(sorted({*self._plan, *used})) if lacking else set()
         self._report.promotions += bool(missed)
         self._count_misses(missed)
-        for bucket in sorted(missed - self._said):
-            state = "damaged" if bucket in self._loader.refused else "not built"
+        for bucket in sorted(missed - self._report.replaced.keys()):
+            why = NOT_BUILT if self._compiled is None else self._compiled.why_unbuilt(bucket)
+            self._report.replaced[bucket] = why
             command = self._choice.build_command([bucket])
-            log.warning("bucket %s is %s; a larger one runs in its place (%s)", bucket, state, command)
-        self._said |= missed
+            log.warning("bucket %s is %s; a larger one runs in its place (%s)", bucket, why, command)
 
     def _miss(self, what: str, step: str = RECOMPUTE, need: int = 0) -> BucketsError:
         """Return the error of a miss; what is here and cannot be used gives it its kind and reason."""

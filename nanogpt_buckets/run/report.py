@@ -21,7 +21,10 @@ from nanogpt_buckets.steps import step_named
 
 _NAME = "last-run"
 # What is added up over runs: numbers, and counts by name.
-_SUMMED = ("hits", "compiled", "saved_s", "new_tokens", "scored_tokens", "seconds")
+SUMMED = (
+    "hits", "compiled", "saved_s", "new_tokens", "scored_tokens", "seconds", "steps", "real_tokens", "padded_tokens",
+    "switches", "crops", "promotions",
+)  # fmt: skip
 _COUNTED = ("tiers", "misses")
 # Of a doubling, by which times are told apart.
 _PARTS = 12
@@ -63,6 +66,7 @@ class Report:
         switches: steps that ran in another bucket than the step before.
         crops: contexts cut to their last block_size tokens.
         promotions: calls that ran longer buckets than planned because one was not built.
+        replaced: which buckets these would have run, and why they could not be.
         seconds: time spent in generate, stream, logits and score.
         overlap_s: time by which steps on several cores overlapped: the buckets' own seconds count it more than once.
         kv_bytes: most memory that keys and values of one batch took.
@@ -83,6 +87,7 @@ class Report:
     switches: int = 0
     crops: int = 0
     promotions: int = 0
+    replaced: dict[Bucket, str] = field(default_factory=dict)
     seconds: float = 0.0
     overlap_s: float = 0.0
     kv_bytes: int = 0
@@ -165,7 +170,9 @@ class Report:
         names = ["backend", "model", "hits", "tiers", "misses", "saved_s", "compiled", "new_tokens", "scored_tokens"]
         names += ["switches", "crops", "promotions", "seconds"]
         derived = ("steps", "real_tokens", "padded_tokens", "waste", "tokens_per_s", "overhead_s")
-        return {name: getattr(self, name) for name in (*names, *derived, "kv_bytes", "seed")} | {"buckets": rows}
+        replaced = [bucket.to_json() | {"why": why} for bucket, why in sorted(self.replaced.items())]
+        values = {name: getattr(self, name) for name in (*names, *derived, "kv_bytes", "seed")}
+        return values | {"replaced": replaced, "buckets": rows}
 
 
 def save_last_run(report: Report) -> None:
@@ -183,7 +190,7 @@ def save_last_run(report: Report) -> None:
 def _added(sums: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sums over all runs with one more."""
     total = {"runs": sums.get("runs", 0) + 1, "since": sums.get("since", run["ended"])}
-    total |= {name: sums.get(name, 0) + run[name] for name in _SUMMED}
+    total |= {name: sums.get(name, 0) + run[name] for name in SUMMED}
     for name in _COUNTED:
         counts = sums.get(name, {})
         total[name] = counts | {reason: counts.get(reason, 0) + count for reason, count in run[name].items()}

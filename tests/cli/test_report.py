@@ -22,7 +22,8 @@ def ran(tmp_path, monkeypatch):
     """Two runs of the demo have ended here."""
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        report = Report("inductor", "demo", seconds=3.0, new_tokens=11)
+        report = Report("inductor", "demo", seconds=3.0, new_tokens=11, promotions=2)
+        report.replaced[Bucket(1, 64)] = "not built: it computed something else"
         for bucket, context in CALLS:
             report.count_step(bucket, [context], 0.1, context)
         save_last_run(report)
@@ -49,6 +50,16 @@ def test_it_says_what_another_ladder_would_have_saved_and_how_to_get_it(run, ran
     assert lengths[-1] == 256
 
 
+def test_it_says_what_ran_in_place_of_what_and_what_all_runs_did(run, ran):
+    _, _, err = run("report")
+    assert "a longer bucket ran in place of 1x64, which is not built: it computed something else" in err
+    assert "in all 22 steps" in err
+    assert "4 promotions" in err
+    every = json.loads(run("report", "--json")[1])["all"]
+    assert every["real_tokens"] == 2 * (9 * 40 + 250 + 100)
+    assert every["padded_tokens"] == 2 * (10 * 256 + 128) - every["real_tokens"]
+
+
 def test_it_is_drawn(run, ran):
     code, _, err = run("report", "--plot", "report.png")
     assert code == 0, err
@@ -61,6 +72,8 @@ def test_prometheus_reads_it(run, ran):
     line = re.compile(r'# TYPE \w+ (counter|gauge)|\w+(\{(\w+="[^"]*",?)+\})? [-+\d.e]+')
     assert all(line.fullmatch(each) for each in out.splitlines())
     assert "nanogpt_buckets_runs_total 2" in out
+    assert "nanogpt_buckets_promotions_total 4" in out
+    assert "nanogpt_buckets_saved_seconds_total 0" in out
     bucket = 'model="demo",backend="inductor",dtype="float32",step="recompute",batch_size="1",seq_len="256"'
     assert f"nanogpt_buckets_calls_total{{{bucket}}} 20" in out
 

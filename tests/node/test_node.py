@@ -167,10 +167,10 @@ def test_each_kind_has_a_folder_of_its_own_and_is_of_the_format_that_its_content
     assert KINDS == [COSTS, FAILURES, LAST_RUN, MARKS, REVOKED, SOURCES, TRAFFIC, VERIFIED]
     assert len({kind.folder for kind in KINDS}) == 8
     report = """backend buckets compiled crops hits kv_bytes misses model new_tokens overhead_s padded_tokens promotions
-        real_tokens saved_s scored_tokens seconds seed steps switches tiers tokens_per_s waste"""
+        real_tokens replaced saved_s scored_tokens seconds seed steps switches tiers tokens_per_s waste"""
     arch = """n_layer n_head n_embd n_inner block_size vocab_size bias activation layer_norm_epsilon tied
         scale_by_head_size scale_by_layer upcast_attention"""
-    assert (LAST_RUN.format, sorted(Report("", "").to_json())) == (4, report.split())
+    assert (LAST_RUN.format, sorted(Report("", "").to_json())) == (5, report.split())
     assert (SOURCES.format, [field.name for field in fields(Architecture)]) == (2, arch.split())
 
 

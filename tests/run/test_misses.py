@@ -10,6 +10,7 @@ import pytest
 from fake import choice_of, compiled, damage, publish
 
 from nanogpt_buckets import builder as building
+from nanogpt_buckets import key
 from nanogpt_buckets.backends.base import BuildRequest
 from nanogpt_buckets.built import BuildReport, BuildRow
 from nanogpt_buckets.choice import default_plan, remember_plan
@@ -19,11 +20,13 @@ from nanogpt_buckets.errors import (
     CacheMiss,
     CompileFailed,
     CorruptEntry,
+    GateFailed,
     PlanError,
     TransientError,
     UntrustedStore,
     UsageError,
 )
+from nanogpt_buckets.node import failures
 from nanogpt_buckets.plan.bucket import Bucket, Plan
 from nanogpt_buckets.run import misses
 from nanogpt_buckets.run.dispatch import reach
@@ -95,12 +98,24 @@ def test_a_planned_bucket_that_is_not_built_is_promoted_counted_and_said_once(bu
     assert len([r for r in caplog.records if "1x8 is not built" in r.message]) == 1
 
 
-def test_a_damaged_bucket_is_promoted_and_said_to_be_damaged(buckets, choice, caplog):
+def test_a_damaged_bucket_is_promoted_and_said_to_be_damaged(buckets, choice, report, caplog):
     publish(choice, B32)
     damage(choice, publish(choice, B8, "other"))
 
     assert buckets([B8, B32]).cover([(5, 5)])[1] == [B32]
     assert "1x8 is damaged" in caplog.text
+    assert report.replaced[B8].startswith("damaged: ")
+
+
+def test_a_bucket_that_failed_its_gate_is_promoted_and_the_report_says_why(buckets, choice, report, caplog):
+    failures.remember(key.digest(choice.key_parts(B8)), GateFailed("1x8 computes something else"))
+
+    assert buckets([B8, B32], built=[B32]).cover([(5, 5)])[1] == [B32]
+
+    (row,) = report.to_json()["replaced"]
+    assert row.items() >= B8.to_json().items()
+    assert row["why"].startswith("not built: 1x8 computes something else (0 min ago")
+    assert row["why"] in caplog.text
 
 
 def test_where_hits_came_from_and_why_others_were_missed_is_counted_once(choice, report, tmp_path):
