@@ -55,6 +55,13 @@ class Batch(Generic[C]):
         self._slots.pop(row, None)
         self._steps_left = 0
 
+    def end(self) -> None:
+        """Give back what is remembered; nobody may join any more. Not after an error: what is there may be NaN."""
+        cache, self._cache = self._cache, None
+        self._calls, self._places = [], 0
+        if cache is not None:
+            self._dispatcher.forget(cache)
+
     def logits(self) -> dict[C, Tensor]:
         """Return the logits float32 (V) that follow each row; before it is called again each has one more token."""
         first, self._first = self._first, {}

@@ -63,6 +63,10 @@ class Chunks(Generic[C]):
         if (rack := self._rows.pop(row)) is not None:
             self._free(rack, row)
 
+    def end(self) -> None:
+        """Let go of what is remembered; nobody may join any more."""
+        self._racks, self._places = [], 0
+
     def logits(self) -> dict[C, Tensor]:
         """Return the logits float32 (V) that follow rows; before it is called again each of them has one more token.
 

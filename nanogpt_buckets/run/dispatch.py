@@ -6,9 +6,11 @@ built, or of how an executable came to be.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -200,6 +202,7 @@ class Dispatcher:
         self.block_size = arch.block_size
         self._report = report
         self._at_once = at_once
+        self._spare: deque[KVCache] = deque(maxlen=1)
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="core") if at_once > 1 else None
 
     def places(self, way: str, buckets: Iterable[Bucket]) -> int:
@@ -215,10 +218,22 @@ class Dispatcher:
         return state
 
     def remember(self, rows: int, buckets: Iterable[Bucket]) -> KVCache:
-        """Return room for the keys and values of some rows."""
-        cache = KVCache(self._arch, self._dtype, rows, _widest(buckets))
+        """Return room for keys and values of some rows: that of the batch before, whose pages are there, if it does."""
+        slots = max(rows, _widest(buckets))
+        with contextlib.suppress(IndexError):
+            if (spare := self._spare.pop()).slots >= slots:
+                return spare
+        cache = KVCache(self._arch, self._dtype, slots)
         self._report.kv_bytes = max(self._report.kv_bytes, cache.bytes)
         return cache
+
+    def forget(self, cache: KVCache) -> None:
+        """Take room back, all of whose values are finite, for the next who needs some."""
+        self._spare.append(cache)
+
+    def close(self) -> None:
+        """Let go of room that was kept for whoever comes next."""
+        self._spare.clear()
 
     def stateless(self, step: str, rows: Sequence[C], buckets: Sequence[Bucket]) -> list[Call[C]]:
         """Return the calls of a step that keeps nothing and runs the whole contexts of rows, the shortest first."""

@@ -240,7 +240,7 @@ class Engine:
             if self._report.steps and not self._loop.closed:
                 save_last_run(self._report)
                 keep_traffic(self._choice, self._report)
-            self._loop.closed = True
+            self._loop.close()
             self._buckets.close()
 
     def __enter__(self) -> Engine:

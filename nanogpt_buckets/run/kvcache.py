@@ -1,4 +1,4 @@
-"""Keys and values of the rows of one batch, in slots: allocated once, never reset, copied from slot to slot.
+"""Keys and values of the rows of a batch, in slots: allocated once, never reset, copied from slot to slot.
 
 What steps find and write is views of it. Knows nothing of which bucket is chosen, nor of what a row is for.
 """
@@ -31,13 +31,12 @@ class KVCache:
     Args:
         arch: the network's.
         dtype: the weights', "float32" or "bfloat16".
-        slots: how many rows it is for.
-        widest: the largest batch size of a bucket, all of whose rows are some slot.
+        slots: how many rows it is for, at least as many as the widest bucket has.
     """
 
-    def __init__(self, arch: Architecture, dtype: str, slots: int, widest: int) -> None:
-        self._size = max(slots, widest)
-        shape = (2 * arch.n_layer, self._size, arch.n_head, arch.block_size, arch.n_embd // arch.n_head)
+    def __init__(self, arch: Architecture, dtype: str, slots: int) -> None:
+        self.slots = slots
+        shape = (2 * arch.n_layer, slots, arch.n_head, arch.block_size, arch.n_embd // arch.n_head)
         kind: torch.dtype = getattr(torch, dtype)
         # What is masked must be finite all the same. Fresh pages are zeros that cost nothing until they are written;
         # torch.zeros writes them as soon as malloc hands out memory that was in use before.
@@ -55,7 +54,7 @@ class KVCache:
 
         That is the one asked for, or one before where there are too few after it.
         """
-        first = min(slot, self._size - bucket.batch_size)
+        first = min(slot, self.slots - bucket.batch_size)
         if (first, bucket) not in self._views:
             cut = slice(first, first + bucket.batch_size)
             self._views[first, bucket] = [tensor[cut, :, : bucket.seq_len] for tensor in self._tensors]

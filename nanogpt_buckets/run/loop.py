@@ -49,6 +49,11 @@ class Loop:
         self.lock = threading.RLock()
         self.closed = False
 
+    def close(self) -> None:
+        """Refuse to run anything more, and let go of memory that was kept for it."""
+        self.closed = True
+        self._dispatcher.close()
+
     def steps(self, rows: list[Row]) -> Iterator[tuple[Row, str | None]]:
         """Settle what will run, then return each row as it gains a token, with the text that this makes certain."""
         rows = [row for row in rows if not row.done]
@@ -73,18 +78,25 @@ class Loop:
     def run(self, batch: Batch[Row] | Chunks[Row], rows: Iterable[Row]) -> Iterator[tuple[Row, str | None]]:
         """Run rows, as many at a time as there are places; who is done leaves its own to the next."""
         waiting = iter(rows)
-        while True:
-            with self.timed():
-                batch.join(itertools.islice(waiting, batch.room))
-                gained = []
-                for row, logits in batch.logits().items():
-                    gained.append((row, row.accept(self._draw(logits, row))))
-                    if row.done:
-                        batch.leave(row)
-                self._report.new_tokens += len(gained)
-            if not gained:
-                return
-            yield from gained
+        try:
+            while gained := self._step(batch, waiting):
+                yield from gained
+        except GeneratorExit:  # nobody wants the rest
+            batch.end()
+            raise
+        batch.end()
+
+    def _step(self, batch: Batch[Row] | Chunks[Row], waiting: Iterator[Row]) -> list[tuple[Row, str | None]]:
+        """Let rows join, and return each that gains a token; nothing if none is left."""
+        with self.timed():
+            batch.join(itertools.islice(waiting, batch.room))
+            gained = []
+            for row, logits in batch.logits().items():
+                gained.append((row, row.accept(self._draw(logits, row))))
+                if row.done:
+                    batch.leave(row)
+            self._report.new_tokens += len(gained)
+            return gained
 
     def logits(self, rows: list[Row]) -> dict[Row, Tensor]:
         """Return the logits float32 (V) that follow each row."""
@@ -99,6 +111,7 @@ class Loop:
                     for row in lacking:
                         if row in found:
                             batch.leave(row)
+        batch.end()
         return found
 
     def scores(self, windows: Sequence[Window]) -> Iterator[dict[Window, Tensor]]:

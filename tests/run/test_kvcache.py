@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_buckets import Bucket, Engine, Plan, Request
-from nanogpt_buckets.errors import CacheMiss, UsageError
+from nanogpt_buckets.errors import CacheMiss, NonFiniteLogits, UsageError
 from nanogpt_buckets.model.architecture import GPT2_SIZES, Architecture
 from nanogpt_buckets.run.dispatch import needed, reach
 from nanogpt_buckets.run.kvcache import KVCache, most_rows
@@ -164,7 +164,7 @@ def test_what_is_needed_of_each_step():
 
 
 def test_copying_keeps_what_was_written_and_the_last_slots_have_views_too():
-    cache = KVCache(ARCH, "float32", 4, 3)
+    cache = KVCache(ARCH, "float32", 4)
     for slot in range(4):
         first, views = cache.views(slot, Bucket(1, 16, "decode"))
         assert first == slot
@@ -190,7 +190,7 @@ def test_room_for_state_takes_no_memory_until_it_is_written_not_even_after_anoth
 
     large = Architecture(4, 4, 256, 16, 1024, 11)  # 8 tensors of 16 MB
     for _ in range(3):
-        cache = KVCache(large, "float32", 16, 1)
+        cache = KVCache(large, "float32", 16)
         assert cache.bytes == 2**27
         for tensor in cache.views(0, Bucket(16, 1024, "decode"))[1]:
             assert present(tensor) == 0
@@ -198,6 +198,50 @@ def test_room_for_state_takes_no_memory_until_it_is_written_not_even_after_anoth
             tensor.fill_(1)
             assert present(tensor) == 2**24 // page
         del cache, tensor
+
+
+def test_the_next_batch_finds_the_memory_of_the_one_before_and_the_text_is_that_of_a_fresh_engine(odd_folder):
+    def run(engine, count):
+        return [each.token_ids for each in engine.generate([[7] * 30, [3, 1]][:count], max_new_tokens=20, seed=1)]
+
+    with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
+        spare = engine._loop._dispatcher._spare
+        engine.logits([[9] * 60] * 4)
+        (kept,) = spare
+        engine.generate([[8] * 90], max_new_tokens=9)
+        used = [run(engine, 1), run(engine, 2)]
+        assert list(spare) == [kept], "four slots do for fewer rows"
+        first, second = engine.stream([1, 2], max_new_tokens=5, seed=1), engine.stream([1, 2], max_new_tokens=5, seed=1)
+        pairs = list(zip(first, second, strict=True))
+        assert all(a == b for a, b in pairs), "two at a time have memory of their own"
+        assert len(spare) == 1
+        stream = engine.stream([1, 2], max_new_tokens=5)
+        next(stream)
+        assert not spare
+        stream.close()
+        assert len(spare) == 1, "an abandoned one gives it back"
+        engine.close()
+        assert not spare
+    with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
+        assert [run(engine, 1), run(engine, 2)] == used
+
+
+def test_memory_of_a_batch_that_failed_is_not_used_again(odd_folder, monkeypatch):
+    with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
+        stream = engine.stream([1, 2], max_new_tokens=5)
+        next(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._loop._dispatcher, "_run_bucket", raising(NonFiniteLogits("NaN")))
+            with pytest.raises(NonFiniteLogits):
+                next(stream)
+        assert not engine._loop._dispatcher._spare
+
+
+def raising(error):
+    def run(*_):
+        raise error
+
+    return run
 
 
 def test_more_rows_than_may_be_remembered_take_turns(odd_folder, monkeypatch):
