@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt_buckets.choice import choose
+from nanogpt_buckets.plan.bucket import Plan
 from nanogpt_buckets.plan.traffic import WORKLOADS, Request
 from nanogpt_buckets.planning import demand_of
 
@@ -40,7 +42,7 @@ def test_ladders_are_set_beside_others_of_as_many_rungs(script, tmp_path, strate
     by_name = {}
     for ladder in sample.ladders:
         assert all(rungs[-1] == 256 for rungs in ladder.rungs.values())
-        assert ladder.predicted >= sample.unpadded
+        assert ladder.whole >= 1
         by_name.setdefault(ladder.name, {})[ladder.count] = ladder
     assert set(by_name) == {script.OURS, "max only", script.POWERS, script.PERCENTILES}
     for others in (script.POWERS, script.PERCENTILES):
@@ -63,15 +65,19 @@ def test_every_ladder_runs_the_same_requests_as_often(script, tmp_path, demo_cac
     mine = part(script, "recompute", tmp_path)
     mine.cache, requests = demo_cache, [Request(20, 3), Request(3, 2)]
     ladders = [
-        script.Ladder(name, {"recompute": rungs}, 1.0, 0.01) for name, rungs in (("planned", (16, 32)), ("max", (32,)))
+        script.Ladder(name, {"recompute": rungs}, 1.0) for name, rungs in (("planned", (16, 32)), ("max", (32,)))
     ]
-    mine.execute(script.Sample("chat", requests, 0.01, ladders))
+    mine.choice, mine.M = choose("demo", cache_dir=demo_cache), 32
+    mine.reference = Plan.grid(seq=[16, 32])
+    sample = script.Sample("chat", requests, ladders)
+    mine.execute(sample)
 
     assert [len(ladder.took) for ladder in ladders] == [2, 2]
     assert min(ladders[0].took + ladders[1].took) > 0
+    assert all(planned <= most for planned, most in zip(ladders[0].predicted, ladders[1].predicted, strict=True))
     rows = [vars(ladder) | {"rungs_in_all": 2} for ladder in ladders]
     document = {"model": "demo", "strategy": "recompute"}
-    document["samples"] = [{"workload": "chat", "unpadded_s": 0.01, "ladders": rows}]
+    document["samples"] = [{"workload": "chat", "unpadded_s": sample.unpadded, "ladders": rows}]
     script.show(document)
     script.reached([document])
     out = capsys.readouterr().out
