@@ -17,6 +17,7 @@ from typing import Any
 from nanogpt_buckets import key, settings
 from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.errors import CacheError, CacheMiss
+from nanogpt_buckets.node import failures
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.plan.ladder import rung_for
 from nanogpt_buckets.store.entry import Found, Miss, Status, Verified, manifest_of
@@ -96,6 +97,11 @@ class Selection:
             return self.best(bucket)
         return self.store.check(self.store.look(self.choice.family, key.digest(parts), parts))
 
+    def failed(self, bucket: Bucket) -> str | None:
+        """Say why this machine could not compile a bucket, or refused what it had compiled, within the last hour."""
+        parts = self.choice.key_parts(bucket)
+        return None if parts is None else failures.recall(key.digest(parts))
+
     def reasons(self) -> list[Miss]:
         """Return every entry of the family that cannot be used, whatever its bucket, then what others differ in."""
         lacking = [entry for found in self.ranked.values() for entry in found if isinstance(entry, Miss)]
@@ -140,11 +146,13 @@ class Selection:
         return self.choice.compiler.compiler()
 
     def _why_absent(self, bucket: Bucket) -> str:
-        """Say that a bucket is not built, and how the most alike one of this architecture differs from it."""
+        """Say that a bucket is not built, and why, or how the most alike one of this architecture differs from it."""
         lock = self.store.trust.locked
         if lock is not None:
             named = bucket in lock.buckets(self.choice.family, self.choice.only_target)
             return f"{lock.path} names it, and it is not here" if named else f"{lock.path} does not name it"
+        if (failed := self.failed(bucket)) is not None:
+            return f"{NOT_BUILT}: {failed}"
         differences = self._alike.get(bucket)
         if not differences:
             return NOT_BUILT

@@ -13,13 +13,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable
 
-from nanogpt_buckets import key, settings
+from nanogpt_buckets import settings
 from nanogpt_buckets.backends.base import FACTS, Artifact
 from nanogpt_buckets.choice import Choice
 from nanogpt_buckets.contract import Executable
 from nanogpt_buckets.errors import CacheError, CorruptEntry, GateFailed, TransientError
 from nanogpt_buckets.model.prepared import Weights
-from nanogpt_buckets.node import crumbs, failures
+from nanogpt_buckets.node import crumbs
 from nanogpt_buckets.node.records import MARK_HEAD, MARKS
 from nanogpt_buckets.plan.bucket import Bucket
 from nanogpt_buckets.selection import NOT_BUILT, Selection
@@ -170,8 +170,7 @@ class Compiled(Loader):
         """Say why a bucket cannot be loaded: it is damaged, could not be compiled here lately, or was never built."""
         if bucket in self.refused:
             return f"damaged: {self.refused[bucket].message}"
-        parts = self.choice.key_parts(bucket)
-        failed = None if parts is None else failures.recall(key.digest(parts))
+        failed = self.selection.failed(bucket)
         return NOT_BUILT if failed is None else f"{NOT_BUILT}: {failed}"
 
     def why_not(self, bucket: Bucket) -> str:

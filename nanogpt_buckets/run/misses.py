@@ -278,8 +278,9 @@ class Buckets:
         for bucket in sorted(missed - self._report.replaced.keys()):
             why = NOT_BUILT if self._compiled is None else self._compiled.why_unbuilt(bucket)
             self._report.replaced[bucket] = why
+            said = "damaged" if bucket in self._loader.refused else why  # by what, was said when it was loaded
             command = self._choice.build_command([bucket])
-            log.warning("bucket %s is %s; a larger one runs in its place (%s)", bucket, why, command)
+            log.warning("bucket %s is %s; a larger one runs in its place (%s)", bucket, said, command)
 
     def _miss(self, what: str, step: str = RECOMPUTE, need: int = 0) -> BucketsError:
         """Return the error of a miss; what is here and cannot be used gives it its kind and reason."""

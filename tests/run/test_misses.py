@@ -116,6 +116,8 @@ def test_a_bucket_that_failed_its_gate_is_promoted_and_the_report_says_why(bucke
     assert row.items() >= B8.to_json().items()
     assert row["why"].startswith("not built: 1x8 computes something else (0 min ago")
     assert row["why"] in caplog.text
+    with pytest.raises(CacheMiss, match="1x8 computes something else"):
+        buckets([B8], built=[])
 
 
 def test_where_hits_came_from_and_why_others_were_missed_is_counted_once(choice, report, tmp_path):
