@@ -47,8 +47,8 @@ def test_ladders_are_set_beside_others_of_as_many_rungs(script, tmp_path, strate
     for others in (script.POWERS, script.PERCENTILES):
         for count, ladder in by_name[others].items():
             assert by_name[script.OURS][count].whole <= ladder.whole
-    counts = {4, 5, 7} if kind == "chat" and strategy == "recompute" else {max(by_name[script.OURS])}
-    assert counts <= set(by_name[script.OURS])
+    counts = script.RUNGS[strategy] | (script.CHAT_RUNGS[strategy] if kind == "chat" else set())
+    assert counts <= set(by_name[script.OURS]), "and as many as percentiles have"
     assert len(sample.requests) == script.SAMPLES["demo", strategy]
     asked = demand_of(mine.choice, sample.requests, strategy)
     assert sum(asked.weights["recompute" if strategy == "recompute" else "prefill"]) >= len(sample.requests)
