@@ -117,7 +117,8 @@ def _sums(every: Mapping[str, Any]) -> None:
     output.say(
         f"in all {output.count(every['steps'], 'step', 'steps')}, "
         f"{100 * every['padded_tokens'] / max(positions, 1):.0f} % of {positions} positions padding, "
-        f"{every['switches']} switches, {every['crops']} crops, {every['promotions']} promotions"
+        f"{output.count(every['switches'], 'switch', 'switches')}, {output.count(every['crops'], 'crop', 'crops')}, "
+        f"{output.count(every['promotions'], 'promotion', 'promotions')}"
     )
 
 
