@@ -232,8 +232,8 @@ class Dispatcher:
         self._spare.append(cache)
 
     def close(self) -> None:
-        """Let go of room that was kept for whoever comes next."""
-        self._spare.clear()
+        """Let go of room that was kept for whoever comes next, and keep none from now on."""
+        self._spare = deque(maxlen=0)
 
     def stateless(self, step: str, rows: Sequence[C], buckets: Sequence[Bucket]) -> list[Call[C]]:
         """Return the calls of a step that keeps nothing and runs the whole contexts of rows, the shortest first."""

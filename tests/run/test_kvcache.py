@@ -220,8 +220,11 @@ def test_the_next_batch_finds_the_memory_of_the_one_before_and_the_text_is_that_
         assert not spare
         stream.close()
         assert len(spare) == 1, "an abandoned one gives it back"
+        late = engine.stream([1, 2], max_new_tokens=5)
+        next(late)
         engine.close()
-        assert not spare
+        late.close()
+        assert not engine._loop._dispatcher._spare, "nor what comes back later"
     with Engine.load(odd_folder, plan=KV, backend="eager") as engine:
         assert [run(engine, 1), run(engine, 2)] == used
 
