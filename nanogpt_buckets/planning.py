@@ -205,7 +205,7 @@ def _within(sizes: Sequence[Size], limits: Limits) -> tuple[Size, str]:
         enough = next((n for n, size in enumerate(sizes) if size.planned.waste <= limits.max_waste), None)
         if enough is None:
             least = min(size.planned.waste for size in sizes)
-            raise PlanError(f"no plan wastes {limits.max_waste:.1%} or less: the least is {least:.1%}")
+            raise PlanError(f"no plan wastes {100 * limits.max_waste:.3g}% or less: the least is {least:.1%}")
         return (sizes[enough], "max-waste") if enough < allowed else (sizes[allowed - 1], bound)
     if all(most is None for _, most, _, _ in hard):
         return sizes[knee([size.planned for size in sizes])], f"a further bucket saves less than {WORTH:.0%}"
