@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,15 @@ def test_light_modules_import_no_torch_at_module_level(module):
     heavy = [n for n in imports(tree, top_level_only=True) if n.split(".")[0] in ("torch", "transformers", "rich")]
 
     assert heavy == []
+
+
+def test_every_script_in_python_is_checked_like_the_package():
+    scripts = [path for path in (ROOT.parent / "scripts").iterdir() if path.is_file() and path.suffix == ""]
+    written = {
+        f"scripts/{path.name}" for path in scripts if "python" in path.read_text(encoding="utf-8").split("\n")[0]
+    }
+    settings = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert written == set(settings["tool"]["ruff"]["extend-include"])
 
 
 def loaded_after(*arguments: str) -> set[str]:
