@@ -248,35 +248,50 @@ class _History:
         return f"compiling and sizes: {self.usual[0]:.0f} s and {self.usual[1] / 1e6:.1f} MB a bucket, as is usual"
 
 
+# Buckets, and how many rows run in each.
+Calls = Sequence[tuple[Bucket, int]]
+
+
 @dataclass(frozen=True)
 class Explained:
-    """Where one step of some rows runs: how many calls of which bucket, what is padded, and what that costs."""
+    """Where one step of some rows runs.
+
+    Args:
+        step: which.
+        calls: the bucket of each call, and how many rows it runs; none where no bucket is so long.
+        padded_tokens: positions computed in vain.
+        cost: of all calls, ms.
+        runner_up: the cheapest other calls for the same rows, which do without one of these buckets; maybe none.
+        runner_up_cost: of all of those, ms.
+    """
 
     step: str
-    calls: Sequence[tuple[Bucket, int]]
+    calls: Calls
     padded_tokens: int
     cost: float
-    runner_up: Bucket | None
-    runner_up_cost: float | None
+    runner_up: Calls
+    runner_up_cost: float
 
 
 def explain(choice: Choice, buckets: Sequence[Bucket], length: int, rows: int) -> Iterator[Explained]:
-    """Say for each step that the buckets have where rows of a length would run, and which bucket comes next.
+    """Say for each step that the buckets have where rows of a length would run, and what comes next."""
+    from nanogpt_buckets.run.dispatch import group
 
-    Of a step that has no bucket so long there are no calls.
-    """
-    from nanogpt_buckets.run.dispatch import cheapest, group
+    costs, by = costs_of(choice), dispatch_cost(choice)
+    length = min(length, choice.model.architecture.block_size)
 
-    arch, costs, by = choice.model.architecture, costs_of(choice), dispatch_cost(choice)
-    length = min(length, arch.block_size)
+    def calls_in(some: Sequence[Bucket]) -> Calls:
+        if not any(bucket.holds(1, length) for bucket in some):
+            return []
+        return [(bucket, len(members)) for bucket, members in group([length] * rows, some, by)]
+
+    def cost(calls: Calls) -> float:
+        return sum(costs(bucket) for bucket, _ in calls)
+
     for step in sorted({bucket.step for bucket in buckets}):
         mine = [bucket for bucket in buckets if bucket.step == step]
-        if max(bucket.seq_len for bucket in mine) < length:
-            yield Explained(step, [], 0, 0.0, None, None)
-            continue
-        calls = [(bucket, len(members)) for bucket, members in group([length] * rows, mine, by)]
-        others = [bucket for bucket in mine if bucket not in {bucket for bucket, _ in calls}]
-        second = cheapest(others, min(rows, max((b.batch_size for b in others), default=1)), length, by)
-        cost = {bucket: costs(bucket) for bucket in mine}
-        padded = sum(bucket.batch_size * bucket.seq_len for bucket, _ in calls) - rows * length
-        yield Explained(step, calls, padded, sum(cost[b] for b, _ in calls), second, cost[second] if second else None)
+        calls = calls_in(mine)
+        without = [calls_in([bucket for bucket in mine if bucket != used]) for used in dict(calls)]
+        second = min(filter(None, without), key=cost, default=[])
+        padded = sum(bucket.batch_size * bucket.seq_len for bucket, _ in calls) - rows * length if calls else 0
+        yield Explained(step, calls, padded, cost(calls), second, cost(second))

@@ -115,6 +115,22 @@ def test_bench_keeps_its_times(demo_cache, capfd):
     }
 
 
+def test_what_comes_next_is_priced_for_all_rows(demo):
+    """Three rows: four places, or two and one, or one each; whichever is not the best may be the next."""
+    one, two, four = (Bucket(B, 64) for B in (1, 2, 4))
+
+    def ways(times, *some):
+        save_costs(demo, zip((one, two, four), times, strict=True))
+        (found,) = explain(demo, some, 40, 3)
+        return [*found.calls], found.cost, [*found.runner_up], found.runner_up_cost
+
+    assert ways((3.0, 5.0, 7.0), one, two, four) == ([(four, 3)], 7, [(one, 1), (two, 2)], 8)
+    assert ways((3.0, 3.5, 7.0), one, two, four) == ([(one, 1), (two, 2)], 6.5, [(four, 3)], 7)
+    assert ways((3.0, 5.0, 7.0), one) == ([(one, 1)] * 3, 9, [], 0)
+    assert ways((3.0, 5.0, 7.0), one, Bucket(1, 32)) == ([(one, 1)] * 3, 9, [], 0), "too short for a next"
+    assert ways((3.0, 5.0, 7.0), Bucket(1, 32)) == ([], 0, [], 0)
+
+
 def test_steps_go_where_it_was_measured_to_be_cheapest_and_the_text_is_the_same(odd_cache, odd_folder):
     """Three short rows, in one wide bucket or each alone."""
     options = {"cache_dir": odd_cache, "cached_only": True, "strategy": "recompute"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from nanogpt_buckets.plan.ladder import default_ladder
 from nanogpt_buckets.plan.planner import Planned
 from nanogpt_buckets.plan.requests import read_requests
 from nanogpt_buckets.plan.traffic import WORKLOADS, Request, workload
-from nanogpt_buckets.planning import Limits, Proposal, demand_of, explain, propose
+from nanogpt_buckets.planning import Calls, Limits, Proposal, demand_of, explain, propose
 from nanogpt_buckets.run.traffic import demand_recorded, traffic_of
 
 if TYPE_CHECKING:
@@ -167,6 +168,14 @@ def _rungs(planned: Planned) -> str:
     return output.count(planned.buckets, "rung", "rungs")
 
 
+def _where(calls: Calls) -> str:
+    times = Counter(calls)
+    return ", ".join(
+        (f"{times[bucket, rows]} times " if times[bucket, rows] > 1 else "") + f"{rows} in {bucket}"
+        for bucket, rows in times
+    )
+
+
 def _explain(choice: Choice, strategy: str, length: int, rows: int, as_json: bool) -> None:
     saved = None
     try:
@@ -187,8 +196,8 @@ def _explain(choice: Choice, strategy: str, length: int, rows: int, as_json: boo
                     "calls": [{"bucket": bucket.to_json(), "rows": count} for bucket, count in each.calls],
                     "padded_tokens": each.padded_tokens,
                     "cost_ms": each.cost,
-                    "runner_up": each.runner_up.to_json() if each.runner_up else None,
-                    "runner_up_cost_ms": each.runner_up_cost,
+                    "runner_up": [{"bucket": bucket.to_json(), "rows": count} for bucket, count in each.runner_up],
+                    "runner_up_cost_ms": each.runner_up_cost if each.runner_up else None,
                 }
                 for each in found
             ]
@@ -196,12 +205,11 @@ def _explain(choice: Choice, strategy: str, length: int, rows: int, as_json: boo
         return
     cells = []
     for each in found:
-        second = "none"
-        if each.runner_up is not None and each.runner_up_cost is not None:
-            second = f"{each.runner_up}, {each.runner_up_cost / each.cost:.2f} times that"
-        where = ", ".join(f"{count} in {bucket}" for bucket, count in each.calls)
         if each.calls:
-            cells.append((each.step, where, each.padded_tokens, f"{each.cost:.2f} ms", second))
+            second = "none"
+            if each.runner_up:
+                second = f"{_where(each.runner_up)}: {each.runner_up_cost / each.cost:.2f} times that"
+            cells.append((each.step, _where(each.calls), each.padded_tokens, f"{each.cost:.2f} ms", second))
         else:
             output.say(f"no {each.step} bucket holds {min(length, M)} tokens: {choice.build_command()} --seq {M}")
     output.table(("STEP", "ROWS IN BUCKETS", "PADDED TOKENS", "COST", "NEXT BEST"), cells)
