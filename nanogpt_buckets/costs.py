@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nanogpt_buckets import key
@@ -30,34 +31,52 @@ _SAME = 0.05
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of calls, in ms.
-
-    Args:
-        measured: of buckets, as they were measured.
-        lines: (shift, scale) of the backend's estimate, by step.
-        merged: measured buckets, and what stands for each: a longer one that costs the same.
-        too_few: how many buckets are measured of a step, where that is too few to go by.
-    """
+    """Costs of calls, in ms; `measured` are those of buckets as they were measured, of however few."""
 
     backend: Backend
     architecture: Architecture
     dtype: str
     target: str | None
     measured: dict[Bucket, float]
-    lines: dict[str, tuple[float, float]]
-    merged: dict[Bucket, Bucket]
-    too_few: dict[str, int]
 
     def __call__(self, bucket: Bucket) -> float:
         """Return what a call of a bucket takes, in ms."""
+        if bucket.step not in self.lines:
+            return self._assumed(bucket)
+        if bucket in self.measured and bucket not in self.merged:
+            return self.measured[bucket]
         kind = (bucket.step, bucket.batch_size)
         for short, stands in self.merged.items():
-            if kind == (stands.step, stands.batch_size) and short.seq_len <= bucket.seq_len <= stands.seq_len:
+            if kind == (stands.step, stands.batch_size) and short.seq_len <= bucket.seq_len < stands.seq_len:
                 return self.measured[stands]
-        if bucket in self.measured:
-            return self.measured[bucket]
-        shift, scale = self.lines.get(bucket.step, (0.0, 1.0))
+        shift, scale = self.lines[bucket.step]
         return shift + scale * self._assumed(bucket)
+
+    @functools.cached_property
+    def lines(self) -> dict[str, tuple[float, float]]:
+        """(shift, scale) of the backend's estimate, by step, where enough is measured."""
+        points: dict[str, list[tuple[float, float]]] = {}
+        for bucket, ms in self.measured.items():
+            points.setdefault(bucket.step, []).append((self._assumed(bucket), ms))
+        return {step: _line(own) for step, own in points.items() if len(own) >= LEAST}
+
+    @functools.cached_property
+    def merged(self) -> dict[Bucket, Bucket]:
+        """Measured buckets that cost what a longer one does, and the longest such, which stands for them."""
+        found: dict[Bucket, Bucket] = {}
+        stands: dict[tuple[str, int], Bucket] = {}
+        for bucket in sorted((b for b in self.measured if b.step in self.lines), key=lambda each: -each.seq_len):
+            longer = stands.setdefault((bucket.step, bucket.batch_size), bucket)
+            if bucket != longer and abs(self.measured[bucket] / self.measured[longer] - 1) <= _SAME:
+                found[bucket] = longer
+            elif self.measured[bucket] < self.measured[longer]:
+                stands[bucket.step, bucket.batch_size] = bucket
+        return found
+
+    @property
+    def too_few(self) -> dict[str, int]:
+        """How many buckets are measured of a step, where that is too few to go by."""
+        return dict(Counter(bucket.step for bucket in self.measured if bucket.step not in self.lines))
 
     @property
     def said(self) -> list[str]:
@@ -74,32 +93,6 @@ class Costs:
 
     def _assumed(self, bucket: Bucket) -> float:
         return self.backend.call_ms(self.architecture, self.dtype, self.target, bucket)
-
-    def fitted(self) -> Costs:
-        """Return the same with lines through what was measured of each step."""
-        lines, too_few = dict[str, tuple[float, float]](), dict[str, int]()
-        for step in {bucket.step for bucket in self.measured}:
-            points = [(self._assumed(b), ms) for b, ms in self.measured.items() if b.step == step]
-            if len(points) >= LEAST:
-                lines[step] = _line(points)
-            else:
-                too_few[step] = len(points)
-        measured = {bucket: ms for bucket, ms in self.measured.items() if bucket.step in lines}
-        merged = _merged(measured)
-        return Costs(self.backend, self.architecture, self.dtype, self.target, measured, lines, merged, too_few)
-
-
-def _merged(measured: Mapping[Bucket, float]) -> dict[Bucket, Bucket]:
-    """Return of measured buckets those that cost what a longer one does, and the longest such."""
-    found: dict[Bucket, Bucket] = {}
-    stands: dict[tuple[str, int], Bucket] = {}
-    for bucket in sorted(measured, key=lambda each: -each.seq_len):
-        longer = stands.setdefault((bucket.step, bucket.batch_size), bucket)
-        if bucket != longer and abs(measured[bucket] / measured[longer] - 1) <= _SAME:
-            found[bucket] = longer
-        elif measured[bucket] < measured[longer]:
-            stands[bucket.step, bucket.batch_size] = bucket
-    return found
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -122,7 +115,7 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def costs_for(backend: Backend, architecture: Architecture, dtype: str, target: str | None) -> Costs:
     """Return costs as far as they were measured on this node, and nothing was wrong with what was kept of that."""
     measured = _measured(_name(backend, architecture, dtype, target))
-    return Costs(backend, architecture, dtype, target, measured, {}, {}, {}).fitted()
+    return Costs(backend, architecture, dtype, target, measured)
 
 
 def _measured(name: str) -> dict[Bucket, float]:

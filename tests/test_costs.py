@@ -65,6 +65,9 @@ def test_a_bucket_that_takes_longer_than_a_longer_one_stays_what_it_is(demo):
     kept = save_costs(demo, [(Bucket(1, n), ms) for n, ms in {32: 9.0, 64: 5.1, 128: 5.0}.items()])
     assert kept.merged == {Bucket(1, 64): Bucket(1, 128)}
     assert kept(Bucket(1, 32)) == 9
+    kept = save_costs(demo, [(Bucket(1, n), ms) for n, ms in {32: 5.0, 64: 9.0, 128: 5.0}.items()])
+    assert kept.merged == {Bucket(1, 32): Bucket(1, 128)}
+    assert [kept(Bucket(1, n)) for n in (32, 63, 64, 65, 128)] == [5, 5, 9, 5, 5]
 
 
 @pytest.mark.parametrize("times", [(9.0, 8.0, 7.0), (1.0, 1.0, 1.0), (1e-3, 5.0, 900.0)])
