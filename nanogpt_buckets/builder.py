@@ -198,7 +198,7 @@ class _Builder:
         rows = {bucket: row for bucket in plan if (row := self._hit(bucket))}
         if len(rows) < len(plan) and self._store.ask():
             rows |= {bucket: row for bucket in plan if bucket not in rows and (row := self._hit(bucket))}
-        missing = build_order(plan, rows, costs_of(self._choice))
+        missing = build_order(plan, rows, costs_of(self._choice)) if len(rows) < len(plan) else []
         if missing and self._choice.key_parts(missing[0]) is None:
             backend = self._choice.compiler
             raise BackendUnavailable(

@@ -97,10 +97,11 @@ class Selection:
             return self.best(bucket)
         return self.store.check(self.store.look(self.choice.family, key.digest(parts), parts))
 
-    def failed(self, bucket: Bucket) -> str | None:
-        """Say why this machine could not compile a bucket, or refused what it had compiled, within the last hour."""
+    def not_built(self, bucket: Bucket) -> str:
+        """Say that a bucket is not built, and why, if this machine failed at that within the last hour."""
         parts = self.choice.key_parts(bucket)
-        return None if parts is None else failures.recall(key.digest(parts))
+        failed = None if parts is None else failures.recall(key.digest(parts))
+        return NOT_BUILT if failed is None else f"{NOT_BUILT}: {failed}"
 
     def reasons(self) -> list[Miss]:
         """Return every entry of the family that cannot be used, whatever its bucket, then what others differ in."""
@@ -151,11 +152,9 @@ class Selection:
         if lock is not None:
             named = bucket in lock.buckets(self.choice.family, self.choice.only_target)
             return f"{lock.path} names it, and it is not here" if named else f"{lock.path} does not name it"
-        if (failed := self.failed(bucket)) is not None:
-            return f"{NOT_BUILT}: {failed}"
-        differences = self._alike.get(bucket)
-        if not differences:
-            return NOT_BUILT
+        why, differences = self.not_built(bucket), self._alike.get(bucket)
+        if why != NOT_BUILT or not differences:
+            return why
         lines = ["another release's source" if x.startswith("source:") else x for x in min(differences, key=len)]
         return f"{NOT_BUILT}; there is one with {', '.join(lines)}"
 

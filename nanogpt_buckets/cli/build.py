@@ -110,7 +110,7 @@ def _say_failures(report: BuildReport) -> None:
         if row.state == "failed":
             output.error(CompileFailed(f"bucket {row.bucket} was not built: {row.why}", hint=row.hint))
             if (instead := report.instead(row)) is not None:
-                output.say(f"steps that would run in {row.bucket} run in {instead} until it is")
+                output.say(f"until it is, steps that would run in it run in a longer one, such as {instead}")
         if row.log:
             output.say(f"bucket {row.bucket}: end of the compiler's log:\n{row.log.rstrip()}", output.VERBOSE)
 

@@ -22,7 +22,7 @@ from nanogpt_buckets.model.prepared import Weights
 from nanogpt_buckets.node import crumbs
 from nanogpt_buckets.node.records import MARK_HEAD, MARKS
 from nanogpt_buckets.plan.bucket import Bucket
-from nanogpt_buckets.selection import NOT_BUILT, Selection
+from nanogpt_buckets.selection import Selection
 from nanogpt_buckets.steps import step_named
 from nanogpt_buckets.store.entry import Miss, Status, Verified
 from nanogpt_buckets.store.manifest import Manifest
@@ -170,8 +170,7 @@ class Compiled(Loader):
         """Say why a bucket cannot be loaded: it is damaged, could not be compiled here lately, or was never built."""
         if bucket in self.refused:
             return f"damaged: {self.refused[bucket].message}"
-        failed = self.selection.failed(bucket)
-        return NOT_BUILT if failed is None else f"{NOT_BUILT}: {failed}"
+        return self.selection.not_built(bucket)
 
     def why_not(self, bucket: Bucket) -> str:
         """Say in a word why a bucket cannot be loaded."""
