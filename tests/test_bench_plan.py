@@ -12,6 +12,7 @@ import pytest
 
 from nanogpt_buckets.choice import choose
 from nanogpt_buckets.plan.bucket import Plan
+from nanogpt_buckets.plan.planner import MAX_ONLY, PERCENTILES, POWERS_OF_TWO
 from nanogpt_buckets.plan.traffic import Request
 from nanogpt_buckets.planning import demand_of
 
@@ -43,8 +44,8 @@ def test_ladders_are_set_beside_others_of_as_many_rungs(script, tmp_path, strate
         assert all(rungs[-1] == 256 for rungs in ladder.rungs.values())
         assert ladder.whole >= 1
         by_name.setdefault(ladder.name, {})[ladder.count] = ladder
-    assert set(by_name) == {script.OURS, "max only", script.POWERS, script.PERCENTILES}
-    for others in (script.POWERS, script.PERCENTILES):
+    assert set(by_name) == {script.OURS, MAX_ONLY, POWERS_OF_TWO, PERCENTILES}
+    for others in (POWERS_OF_TWO, PERCENTILES):
         for count, ladder in by_name[others].items():
             assert by_name[script.OURS][count].whole <= ladder.whole
     counts = script.RUNGS[strategy] | (script.CHAT_RUNGS[strategy] if kind == "chat" else set())

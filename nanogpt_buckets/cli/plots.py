@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanogpt_buckets.cli import output
 from nanogpt_buckets.errors import UsageError
 from nanogpt_buckets.planning import Proposal
 from nanogpt_buckets.regret import Regret
@@ -50,7 +51,9 @@ def draw_report(record: Mapping[str, Any], regret: Regret, path: Path) -> None:
         UsageError: matplotlib is not installed, or the file cannot be written.
     """
     shapes = {f"{step} {B}": weights for (step, B), weights in calls_of(record).items()}
-    figure = _figure(3 * len(shapes), f"{record['model']}: {record['runs']} runs, regret {regret.ratio:.2f}")
+    figure = _figure(
+        3 * len(shapes), f"{record['model']}: {output.count(record['runs'], 'run', 'runs')}, regret {regret.ratio:.2f}"
+    )
     for axes, (shape, weights) in zip(
         figure.subplots(len(shapes), 1, squeeze=False)[:, 0], shapes.items(), strict=True
     ):
@@ -60,7 +63,8 @@ def draw_report(record: Mapping[str, Any], regret: Regret, path: Path) -> None:
             for rung in rungs:
                 axes.axvline(rung, color=color, ls=style, lw=1)
         step, B = shape.split()
-        axes.set(xlabel=f"{step}, {B} rows: longest context of a call; black: what ran, red: what to build")
+        rows = output.count(int(B), "row", "rows")
+        axes.set(xlabel=f"{step}, {rows}: longest context of a call; black: what ran, red: what to build")
     _save(figure, path)
 
 

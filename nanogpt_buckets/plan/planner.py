@@ -25,6 +25,8 @@ Cost = Callable[[str, int], float]
 Ladders = Mapping[str, tuple[int, ...]]
 # Without a limit a rung is added while it saves so much of the cost.
 WORTH = 0.02
+# Ladders that others take.
+MAX_ONLY, POWERS_OF_TWO, PERCENTILES = "max only", "powers of two", "percentiles 25, 50, 75, 95"
 # More rungs than these save next to nothing.
 MOST_RUNGS = 24
 
@@ -157,9 +159,9 @@ def knee(plans: Sequence[Planned]) -> int:
 def usual_ladders(demand: Demand, block_size: int, ladders: Ladders) -> dict[str, Ladders]:
     """Return what others take, by name, with as many rungs for each step as `ladders` have; percentiles are five."""
     return {
-        "max only": dict.fromkeys(ladders, (block_size,)),
-        "powers of two": {step: powers_of_two(block_size, len(ladder)) for step, ladder in ladders.items()},
-        "percentiles 25, 50, 75, 95": {step: percentiles(demand.weights[step], block_size) for step in ladders},
+        MAX_ONLY: dict.fromkeys(ladders, (block_size,)),
+        POWERS_OF_TWO: {step: powers_of_two(block_size, len(ladder)) for step, ladder in ladders.items()},
+        PERCENTILES: {step: percentiles(demand.weights[step], block_size) for step in ladders},
     }
 
 
